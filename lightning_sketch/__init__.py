@@ -1,0 +1,48 @@
+"""Optimizer-state compression for PyTorch.
+
+``optimizer = compress(optimizer, model)`` converts the optimizer you already have;
+``Trainer(callbacks=[OptimizerStateCompression()])`` does it in Lightning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_sketch.checkpoint import decompress_state_dict
+from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
+from lightning_sketch.convert import compress, decompress
+from lightning_sketch.memory import report
+from lightning_sketch.plan import plan
+from lightning_sketch.policy import Policy, Rule, default_policy
+
+if TYPE_CHECKING:
+    from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SM3",
+    "BFloat16",
+    "Codec",
+    "CountSketch",
+    "Drop",
+    "Factored",
+    "Keep",
+    "Policy",
+    "RowWise",
+    "Rule",
+    "compress",
+    "decompress",
+    "decompress_state_dict",
+    "default_policy",
+    "plan",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OptimizerStateCompression":  # lazily: lightning is optional, and slow to import
+        from lightning_sketch.integrations.lightning import OptimizerStateCompression
+
+        return OptimizerStateCompression
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,66 @@
+"""Codecs: how one optimizer state of one layer is stored. One file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_sketch.codecs.base import (
+    Codec,
+    CodecState,
+    StateSpec,
+    Tensors,
+    allocate,
+    decode,
+    encode,
+    relative_error,
+)
+from lightning_sketch.codecs.bfloat16 import BFloat16
+from lightning_sketch.codecs.count_sketch import CountSketch
+from lightning_sketch.codecs.drop import Drop
+from lightning_sketch.codecs.factored import Factored
+from lightning_sketch.codecs.keep import Keep
+from lightning_sketch.codecs.row_wise import RowWise
+from lightning_sketch.codecs.sm3 import SM3
+
+__all__ = [
+    "SM3",
+    "BFloat16",
+    "Codec",
+    "CodecState",
+    "CountSketch",
+    "Drop",
+    "Factored",
+    "Keep",
+    "RowWise",
+    "StateSpec",
+    "Tensors",
+    "allocate",
+    "codec_from",
+    "decode",
+    "encode",
+    "relative_error",
+]
+
+_CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored)}
+
+
+def codec_from(value: Codec | str | Mapping[str, Any]) -> Codec:
+    """A codec from its name or its dictionary, as YAML and checkpoints hold it.
+
+    >>> codec_from("RowWise"), codec_from({"codec": "CountSketch", "compression": 5}).compression
+    (RowWise(compression=1.0, depth=3, lazy=False), 5)
+
+    Raises:
+        ValueError: no such codec, or no such option.
+    """
+    if isinstance(value, Codec):
+        return value
+    options = {"codec": value} if isinstance(value, str) else dict(value)
+    name = options.pop("codec", None)
+    if name not in _CODECS:
+        raise ValueError(f"unknown codec {name!r}; known are {', '.join(_CODECS)}")
+    try:
+        return _CODECS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"codec {name}: {error}") from None

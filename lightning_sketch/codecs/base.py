@@ -1,0 +1,202 @@
+"""The `Codec` interface: how one optimizer state of one layer is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.sharding import Block, Shard
+
+#: What lies in ``optimizer.state[param]``: tensors, and Python floats for scalars that the host must read every step
+#: (a 0-d tensor would be moved to the device by trainers and then cost a synchronisation).
+Tensors = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state of one layer.
+
+    Args:
+        name: torch's own name, e.g. ``exp_avg_sq``.
+        fqn: the layer's name, for error messages.
+        signed: whether values may be negative (first moments) or not (second moments).
+        shard: the rows held here.
+        seed: hash seed of the layer; the same for all its states, so that a row's moments share their collisions.
+        dtype: dtype of arithmetic and of compressed tensors: float32, or float64 for float64 parameters.
+        param_dtype: dtype of the parameter, in which torch keeps a dense state.
+        device: where the state lives.
+        fill: initial value (Adagrad's ``initial_accumulator_value``).
+    """
+
+    name: str
+    fqn: str
+    signed: bool
+    shard: Shard
+    seed: int
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    device: torch.device
+    fill: float = 0.0
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (self.shard.local_rows, *self.shard.row_shape)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the given shape holding the initial value."""
+        return torch.full(shape, self.fill, dtype=dtype or self.dtype, device=self.device)
+
+
+class CodecState(ABC):
+    """A codec bound to its tensors: the operations an update rule needs.
+
+    One step is ``begin``, then ``add`` for every block, ``settle``, then ``read`` for every block, ``commit``. With
+    ``s`` the stored state and ``x`` the step's new values, it computes ``s <- decay * s + weight * x`` and returns
+    ``s`` at the rows of each block. Every moment of every supported optimizer is of this form: an EMA has
+    ``decay = beta, weight = 1 - beta``, Adagrad's sum ``1, 1``, a momentum buffer ``momentum, 1 - dampening``.
+    """
+
+    def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
+        self.spec = spec
+        self.tensors = tensors
+
+    def __getitem__(self, suffix: str) -> Any:
+        return self.tensors[key_of(self.spec.name, suffix)]
+
+    def __setitem__(self, suffix: str, value: Any) -> None:
+        self.tensors[key_of(self.spec.name, suffix)] = value
+
+    @abstractmethod
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        """Start a step: remember `weight`, let what is stored decay.
+
+        Args:
+            decay: factor on the stored state, in [0, 1].
+            weight: factor on the values that follow.
+            step: the layer's step number, from 1.
+            rows: local ids of all rows that will be added, ``None`` for all.
+        """
+
+    def add(self, block: Block, x: Tensor) -> None:  # noqa: B027  (codecs that fold `x` in while reading need none)
+        """Fold in ``x``, ``[k, *row_shape]`` in ``spec.dtype``."""
+
+    def settle(self) -> None:  # noqa: B027
+        """All blocks were added."""
+
+    @abstractmethod
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        """The state after this step at the block's rows, broadcastable to ``[k, *row_shape]``; not to be modified.
+
+        Args:
+            x: the same values that were added.
+        """
+
+    def commit(self) -> None:  # noqa: B027
+        """All blocks were read: make the step permanent."""
+
+    @abstractmethod
+    def estimate(self, block: Block) -> Tensor:
+        """The stored state at the block's rows, broadcastable to ``[k, *row_shape]``; not to be modified."""
+
+
+class Codec(ABC):
+    """How one state of one layer is stored. Subclasses are frozen dataclasses of validated options."""
+
+    #: Why this codec cannot hold a signed (first) moment, or None when it can.
+    refuses_signed: ClassVar[str | None] = None
+    #: Why this codec cannot hold a non-negative (second) moment, or None when it can.
+    refuses_unsigned: ClassVar[str | None] = None
+    #: Whether rows without a gradient must be left alone, also under dense gradients.
+    lazy: bool = False
+
+    def check(self, spec: StateSpec) -> None:
+        """Raise ValueError, naming layer and state, if this codec cannot hold that state."""
+        reason = self.refuses_signed if spec.signed else self.refuses_unsigned
+        if reason:
+            raise ValueError(f"{type(self).__name__} cannot hold {spec.name} of {spec.fqn}: {reason}")
+
+    @abstractmethod
+    def allocate(self, spec: StateSpec) -> dict[str, Any]:
+        """Fresh tensors by suffix; the empty suffix is the state's own name."""
+
+    @abstractmethod
+    def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
+        """The operations over ``optimizer.state[param]``."""
+
+    def nbytes(self, spec: StateSpec) -> int:
+        """Bytes of the stored tensors. Nothing is allocated."""
+        meta = dataclasses.replace(spec, device=torch.device("meta"))
+        return sum(t.nbytes for t in self.allocate(meta).values() if isinstance(t, Tensor))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only, as checkpoints (``weights_only=True``) and YAML need."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"codec": type(self).__name__} | {
+            k: v.to_dict() if isinstance(v, Codec) else v for k, v in options.items()
+        }
+
+
+def key_of(state: str, suffix: str) -> str:
+    """Key in ``optimizer.state[param]``, e.g. ``exp_avg_sq_table``."""
+    return f"{state}_{suffix}" if suffix else state
+
+
+def allocate(codec: Codec, spec: StateSpec) -> dict[str, Any]:
+    """Fresh tensors under their keys in ``optimizer.state[param]``."""
+    return {key_of(spec.name, suffix): value for suffix, value in codec.allocate(spec).items()}
+
+
+def encode(codec: Codec, spec: StateSpec, dense: Tensor) -> dict[str, Any]:
+    """Store a dense state, block by block.
+
+    Args:
+        dense: ``[local_rows, *row_shape]`` (or 0-d), any floating dtype.
+
+    Returns:
+        tensors under their keys in ``optimizer.state[param]``.
+    """
+    empty = dataclasses.replace(spec, fill=0.0)
+    tensors = allocate(codec, empty)
+    state = codec.bind(empty, tensors)
+    rows = spec.shard.as_rows(dense)
+    state.begin(decay=1.0, weight=1.0, step=1, rows=None)
+    for block in spec.shard.blocks():
+        state.add(block, rows[block.index].to(spec.dtype))
+    state.settle()
+    for block in spec.shard.blocks():
+        state.read(block, rows[block.index].to(spec.dtype))
+    state.commit()
+    return tensors
+
+
+def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
+    """The dense state, ``[local_rows, *row_shape]`` in the parameter's dtype, as torch.optim would keep it."""
+    dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
+    for block, values in _estimates(codec, spec, tensors):
+        dense[block.index] = values.to(dense.dtype)
+    return dense
+
+
+def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor) -> float:
+    """``||decoded - dense|| / ||dense||`` in the Frobenius norm; 0 for an all-zero state that is stored exactly."""
+    rows = spec.shard.as_rows(dense)
+    error = norm = 0.0
+    for block, values in _estimates(codec, spec, tensors):
+        true = rows[block.index].to(spec.dtype)
+        error += float((values - true).square().sum(dtype=torch.float64))
+        norm += float(true.square().sum(dtype=torch.float64))
+    if norm == 0.0:
+        return 0.0 if error == 0.0 else float("inf")
+    return float((error / norm) ** 0.5)
+
+
+def _estimates(codec: Codec, spec: StateSpec, tensors: Tensors) -> Iterator[tuple[Block, Tensor]]:
+    state = codec.bind(spec, tensors)
+    for block in spec.shard.blocks():
+        yield block, state.estimate(block).expand(block.size, *spec.shard.row_shape)

@@ -1,0 +1,166 @@
+"""Count-sketch and count-min sketch of whole rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
+from lightning_sketch.sharding import Block
+
+
+@dataclass(frozen=True)
+class CountSketch(Codec):
+    r"""Hash whole rows into a table ``[depth, width, *row_shape]``.
+
+    Signed states (first moments) are a count-sketch: random signs, the estimate is the median over `depth`, unbiased.
+    Non-negative states (second moments) are a count-min sketch: no signs, the minimum over `depth`, which never
+    underestimates. Rows that collide share their bucket.
+
+    ``update="linear"`` keeps the sketch of the dense state exactly: with :math:`S` the sketch operator,
+    :math:`T \leftarrow \beta T + (1-\beta) S(x)`. Rows that are absent from a sparse gradient decay too, as they would
+    under dense gradients, in constant time: the table is stored divided by one scalar. ``update="paper"`` is the rule
+    of the paper's Algorithms 2 to 4: query, then add :math:`\Delta = (1-\beta)(x - \hat{s})` to every depth. It decays
+    touched rows only, and its buckets drift; it is here for reproduction.
+
+    A table at least as wide as the parameter has rows stores every row exactly, at depth 1, without hashing.
+
+    Args:
+        compression: how many times smaller than the dense float32 state; ignored when `width` is given.
+        depth: number of hash functions.
+        width: buckets per hash function; default ``ceil(rows / (compression * depth))``.
+        update: "linear" or "paper".
+        lazy: with "linear", decay only the buckets that a touched row falls into, and under dense gradients treat
+            all-zero rows as absent (the semantics of ``torch.optim.SparseAdam`` for rows that do not collide).
+        cleaning_interval: multiply the table by `cleaning_factor` every so many steps; 0 for never (paper, section 4).
+        cleaning_factor: in (0, 1].
+
+    Raises:
+        ValueError: an option is out of range.
+
+    References:
+        Spring et al., *Compressing Gradient Optimizers via Count-Sketches*, ICML 2019, https://arxiv.org/abs/1902.00179
+    """
+
+    compression: float = 20.0
+    depth: int = 3
+    width: int | None = None
+    update: Literal["linear", "paper"] = "linear"
+    lazy: bool = False
+    cleaning_interval: int = 0
+    cleaning_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.compression >= 1:
+            raise ValueError(f"CountSketch(compression={self.compression}): must be >= 1")
+        if self.depth < 1:
+            raise ValueError(f"CountSketch(depth={self.depth}): must be >= 1")
+        if self.width is not None and not 1 <= self.width < 1 << 31:
+            raise ValueError(f"CountSketch(width={self.width}): must be in [1, 2**31)")
+        if self.update not in ("linear", "paper"):
+            raise ValueError(f"CountSketch(update={self.update!r}): must be 'linear' or 'paper'")
+        if self.lazy and self.update == "paper":
+            raise ValueError("CountSketch(update='paper') decays touched rows only by itself; leave lazy=False")
+        if self.cleaning_interval < 0:
+            raise ValueError(f"CountSketch(cleaning_interval={self.cleaning_interval}): must be >= 0")
+        if not 0 < self.cleaning_factor <= 1:
+            raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
+
+    def table_shape(self, rows: int) -> tuple[int, int]:
+        """``(depth, width)`` of the table for a parameter of `rows` rows."""
+        width = self.width or math.ceil(rows / (self.compression * self.depth))
+        return (1, rows) if width >= rows else (self.depth, width)
+
+    def allocate(self, spec: StateSpec) -> dict[str, Any]:
+        table = spec.zeros(*self.table_shape(spec.shard.global_rows), *spec.shard.row_shape)
+        return {"table": table, "scale": 1.0}
+
+    def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
+        return (_PaperSketch if self.update == "paper" else _LinearSketch)(self, spec, tensors)
+
+
+class _Sketch(CodecState):
+    def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
+        super().__init__(spec, tensors)
+        self.codec = codec
+        self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by self["scale"]
+        self.depth, self.width = self.table.shape[:2]
+        self.exact = self.width >= spec.shard.global_rows
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.decay, self.weight = decay, weight
+        if self.codec.cleaning_interval and step % self.codec.cleaning_interval == 0:
+            self.table.mul_(self.codec.cleaning_factor)
+
+    def insert(self, block: Block, x: Tensor, weight: float) -> None:
+        if self.exact and isinstance(block.index, slice):
+            self.table[0, block.index].add_(x, alpha=weight)
+            return
+        buckets, signs = self.hashes(block)
+        for level in range(self.depth):
+            signed = x * over_rows(signs[level], x.ndim) if self.spec.signed and not self.exact else x
+            segment_add(self.table[level], buckets[level], signed, weight)
+
+    def estimate(self, block: Block) -> Tensor:
+        if self.exact and isinstance(block.index, slice):
+            exact: Tensor = self.table[0, block.index] * self["scale"]
+            return exact
+        buckets, signs = self.hashes(block)
+        if self.spec.signed and not self.exact:
+            found = gather_median(self.table, buckets, signs)
+        else:
+            found = gather_min(self.table, buckets)
+        scale: float = self["scale"]
+        return found.mul_(scale)
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.estimate(block)
+
+    def hashes(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Buckets and signs of the block's rows, int64 and int8 ``[depth, k]``."""
+        if self.exact:
+            ids = block.row_ids(self.table.device)[None]
+            return ids, ids
+
+        def make() -> tuple[Tensor, Tensor]:
+            return hash_rows(block.row_ids(self.table.device), self.spec.seed, self.depth, self.width)
+
+        return block.memo((self.depth, self.width), make)
+
+
+class _LinearSketch(_Sketch):
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        if self.codec.lazy and rows is not None:
+            self._decay_touched(rows)
+        else:
+            self["scale"] = decayed(self["scale"], decay, (self.table,))
+
+    def _decay_touched(self, rows: Tensor) -> None:
+        # Each touched bucket once, however many touched rows fall into it.
+        buckets, _ = self.hashes(Block(self.spec.shard, rows, slice(0, rows.numel())))
+        for level in range(self.depth):
+            touched = torch.unique(buckets[level])
+            self.table[level].index_copy_(0, touched, self.table[level].index_select(0, touched).mul_(self.decay))
+
+    def add(self, block: Block, x: Tensor) -> None:
+        self.insert(block, x, self.weight / self["scale"])
+
+
+class _PaperSketch(_Sketch):
+    def add(self, block: Block, x: Tensor) -> None:
+        delta = x * self.weight
+        if self.decay != 1:
+            delta.add_(self.estimate(block), alpha=self.decay - 1)
+        self.insert(block, delta, 1.0)
+
+    def estimate(self, block: Block) -> Tensor:
+        found = super().estimate(block)
+        # Adding one row's negative delta to a bucket that it shares can take the bucket below zero.
+        return found if self.spec.signed else found.clamp_min_(0)

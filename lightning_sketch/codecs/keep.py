@@ -1,0 +1,57 @@
+"""Dense states: what torch.optim keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.sharding import Block
+
+
+@dataclass(frozen=True)
+class Keep(Codec):
+    """Keep the state as it is: dense, in the parameter's dtype.
+
+    A layer whose states are all kept is not touched by lightning_sketch at all: it trains through torch's own step.
+    Beside a compressed state of the same layer, a kept state follows torch: under sparse gradients only the touched
+    rows decay, as in ``torch.optim.SparseAdam``.
+    """
+
+    def allocate(self, spec: StateSpec) -> dict[str, Any]:
+        return {"": spec.zeros(*spec.local_shape, dtype=spec.param_dtype)}
+
+    def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
+        return DenseState(spec, tensors)
+
+
+class DenseState(CodecState):
+    """A tensor shaped like the parameter."""
+
+    decay: float
+    weight: float
+    step: int
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.decay, self.weight, self.step = decay, weight, step
+
+    def add(self, block: Block, x: Tensor) -> None:
+        dense = self.spec.shard.as_rows(self[""])
+        if isinstance(block.index, slice) and dense.dtype == x.dtype:
+            dense[block.index].mul_(self.decay).add_(x, alpha=self.weight)
+        else:
+            values = dense[block.index].to(x.dtype).mul(self.decay).add_(x, alpha=self.weight)
+            dense[block.index] = self.store(block, values)
+
+    def store(self, block: Block, values: Tensor) -> Tensor:
+        """What is written for `values`."""
+        return values.to(self[""].dtype)
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.estimate(block)
+
+    def estimate(self, block: Block) -> Tensor:
+        dense: Tensor = self.spec.shard.as_rows(self[""])
+        return dense[block.index].to(self.spec.dtype)

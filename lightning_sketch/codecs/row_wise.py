@@ -1,0 +1,119 @@
+"""One number per row, or fewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.count_sketch import CountSketch
+from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.sharding import Block, Shard
+
+
+@dataclass(frozen=True)
+class RowWise(Codec):
+    """One second moment per row: the mean of ``g**2`` over the row.
+
+    The state of row-wise Adagrad in recommender systems. With `compression` the row scalars themselves are kept in a
+    count-min sketch ``[depth, width]``, below one float per row. Absent rows of a sparse gradient decay too (in
+    constant time), as under dense gradients, unless `lazy`.
+
+    Args:
+        compression: how many times fewer numbers than rows; 1 keeps one per row.
+        depth: hash functions of the sketch, when `compression` > 1.
+        lazy: decay touched rows only, as ``torch.optim.SparseAdam`` does; under dense gradients all-zero rows count as
+            absent.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    References:
+        Mudigere et al., *Software-hardware co-design for fast and scalable training of deep learning recommendation
+        models*, ISCA 2022, https://arxiv.org/abs/2104.05158 (row-wise Adagrad)
+    """
+
+    compression: float = 1.0
+    depth: int = 3
+    lazy: bool = False
+
+    refuses_signed: ClassVar[str | None] = (
+        "one mean per row says nothing about the signs of its elements; choose Drop, BFloat16, CountSketch or Keep"
+    )
+
+    def __post_init__(self) -> None:
+        self.sketch()  # validates the shared options
+        if self.compression == 1 and self.depth != 3:
+            raise ValueError(f"RowWise(depth={self.depth}) needs compression > 1: without it there is no sketch")
+
+    def sketch(self) -> CountSketch:
+        """The codec of the row scalars when `compression` > 1."""
+        try:
+            return CountSketch(compression=self.compression, depth=self.depth, lazy=self.lazy)
+        except ValueError as error:
+            raise ValueError(str(error).replace("CountSketch", "RowWise")) from None
+
+    def allocate(self, spec: StateSpec) -> dict[str, Any]:
+        if self.compression > 1:
+            return self.sketch().allocate(_row_scalars(spec))
+        return {"row": spec.zeros(spec.shard.local_rows), "scale": 1.0}
+
+    def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
+        if self.compression > 1:
+            return _SketchedRows(spec, tensors, self.sketch().bind(_row_scalars(spec), tensors))
+        return _Rows(spec, tensors, self.lazy)
+
+
+class _Rows(CodecState):
+    def __init__(self, spec: StateSpec, tensors: Tensors, lazy: bool) -> None:
+        super().__init__(spec, tensors)
+        self.lazy = lazy
+        self.row: Tensor = self["row"]  # [local_rows], the true value divided by self["scale"]
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.weight = weight
+        if self.lazy and rows is not None:
+            self.row[rows] *= decay
+        else:
+            self["scale"] = decayed(self["scale"], decay, (self.row,))
+
+    def add(self, block: Block, x: Tensor) -> None:
+        self.row[block.index] += _row_mean(x) * (self.weight / self["scale"])
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.estimate(block)
+
+    def estimate(self, block: Block) -> Tensor:
+        return over_rows(self.row[block.index] * self["scale"], len(self.spec.local_shape))
+
+
+class _SketchedRows(CodecState):
+    def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
+        super().__init__(spec, tensors)
+        self.inner = inner
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
+
+    def add(self, block: Block, x: Tensor) -> None:
+        self.inner.add(block, _row_mean(x))
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.estimate(block)
+
+    def estimate(self, block: Block) -> Tensor:
+        return over_rows(self.inner.estimate(block), len(self.spec.local_shape))
+
+
+def _row_mean(x: Tensor) -> Tensor:
+    """``[k, ...]`` -> ``[k]``."""
+    return x.flatten(1).mean(dim=1) if x.ndim > 1 else x
+
+
+def _row_scalars(spec: StateSpec) -> StateSpec:
+    """The spec of the column of row scalars."""
+    shard = spec.shard
+    return replace(spec, shard=Shard((shard.global_rows,), shard.row_offset, shard.local_rows))

@@ -1,0 +1,152 @@
+"""SM3: one accumulator per slice of each dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.keep import Keep
+from lightning_sketch.sharding import Block
+
+
+@dataclass(frozen=True)
+class SM3(Codec):
+    r"""Square-root of Minima of Sums of Maxima: a vector per tensor dimension.
+
+    A tensor ``[n_1, ..., n_p]`` keeps :math:`\sum_k n_k` numbers; a vector or a scalar is stored exactly. With
+    accumulators :math:`\mu(r)` and covers :math:`r \ni i`, the slices through element i:
+
+    - variant II (Algorithm SM3-II): :math:`\nu(i) = \min_{r \ni i} \mu(r) + g(i)^2`, then
+      :math:`\mu(r) = \max_{i \in r} \nu(i)`;
+    - variant I: :math:`\mu(r) \mathrel{+}= \max_{i \in r} g(i)^2`, then :math:`\nu(i) = \min_{r \ni i} \mu(r)`.
+
+    Both hold :math:`\nu \ge \sum g^2`. As the ``exp_avg_sq`` of Adam or the ``square_avg`` of RMSprop the sum becomes
+    an EMA, :math:`\nu = \beta \min \mu + (1 - \beta) g^2`, and :math:`\mu` is assigned the maximum, so that it decays.
+    Absent rows of a sparse gradient keep their accumulator (Adagrad) or decay in constant time (EMA).
+
+    SM3's published recipe is its own: quadratic warm-up over about 5 % of the steps, then a constant learning rate.
+
+    Args:
+        variant: "II" (tighter, the one the paper recommends) or "I".
+        momentum: if not 0, the update is an EMA of the *preconditioned* gradient with this factor, as in the paper; its
+            buffer is dense, in the parameter's dtype. The layer's own first moment must then be `Drop` or absent.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    References:
+        Anil et al., *Memory-Efficient Adaptive Optimization*, NeurIPS 2019, https://arxiv.org/abs/1901.11150
+    """
+
+    variant: Literal["I", "II"] = "II"
+    momentum: float = 0.0
+
+    refuses_signed: ClassVar[str | None] = (
+        "a minimum of maxima holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
+    )
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("I", "II"):
+            raise ValueError(f"SM3(variant={self.variant!r}): must be 'I' or 'II'")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"SM3(momentum={self.momentum}): must be in [0, 1)")
+
+    def allocate(self, spec: StateSpec) -> dict[str, Any]:
+        shape = spec.local_shape
+        tensors: dict[str, Any] = {f"dim{d}": spec.zeros(n) for d, n in enumerate(shape)}
+        if self.momentum:
+            tensors["momentum"] = torch.zeros(shape, dtype=spec.param_dtype, device=spec.device)
+        return tensors | {"scale": 1.0}
+
+    def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
+        return (_SM3I if self.variant == "I" else _SM3II)(spec, tensors)
+
+    def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
+        """The EMA of the preconditioned gradient, if this codec has one."""
+        if not self.momentum:
+            return None
+        return Keep().bind(_momentum_spec(spec), tensors)
+
+
+class _SM3(CodecState):
+    """Accumulators: dimension 0 divided by self["scale"], so that absent rows decay in constant time; others as is."""
+
+    def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
+        super().__init__(spec, tensors)
+        self.row: Tensor = self["dim0"]
+        self.others: list[Tensor] = [self[f"dim{d}"] for d in range(1, len(spec.local_shape))]
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.weight = weight
+        self["scale"] = decayed(self["scale"], decay, (self.row,))
+        for accumulator in self.others:
+            accumulator.mul_(decay)
+        self.all_rows = rows is None or rows.numel() == self.spec.shard.global_rows
+
+    def estimate(self, block: Block) -> Tensor:
+        ndim = len(self.spec.local_shape)
+        least = _along(self.row[block.index] * self["scale"], 0, ndim)
+        for d, accumulator in enumerate(self.others, start=1):
+            least = torch.minimum(least, _along(accumulator, d, ndim))
+        return least
+
+
+class _SM3II(_SM3):
+    # The step's `nu` needs the accumulators of before the step, so they are replaced only in `commit`.
+
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        self.new_rows: list[tuple[slice | Tensor, Tensor]] = []
+        # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
+        self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        nu = self.estimate(block) + x * self.weight  # [k, *row_shape]
+        self.new_rows.append((block.index, _max_to(nu, 0)))
+        for d, new in enumerate(self.new_others, start=1):
+            torch.maximum(new, _max_to(nu, d), out=new)
+        return nu
+
+    def commit(self) -> None:
+        for index, value in self.new_rows:
+            self.row[index] = value / self["scale"]
+        for accumulator, new in zip(self.others, self.new_others, strict=True):
+            accumulator.copy_(new)
+
+
+class _SM3I(_SM3):
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        self.most = [torch.zeros_like(a) for a in self.others]
+
+    def add(self, block: Block, x: Tensor) -> None:
+        self.row[block.index] += _max_to(x, 0) * (self.weight / self["scale"])
+        for d, most in enumerate(self.most, start=1):
+            torch.maximum(most, _max_to(x, d), out=most)
+
+    def settle(self) -> None:
+        for accumulator, most in zip(self.others, self.most, strict=True):
+            accumulator.add_(most, alpha=self.weight)
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.estimate(block)
+
+
+def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
+    """View a vector along dimension `dim` of `ndim`."""
+    return vector.view([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def _max_to(x: Tensor, dim: int) -> Tensor:
+    """Maximum over all dimensions but `dim`: ``[x.shape[dim]]``."""
+    others = [d for d in range(x.ndim) if d != dim]
+    return x.amax(dim=others) if others else x
+
+
+def _momentum_spec(spec: StateSpec) -> StateSpec:
+    return replace(spec, name=f"{spec.name}_momentum", signed=True, fill=0.0)

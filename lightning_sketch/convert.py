@@ -1,0 +1,189 @@
+"""`compress` and `decompress`: convert an optimizer in place."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sketch.checkpoint import decode_layer, encode_layer
+from lightning_sketch.optimizer import (
+    RECORDS,
+    CompressedOptimizer,
+    Compression,
+    NonFinite,
+    compressed_class,
+    model_reference,
+    unwrap,
+)
+from lightning_sketch.plan import Plan, as_policy, make_plan
+from lightning_sketch.policy import Policy, Rule  # noqa: F401  (Rule: doctest)
+
+logger = logging.getLogger(__name__)
+
+OptimizerT = TypeVar("OptimizerT")
+
+
+def compress(
+    optimizer: OptimizerT,
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+) -> OptimizerT:
+    """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
+
+    Works before the first step and in the middle of training, where existing dense states are encoded; the relative
+    error of each is in ``report(optimizer).conversion_errors``. Layers that the policy keeps train bit for bit as
+    before. A converted optimizer may be converted again with the same policy, which does nothing.
+
+    Args:
+        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or an AcceleratedOptimizer or
+            LightningOptimizer around one.
+        model: the module that owns the optimizer's parameters; gives names and roles.
+        policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
+        nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
+            layer's update with a warning, or "propagate" it into the state as torch.optim does.
+
+    Returns:
+        `optimizer`.
+
+    Raises:
+        TypeError: the optimizer class is not supported, or a parameter is sharded.
+        ValueError: the policy does not fit; nothing was changed.
+
+    >>> model = torch.nn.Embedding(30_000, 16)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> policy = Policy([Rule(role="embedding", exp_avg="BFloat16", exp_avg_sq="RowWise")])
+    >>> type(compress(optimizer, model, policy)).__name__
+    'CompressedAdamW'
+    """
+    if nonfinite not in ("raise", "skip", "propagate"):
+        raise ValueError(f"nonfinite={nonfinite!r}: must be 'raise', 'skip' or 'propagate'")
+    inner = unwrap(optimizer)
+    cls = compressed_class(inner)
+    chosen = as_policy(policy)
+    if isinstance(inner, CompressedOptimizer):
+        _reattach(inner, model, chosen if policy is not None else None, nonfinite)
+        return optimizer
+    made = make_plan(model, inner.param_groups, cls.rule, chosen)
+    _check_states(inner, made)
+    _announce(made)
+
+    errors: dict[str, dict[str, float]] = {}
+    for group, planned in zip(inner.param_groups, made.groups, strict=True):
+        group[RECORDS] = [x.layer.to_record() if x.layer.compressed else None for x in planned]
+        for param, x in zip(group["params"], planned, strict=True):
+            if x.layer.compressed and param in inner.state:
+                state = inner.state.pop(param)
+                if _has_history(state):
+                    inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
+    inner._compression = Compression(chosen, model_reference(model), nonfinite, errors)  # type: ignore[attr-defined]
+    _swap_class(inner, cls)
+    _refresh_wrapper(optimizer)
+    return optimizer
+
+
+def decompress(optimizer: OptimizerT) -> OptimizerT:
+    """Give an optimizer its own class and dense states back, in place.
+
+    A dropped first moment comes back as zeros.
+
+    Args:
+        optimizer: a converted optimizer, or a wrapper around one; any other is returned as it is.
+
+    Returns:
+        `optimizer`.
+    """
+    inner = unwrap(optimizer)
+    if not isinstance(inner, CompressedOptimizer):
+        return optimizer
+    for group, layer, param in list(inner.compressed_layers()):
+        if param in inner.state:
+            inner.state[param] = decode_layer(layer, param, group, inner.state[param])
+    for group in inner.param_groups:
+        del group[RECORDS]
+    del inner._compression
+    inner.__dict__.pop("_layer_cache", None)
+    _swap_class(inner, inner.stock)
+    if any(group.get("fused") for group in inner.param_groups):
+        inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    _refresh_wrapper(optimizer)
+    return optimizer
+
+
+def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
+    """Change the class of the same object, and everything that torch derived from the old class."""
+    frozen = optimizer.__dict__.pop("step", None)  # an LRScheduler freezes the old class's step on the instance
+    optimizer.__class__ = cls
+    optimizer._patch_step_function()  # step hooks live in a wrapper around the class's step
+    # fused=True makes GradScaler leave unscaling to torch's fused kernel, which does not see compressed layers.
+    optimizer.__dict__.pop("_step_supports_amp_scaling", None)
+    if frozen is not None and getattr(frozen, "_wrapped_by_lr_sched", False):
+        _wrap_for_scheduler(optimizer)
+
+
+def _wrap_for_scheduler(optimizer: Optimizer) -> None:
+    """What torch.optim.lr_scheduler does to an optimizer, so that it can warn about the order of step calls."""
+    reference = weakref.ref(optimizer)
+    function = optimizer.step.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        live = reference()
+        live._opt_called = True  # type: ignore[union-attr]
+        return function.__get__(live, type(live))(*args, **kwargs)
+
+    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = wrapper  # type: ignore[method-assign]
+
+
+def _refresh_wrapper(optimizer: Any) -> None:
+    """A LightningOptimizer imitates the class of the optimizer inside, so that isinstance checks work."""
+    own = next((cls for cls in type(optimizer).__mro__ if cls.__name__ == "LightningOptimizer"), None)
+    if own is not None:
+        inner = type(unwrap(optimizer))
+        optimizer.__class__ = type(f"Lightning{inner.__name__}", (own, inner), {})
+
+
+def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy | None, nonfinite: NonFinite) -> None:
+    old = optimizer._compression
+    if policy is not None and old.policy is not None and policy != old.policy:
+        raise ValueError(
+            "this optimizer is already compressed under another policy; call decompress(optimizer) before compressing "
+            f"it anew.\n  now:   {old.policy}\n  asked: {policy}"
+        )
+    old.policy = old.policy or policy
+    old.model, old.nonfinite = model_reference(model), nonfinite
+
+
+def _check_states(optimizer: Optimizer, made: Plan) -> None:
+    """Existing states must be torch's own, complete and shaped like their parameters."""
+    for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
+        for param, x in zip(group["params"], planned, strict=True):
+            state = optimizer.state.get(param)
+            if not x.layer.compressed or not state or not _has_history(state):
+                continue
+            for name in x.layer.codecs:
+                found = state.get(name)
+                if not isinstance(found, Tensor) or found.shape != param.shape:
+                    raise ValueError(
+                        f"{x.layer.fqn}: its {name} should be a tensor of shape {list(param.shape)}, found "
+                        f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
+                    )
+
+
+def _has_history(state: Mapping[str, Any]) -> bool:
+    """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
+    return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+
+
+def _announce(made: Plan) -> None:
+    for state, names in made.dropped().items():
+        # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
+        logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(names))

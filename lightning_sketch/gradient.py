@@ -1,0 +1,60 @@
+"""A gradient as rows: the one form that update rules and codecs see, whether torch gave it dense or sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.sharding import Block, Shard
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """Rows of a gradient.
+
+    Args:
+        shard: the parameter's shard.
+        rows: local row ids, int64 ``[k]``, sorted and without duplicates; ``None`` when every row is present.
+        values: ``[k, *row_shape]``, or ``[local_rows, *row_shape]`` when `rows` is ``None``; the parameter's dtype.
+    """
+
+    shard: Shard
+    rows: Tensor | None
+    values: Tensor
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The rows in blocks; made once, so that a block's hashes outlive one pass over the gradient."""
+        return tuple(self.shard.blocks(self.rows))
+
+    def touched_only(self) -> RowGradient:
+        """The same gradient without its all-zero rows (lazy semantics: an absent row does not decay)."""
+        if self.rows is not None or self.values.numel() == 0:
+            return self
+        rows = (self.values != 0).reshape(self.shard.local_rows, -1).any(dim=1).nonzero().flatten()
+        return RowGradient(self.shard, rows, self.values[rows])
+
+
+def row_gradient(grad: Tensor, shard: Shard, fqn: str) -> RowGradient:
+    """Read a dense or sparse COO gradient as rows. Duplicates of an uncoalesced gradient are summed.
+
+    Raises:
+        TypeError: the layout is neither strided nor sparse COO, or rows themselves are sparse.
+    """
+    if grad.layout is torch.strided:
+        return RowGradient(shard, None, shard.as_rows(grad))
+    if grad.layout is not torch.sparse_coo:
+        raise TypeError(
+            f"the gradient of {fqn} has layout {grad.layout}; dense gradients and row-sparse COO gradients "
+            "(nn.Embedding(sparse=True)) are supported"
+        )
+    if grad.sparse_dim() != 1:
+        raise TypeError(
+            f"the gradient of {fqn} is sparse in {grad.sparse_dim()} dimensions; only row-sparse gradients "
+            "(sparse_dim == 1) are supported"
+        )
+    grad = grad.coalesce()
+    return RowGradient(shard, grad.indices()[0], grad.values())

@@ -1,0 +1,181 @@
+"""Lightning: ``Trainer(callbacks=[OptimizerStateCompression(policy)])``, for both Lightning packages."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from lightning_sketch.convert import compress
+from lightning_sketch.memory import report
+from lightning_sketch.optimizer import COMPRESSED, CompressedOptimizer, NonFinite, unwrap
+from lightning_sketch.plan import as_policy
+from lightning_sketch.policy import Policy
+from lightning_sketch.roles import named_layers
+from lightning_sketch.tables import human_bytes
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+#: Strategies that hand the optimizer something other than whole parameters.
+_REFUSED_STRATEGIES = {
+    "FSDPStrategy": "it flattens parameters into one-dimensional shards that cut rows; use DDPStrategy",
+    "DeepSpeedStrategy": "ZeRO flattens parameters into one-dimensional partitions; use DDPStrategy",
+}
+
+
+def _callback_bases() -> tuple[type, ...]:
+    """``Callback`` of each Lightning package in use, so that either Trainer and LightningCLI accept ours."""
+    names = [name for name in _PACKAGES if name in sys.modules]
+    if not names:
+        names = [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0])][:1]
+    if not names:
+        raise ImportError("OptimizerStateCompression needs Lightning: pip install lightning")
+    return tuple(importlib.import_module(name).Callback for name in names)
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+    _Callback = type("_Callback", _callback_bases(), {})
+
+
+class OptimizerStateCompression(_Callback):  # type: ignore[misc]
+    """Compress the states of the optimizers that ``configure_optimizers`` returns.
+
+    Conversion happens once, right after ``configure_optimizers``, in place and before a checkpoint is restored, so
+    schedulers, ``self.optimizers()``, precision plugins and resuming work as without it. An uncompressed checkpoint
+    resumes compressed. Nothing is kept in the callback's own checkpoint state.
+
+    With several optimizers the policy is resolved once over the whole module. An optimizer of an unsupported class is
+    left alone if the policy decides none of its layers.
+
+    Args:
+        policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
+        nonfinite: see `lightning_sketch.compress`.
+        log_memory: after the first step, log one line, and ``optimizer_state/...`` bytes to the trainer's loggers.
+
+    Raises:
+        TypeError, ValueError: from ``trainer.fit``, if the optimizer or the policy does not fit.
+        RuntimeError: from ``trainer.fit``, if the trainer's optimizers did not come from ``configure_optimizers``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | dict[str, Any] | str | None = None,
+        nonfinite: NonFinite = "raise",
+        log_memory: bool = True,
+    ) -> None:
+        super().__init__()
+        self.policy = Policy.from_yaml(policy) if isinstance(policy, str | Path) else as_policy(policy)
+        self.nonfinite: NonFinite = nonfinite
+        self.log_memory = log_memory
+        self._unpatch: Callable[[], None] = _nothing
+        self._left_alone: list[Optimizer] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Patch ``configure_optimizers`` for one call."""
+        if stage != "fit":
+            return
+        strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in _REFUSED_STRATEGIES), None)
+        if strategy:
+            raise ValueError(
+                f"OptimizerStateCompression does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}"
+            )
+        self._unpatch()  # a fit that was killed may have left its patch
+        own = pl_module.__dict__.get("configure_optimizers")
+        original = pl_module.configure_optimizers
+
+        def unpatch() -> None:
+            if own is None:
+                pl_module.__dict__.pop("configure_optimizers", None)
+            else:
+                pl_module.configure_optimizers = own
+            self._unpatch = _nothing
+
+        @functools.wraps(original)  # Lightning looks through __wrapped__ to see whether a hook is overridden
+        def configure_optimizers() -> Any:
+            unpatch()
+            configured = original()
+            self._convert(configured, pl_module)
+            return configured
+
+        pl_module.configure_optimizers = configure_optimizers
+        self._unpatch = unpatch
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Verify that no optimizer trains uncompressed by accident."""
+        for optimizer in map(unwrap, trainer.optimizers):
+            mock = type(optimizer).__name__ == "_MockOptimizer"  # configure_optimizers returned None; Lightning warns
+            known = mock or any(optimizer is other for other in self._left_alone)
+            if not known and not isinstance(optimizer, CompressedOptimizer):
+                raise RuntimeError(
+                    f"the trainer's {type(optimizer).__name__} did not come from configure_optimizers, so "
+                    "OptimizerStateCompression could not convert it; return it from there, or call "
+                    "lightning_sketch.compress on it yourself and remove the callback"
+                )
+        self._to_log = self.log_memory
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Log memory once, when the states exist."""
+        if not self._to_log or not any(optimizer.state for optimizer in map(unwrap, trainer.optimizers)):
+            return
+        self._to_log = False
+        reports = [report(optimizer) for optimizer in trainer.optimizers]
+        state, dense = sum(r.state for r in reports), sum(r.dense_state for r in reports)
+        if trainer.is_global_zero:
+            logger.info(
+                "optimizer state: %s instead of %s (%.1fx less); step temporaries at most %s; process %s",
+                human_bytes(state),
+                human_bytes(dense),
+                dense / max(1, state),
+                human_bytes(max(r.transient for r in reports)),
+                human_bytes(reports[0].process_peak),
+            )
+        totals: dict[str, int] = {}
+        for r in reports:
+            for key, value in r.to_dict().items():
+                totals[key] = max(totals.get(key, 0), value) if "transient" in key else totals.get(key, 0) + value
+        for trainer_logger in trainer.loggers:
+            trainer_logger.log_metrics(totals, step=trainer.global_step)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was; Lightning calls no teardown then."""
+        self._unpatch()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self._unpatch()
+
+    def _convert(self, configured: Any, pl_module: Any) -> None:
+        layers = named_layers(pl_module, self.policy.role_hints)
+        decided = {key for key, rule in self.policy.assign(layers).items() if self.policy.rules[rule].codecs}
+        self._left_alone = []
+        for optimizer in _optimizers_in(configured):
+            inner = unwrap(optimizer)
+            touched = any(id(p) in decided for group in inner.param_groups for p in group["params"])
+            if not touched and type(inner) not in COMPRESSED and not isinstance(inner, CompressedOptimizer):
+                self._left_alone.append(inner)
+            else:
+                compress(optimizer, pl_module, self.policy, nonfinite=self.nonfinite)
+
+
+def _optimizers_in(configured: Any) -> list[Any]:
+    """All optimizers in any form that ``configure_optimizers`` may return."""
+    if isinstance(configured, dict):
+        return _optimizers_in(configured.get("optimizer"))
+    if isinstance(configured, list | tuple):
+        return [optimizer for item in configured for optimizer in _optimizers_in(item)]
+    # Schedulers stand beside optimizers in some forms, and have an `optimizer` attribute too.
+    is_wrapper = hasattr(configured, "optimizer") and hasattr(configured, "param_groups")
+    return [configured] if isinstance(configured, Optimizer) or is_wrapper else []
+
+
+def _nothing() -> None:
+    """No patch to undo."""

@@ -1,0 +1,123 @@
+"""Tensor primitives in plain PyTorch: the specification of every faster kernel."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def layer_seed(seed: int, fqn: str) -> int:
+    """A 63-bit hash seed for one layer, so that layers collide independently.
+
+    >>> layer_seed(0, "emb.weight") == layer_seed(0, "emb.weight") != layer_seed(0, "head.weight")
+    True
+    """
+    digest = hashlib.blake2b(f"{seed}/{fqn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def mix64(x: Tensor, seed: int) -> Tensor:
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of ``x + seed``, elementwise.
+
+    Args:
+        x: int64.
+        seed: any integer; taken modulo 2**64.
+
+    Returns:
+        int64 with all 64 bits mixed (so negative numbers occur).
+    """
+    # int64 multiplication wraps; `>>` is arithmetic, so the sign bits it drags in are masked off.
+    x = x + _signed(seed * 0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (1 << 33) - 1)
+
+
+def hash_rows(row_ids: Tensor, seed: int, depth: int, width: int) -> tuple[Tensor, Tensor]:
+    """Bucket and sign of rows, independent between depths.
+
+    Args:
+        row_ids: global row ids, int64 ``[k]``.
+        seed: the layer's seed.
+        depth: number of hash functions.
+        width: buckets per hash function, below 2**31.
+
+    Returns:
+        buckets, int64 ``[depth, k]`` in ``[0, width)``; signs, int8 ``[depth, k]`` of -1 and 1.
+    """
+    bits = torch.stack([mix64(row_ids, seed + level + 1) for level in range(depth)])
+    # The high 32 bits scaled to [0, width): no modulo, no bias worth naming (Lemire, ACM TOMACS 2019).
+    buckets = (((bits >> 32) & _MASK32) * width) >> 32
+    signs = ((bits & 1) * 2 - 1).to(torch.int8)
+    return buckets, signs
+
+
+def segment_add(table: Tensor, buckets: Tensor, values: Tensor, weight: float) -> None:
+    """``table[buckets[i]] += weight * values[i]``, in the same order on every replica.
+
+    Args:
+        table: ``[width, ...]`` (modified in place).
+        buckets: int64 ``[k]``, duplicates allowed.
+        values: ``[k, ...]``.
+    """
+    if table.is_cuda:
+        # index_add_ is atomic on CUDA, so DDP replicas would drift apart; an accumulating index_put_ sorts first.
+        table.index_put_((buckets,), values * weight, accumulate=True)
+    else:
+        table.index_add_(0, buckets, values, alpha=weight)
+
+
+def gather_min(table: Tensor, buckets: Tensor) -> Tensor:
+    """Count-min estimate: ``min over depth of table[depth, buckets[depth]]``.
+
+    Args:
+        table: ``[depth, width, ...]``.
+        buckets: int64 ``[depth, k]``.
+
+    Returns:
+        ``[k, ...]``, a new tensor.
+    """
+    estimate = table[0].index_select(0, buckets[0])
+    for level in range(1, table.shape[0]):
+        torch.minimum(estimate, table[level].index_select(0, buckets[level]), out=estimate)
+    return estimate
+
+
+def gather_median(table: Tensor, buckets: Tensor, signs: Tensor) -> Tensor:
+    """Count-sketch estimate: median over depth of ``sign * table[depth, bucket]``; the mean of the middle two if even.
+
+    Args:
+        table: ``[depth, width, ...]``.
+        buckets: int64 ``[depth, k]``.
+        signs: ``[depth, k]`` of -1 and 1.
+
+    Returns:
+        ``[k, ...]``, a new tensor.
+    """
+    rows = [
+        table[level].index_select(0, buckets[level]).mul_(over_rows(signs[level], table.ndim - 1))
+        for level in range(table.shape[0])
+    ]
+    if len(rows) == 1:
+        return rows[0]
+    if len(rows) == 3:  # the default depth; several times faster than sorting
+        a, b, c = rows
+        return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    ordered = torch.stack(rows).sort(dim=0).values
+    middle = len(rows) // 2
+    return ordered[middle] if len(rows) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def over_rows(vector: Tensor, ndim: int) -> Tensor:
+    """View ``[k]`` as ``[k, 1, ..., 1]`` of `ndim` dimensions, to broadcast over rows."""
+    return vector.view(-1, *[1] * (ndim - 1))
+
+
+def _signed(x: int) -> int:
+    """The 64-bit two's complement of `x`."""
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,130 @@
+"""A compressed layer at run time: its codecs, bound to the tensors in ``optimizer.state[param]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch import codecs as codec_lib
+from lightning_sketch.codecs import SM3, Codec, CodecState, Drop, Keep, StateSpec, codec_from
+from lightning_sketch.gradient import RowGradient
+from lightning_sketch.rules import LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.sharding import Shard, shard_of
+
+#: Version of the stored layout; a checkpoint of another version is refused.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the policy decided for one parameter. Immutable, and nothing but primitives once written as a record.
+
+    Args:
+        fqn: the parameter's name.
+        seed: the layer's hash seed.
+        shape: global shape of the parameter.
+        signed: torch's names of the states it keeps, and whether each may be negative.
+        codecs: codec of every state.
+    """
+
+    fqn: str
+    seed: int
+    shape: tuple[int, ...]
+    signed: Mapping[str, bool]
+    codecs: Mapping[str, Codec]
+
+    @classmethod
+    def make(cls, fqn: str, seed: int, param: Tensor, states: Iterable[StateDef], codecs: Mapping[str, Codec]) -> Layer:
+        return cls(fqn, seed, tuple(param.shape), {s.name: s.signed for s in states}, codecs)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any state is not kept as it is."""
+        return any(not isinstance(codec, Keep) for codec in self.codecs.values())
+
+    @property
+    def lazy(self) -> bool:
+        return any(codec.lazy for codec in self.codecs.values())
+
+    def spec(self, state: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
+        """How the state of `param` is to be stored."""
+        return StateSpec(
+            name=state,
+            fqn=self.fqn,
+            signed=self.signed[state],
+            shard=shard_of(param, self.fqn),
+            seed=self.seed,
+            dtype=compute_dtype(param),
+            param_dtype=param.dtype,
+            device=param.device,
+            fill=float(group.get("initial_accumulator_value", 0.0)) if not self.signed[state] else 0.0,
+        )
+
+    def stored(self) -> dict[str, Codec]:
+        """The codecs that store anything: all but `Drop`."""
+        return {state: codec for state, codec in self.codecs.items() if not isinstance(codec, Drop)}
+
+    def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The initial ``optimizer.state[param]``, on the parameter's device."""
+        tensors: dict[str, Any] = {"step": torch.tensor(0.0)}
+        for state, codec in self.stored().items():
+            tensors |= codec_lib.allocate(codec, self.spec(state, param, group))
+        return tensors
+
+    def step(
+        self, rule: UpdateRule, param: Tensor, gradient: RowGradient, group: Mapping[str, Any], tensors: dict[str, Any]
+    ) -> None:
+        """One step (`param` and `tensors` modified in place)."""
+        tensors["step"] += 1
+        states: dict[str, CodecState] = {}
+        momentum, momentum_beta = None, 0.0
+        for state, codec in self.stored().items():
+            spec = self.spec(state, param, group)
+            states[state] = codec.bind(spec, tensors)
+            if isinstance(codec, SM3):
+                momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
+        shard: Shard = gradient.shard
+        run(
+            rule,
+            LayerStep(
+                param=shard.as_rows(param),
+                gradient=gradient.touched_only() if self.lazy else gradient,
+                states=states,
+                momentum=momentum,
+                momentum_beta=momentum_beta,
+                group=group,
+                step=int(tensors["step"]),
+                dtype=compute_dtype(param),
+            ),
+            self.codecs,
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Primitives for ``param_groups``, so that checkpoints load with ``weights_only=True``."""
+        return {
+            "version": FORMAT_VERSION,
+            "fqn": self.fqn,
+            "seed": self.seed,
+            "shape": list(self.shape),
+            "signed": dict(self.signed),
+            "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Layer:
+        return cls(
+            fqn=record["fqn"],
+            seed=record["seed"],
+            shape=tuple(record["shape"]),
+            signed=dict(record["signed"]),
+            codecs={state: codec_from(value) for state, value in record["codecs"].items()},
+        )
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """Arithmetic is float32, and float64 for float64 parameters."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32

@@ -1,0 +1,148 @@
+"""Where the bytes of training are: parameters, gradients, optimizer states by codec, and the step's temporaries."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.layer import Layer, compute_dtype
+from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.sharding.base import BLOCK_NUMEL
+
+# Block-sized tensors that are alive at once in the hungriest reference step (Adam over a depth-3 signed sketch: the
+# gradient, its square, three gathered rows, their partial medians, the estimate of v, the denominator, the update).
+_LIVE_BLOCKS = 12
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes held for training by one optimizer; ``str(report)`` is the table.
+
+    Args:
+        parameters: bytes of all parameters in the optimizer.
+        gradients: bytes of the gradients that exist now; a sparse one counts its indices and values.
+        state_by_codec: bytes of the states that exist now, by codec name.
+        dense_state: bytes of those layers' states as torch would keep them.
+        transient: upper bound of one step's temporaries over compressed layers, bytes; kept layers' temporaries are
+            torch's own.
+        conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
+        skipped: steps that each layer skipped for a non-finite gradient.
+        process: resident memory of this process now, bytes; ``None`` where the system does not say.
+        process_peak: its largest value so far, bytes.
+        cuda_peak: largest memory allocated by torch on the current CUDA device, bytes; 0 without one.
+    """
+
+    parameters: int
+    gradients: int
+    state_by_codec: Mapping[str, int]
+    dense_state: int
+    transient: int
+    conversion_errors: Mapping[str, Mapping[str, float]]
+    skipped: Mapping[str, int]
+    process: int | None
+    process_peak: int
+    cuda_peak: int
+
+    @property
+    def state(self) -> int:
+        """Bytes of all states."""
+        return sum(self.state_by_codec.values())
+
+    def to_dict(self) -> dict[str, int]:
+        """The figures for a logger, under ``optimizer_state/...``."""
+        figures = {"bytes": self.state, "dense_bytes": self.dense_state, "transient_bytes": self.transient}
+        figures |= {f"bytes_{codec}": count for codec, count in self.state_by_codec.items()}
+        return {f"optimizer_state/{k}": v for k, v in figures.items()}
+
+    def __str__(self) -> str:
+        from lightning_sketch.tables import memory_table  # rich is slow to import
+
+        return memory_table(self)
+
+
+def report(optimizer: Any) -> MemoryReport:
+    """Measure an optimizer, converted or not.
+
+    Args:
+        optimizer: a torch optimizer, or a Lightning or Accelerate wrapper around one.
+    """
+    inner = unwrap(optimizer)
+    by_codec: dict[str, int] = {}
+    dense_state = transient = parameters = gradients = 0
+    layers: dict[int, Layer] = {}
+    if isinstance(inner, CompressedOptimizer):
+        layers = {id(p): layer for _, layer, p in inner.compressed_layers()}
+    for group in inner.param_groups:
+        for param in group["params"]:
+            parameters += param.nbytes
+            gradients += _grad_bytes(param.grad)
+            state = inner.state.get(param, {})
+            if id(param) not in layers:
+                kept = sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
+                by_codec["Keep"] = by_codec.get("Keep", 0) + kept
+                dense_state += kept
+                continue
+            layer = layers[id(param)]
+            if state:
+                _count_layer(layer, state, by_codec)
+                dense_state += param.nbytes * len(layer.codecs)
+            transient = max(transient, transient_bytes(layer, param))
+    return MemoryReport(
+        parameters=parameters,
+        gradients=gradients,
+        state_by_codec=by_codec,
+        dense_state=dense_state,
+        transient=transient,
+        conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
+        skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
+        process=_resident(),
+        process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
+    )
+
+
+def transient_bytes(layer: Layer, param: Tensor) -> int:
+    """Upper bound of the temporaries of one step of a compressed layer, bytes.
+
+    Blocks of `BLOCK_NUMEL` elements and, for a sparse gradient, its coalesced copy with the hashes of its rows.
+    """
+    row = max(1, param.numel() // max(1, param.shape[0] if param.ndim else 1))
+    block = min(param.numel(), max(BLOCK_NUMEL, row)) * torch.empty((), dtype=compute_dtype(param)).element_size()
+    total = _LIVE_BLOCKS * block
+    if param.grad is not None and param.grad.is_sparse:
+        total += 3 * _grad_bytes(param.grad)
+    elif param.grad is not None and layer.lazy:
+        total += 2 * param.grad.nbytes  # the mask of non-zero elements, and the touched rows
+    return total
+
+
+def _count_layer(layer: Layer, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
+    names = sorted(layer.codecs, key=len, reverse=True)  # exp_avg_sq before exp_avg: one is a prefix of the other
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        owner = next((n for n in names if key.startswith(n)), None)
+        codec = type(layer.codecs[owner]).__name__ if owner else "Keep"
+        by_codec[codec] = by_codec.get(codec, 0) + value.nbytes
+
+
+def _grad_bytes(grad: Tensor | None) -> int:
+    if grad is None:
+        return 0
+    if grad.is_sparse:
+        return grad._indices().nbytes + grad._values().nbytes
+    return grad.nbytes
+
+
+def _resident() -> int | None:
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return None

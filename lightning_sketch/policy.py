@@ -1,0 +1,292 @@
+"""Policy: which codec for which state of which layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from torch import nn
+
+from lightning_sketch.codecs import BFloat16, Codec, CountSketch, Drop, Keep, codec_from
+from lightning_sketch.roles import ROLES, NamedLayer, RoleHints, matches_name
+
+FIRST, SECOND = "first_moment", "second_moment"
+#: Names under which a rule gives codecs: torch's state names, and the two kinds of moment for all optimizers at once.
+STATE_NAMES = ("exp_avg", "exp_avg_sq", "sum", "square_avg", "grad_avg", "momentum_buffer", FIRST, SECOND)
+
+Match = Callable[[str, nn.Module, nn.Parameter], bool]
+CodecLike = Codec | str | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Codecs for the layers that all given selectors match. A rule without codecs keeps its layers exactly.
+
+    Args:
+        role: "embedding", "softmax", "hidden" or "other", or several of them.
+        name: fnmatch pattern on the parameter's name, or ``"re:..."`` to search a regular expression, or several.
+        module: class of the owning module, or its name.
+        min_rows: least size of dimension 0.
+        min_numel: least number of elements.
+        match: any predicate ``(fqn, module, param) -> bool``. Such a policy cannot be written to YAML.
+        exp_avg, exp_avg_sq: codecs for Adam, AdamW, SparseAdam.
+        sum: codec for Adagrad.
+        square_avg, grad_avg: codecs for RMSprop.
+        momentum_buffer: codec for SGD and RMSprop.
+        first_moment: codec for every signed state not named above.
+        second_moment: codec for every non-negative state not named above.
+
+    A codec may be given as an object, a name (``"RowWise"``) or a dictionary
+    (``{"codec": "RowWise", "compression": 10}``).
+
+    Raises:
+        ValueError: unknown role or codec, or a negative size.
+
+    >>> Rule(role="embedding", min_rows=10_000, exp_avg="Drop", exp_avg_sq="RowWise")
+    Rule(role='embedding', min_rows=10_000, exp_avg=Drop(), exp_avg_sq=RowWise(compression=1.0, depth=3, lazy=False))
+    """
+
+    role: str | Sequence[str] | None = None
+    name: str | Sequence[str] | None = None
+    module: type[nn.Module] | str | None = None
+    min_rows: int = 0
+    min_numel: int = 0
+    match: Match | None = None
+    exp_avg: CodecLike = None
+    exp_avg_sq: CodecLike = None
+    sum: CodecLike = None
+    square_avg: CodecLike = None
+    grad_avg: CodecLike = None
+    momentum_buffer: CodecLike = None
+    first_moment: CodecLike = None
+    second_moment: CodecLike = None
+
+    SELECTORS: ClassVar[tuple[str, ...]] = ("role", "name", "module", "min_rows", "min_numel", "match")
+
+    def __post_init__(self) -> None:
+        for role in _listed(self.role):
+            if role not in ROLES:
+                raise ValueError(f"Rule(role={role!r}): unknown role; roles are {', '.join(ROLES)}")
+        for size in ("min_rows", "min_numel"):
+            if getattr(self, size) < 0:
+                raise ValueError(f"Rule({size}={getattr(self, size)}): must be >= 0")
+        for state in STATE_NAMES:
+            if getattr(self, state) is not None:
+                object.__setattr__(self, state, codec_from(getattr(self, state)))
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """The codecs given, by state name."""
+        return {state: getattr(self, state) for state in STATE_NAMES if getattr(self, state) is not None}
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the rule has no selector and so matches every layer."""
+        return not self.selectors()
+
+    def selectors(self) -> dict[str, Any]:
+        """The selectors given."""
+        return {s: getattr(self, s) for s in self.SELECTORS if getattr(self, s) not in (None, 0)}
+
+    def codec_for(self, state: str, *, signed: bool) -> Codec:
+        """The codec of a state; `Keep` if the rule does not name it."""
+        generic = FIRST if signed else SECOND
+        codec: Codec = self.codecs.get(state) or self.codecs.get(generic) or Keep()
+        return codec
+
+    def misses(self, layer: NamedLayer) -> list[str]:
+        """The selectors that do not match a layer; empty if the rule does."""
+        shape = layer.param.shape
+        passed = {
+            "role": not self.role or any(role in layer.roles for role in _listed(self.role)),
+            "name": not self.name or any(matches_name(p, n) for p in _listed(self.name) for n in layer.names),
+            "module": self.module is None or _is_module(layer.module, self.module),
+            "min_rows": (shape[0] if shape else 1) >= self.min_rows,
+            "min_numel": shape.numel() >= self.min_numel,
+        }
+        missed = [selector for selector, ok in passed.items() if not ok]
+        if self.match is not None and not missed and not self.match(layer.fqn, layer.module, layer.param):
+            missed.append("match")
+        return missed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only.
+
+        Raises:
+            ValueError: the rule has a `match` function.
+        """
+        if self.match is not None:
+            raise ValueError(
+                "a rule with a match function cannot be written out; select by name, role or module instead"
+            )
+        selectors = {
+            k: v if isinstance(v, str | int) else list(v) for k, v in self.selectors().items() if k != "module"
+        }
+        if self.module is not None:
+            selectors["module"] = self.module if isinstance(self.module, str) else self.module.__name__
+        return selectors | {state: codec.to_dict() for state, codec in self.codecs.items()}
+
+    def describe(self) -> str:
+        """The selectors as text, for tables and errors."""
+        return ", ".join(f"{k}={_literal(v)}" for k, v in self.selectors().items()) or "default"
+
+    def __repr__(self) -> str:
+        given = self.selectors() | self.codecs
+        return f"Rule({', '.join(f'{k}={_literal(v)}' for k, v in given.items())})"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An ordered list of rules. The first that matches a layer decides; layers without a rule are kept exactly.
+
+    Args:
+        rules: `Rule` objects or their dictionaries.
+        seed: global hash seed; every layer derives its own from it and its name.
+        role_hints: roles that structure does not show: ``{"head.weight": "softmax"}``, or ``"last_linear"``.
+
+    Raises:
+        ValueError: no rules, two default rules, or rules behind the default one.
+
+    >>> Policy([Rule(role="embedding", min_rows=10_000, exp_avg=Drop(), exp_avg_sq=CountSketch())]).seed
+    0
+    """
+
+    rules: Sequence[Rule]
+    seed: int = 0
+    role_hints: RoleHints = None
+
+    def __init__(self, rules: Iterable[Rule | Mapping[str, Any]], seed: int = 0, role_hints: RoleHints = None) -> None:
+        object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _rule_from(r) for r in rules))
+        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "role_hints", role_hints)
+        if not self.rules:
+            raise ValueError("a policy needs at least one rule; to compress nothing, do not call compress")
+        defaults = [i for i, rule in enumerate(self.rules, start=1) if rule.is_default]
+        if len(defaults) > 1:
+            raise ValueError(f"policy rules {defaults} have no selector: each claims to be the default, give one only")
+        if defaults and defaults[0] != len(self.rules):
+            raise ValueError(
+                f"policy rule {defaults[0]} has no selector and takes every layer; it must be the last rule"
+            )
+
+    def assign(self, layers: Mapping[int, NamedLayer]) -> dict[int, int]:
+        """The index of the deciding rule, by ``id(param)``; layers without a rule are absent.
+
+        Raises:
+            ValueError: a rule decides no layer; says which layer came nearest.
+        """
+        assigned: dict[int, int] = {}
+        for key, layer in layers.items():
+            for index, rule in enumerate(self.rules):
+                if not rule.misses(layer):
+                    assigned[key] = index
+                    break
+        for index, rule in enumerate(self.rules):
+            if index not in assigned.values():
+                raise ValueError(
+                    f"policy rule {index + 1} ({rule.describe()}) matched no parameter; {_nearest(rule, layers)}"
+                )
+        return assigned
+
+    def explain(self, model: nn.Module, optimizer: Any) -> str:
+        """The table of layers, roles, rules, codecs and bytes that ``compress`` would make. Changes nothing."""
+        from lightning_sketch.plan import plan  # plan needs Policy
+
+        return str(plan(model, optimizer, self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only; the inverse of `from_dict`."""
+        hints = dict(self.role_hints) if isinstance(self.role_hints, Mapping) else self.role_hints
+        return {"rules": [rule.to_dict() for rule in self.rules], "seed": self.seed} | (
+            {"role_hints": hints} if hints else {}
+        )
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Policy:
+        """A policy from plain data, as YAML, Hydra or LightningCLI give it.
+
+        >>> Policy.from_dict({"rules": [{"role": "embedding", "second_moment": "RowWise"}]}).rules[0].describe()
+        "role='embedding'"
+
+        Raises:
+            ValueError: unknown keys or values.
+        """
+        unknown = set(value) - {"rules", "seed", "role_hints"}
+        if unknown or "rules" not in value:
+            raise ValueError(f"a policy has the keys rules, seed, role_hints; got {sorted(value)}")
+        return cls(value["rules"], value.get("seed", 0), value.get("role_hints"))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Policy:
+        """A policy from a YAML file of the form that `from_dict` takes."""
+        value = yaml.safe_load(Path(path).read_text())
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: expected a mapping with the key 'rules', got {type(value).__name__}")
+        return cls.from_dict(value)
+
+
+def default_policy() -> Policy:
+    """What ``compress(optimizer, model)`` does: docs/quality.md has the measurements that led to it.
+
+    Embedding and softmax tables of 10,000 rows or more lose Adam's first moment (``beta1 = 0``) and keep the second one
+    in a count-min sketch of a twentieth of its size. SGD's and RMSprop's momentum is kept in bfloat16. Everything else
+    is kept exactly.
+    """
+    return Policy(
+        [
+            Rule(
+                role=("embedding", "softmax"),
+                min_rows=10_000,
+                exp_avg=Drop(),
+                first_moment=BFloat16(),
+                second_moment=CountSketch(compression=20),
+            )
+        ]
+    )
+
+
+def _rule_from(value: Mapping[str, Any]) -> Rule:
+    known = {f.name for f in dataclasses.fields(Rule)}
+    unknown = sorted(set(value) - known)
+    if unknown:
+        raise ValueError(f"a policy rule has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return Rule(**value)
+
+
+def _nearest(rule: Rule, layers: Mapping[int, NamedLayer]) -> str:
+    """What came nearest to a rule that decided nothing."""
+    if not layers:
+        return "the model has no parameters"
+    # Fewest missed selectors first, then the largest.
+    layer = min(layers.values(), key=lambda x: (len(rule.misses(x)), -x.param.numel()))
+    missed = rule.misses(layer)
+    shape = tuple(layer.param.shape)
+    if not missed:
+        return f"nearest is {layer.fqn!r}, which an earlier rule takes first"
+    if "min_rows" in missed:
+        fact = f"with {shape[0] if shape else 1:_} rows"
+    elif "min_numel" in missed:
+        fact = f"with {layer.param.numel():_} elements"
+    else:
+        fact = f"of role {'/'.join(sorted(layer.roles))}, {type(layer.module).__name__}, shape {list(shape)}"
+    return f"nearest is {layer.fqn!r} {fact} (missed: {', '.join(missed)})"
+
+
+def _is_module(module: nn.Module, wanted: type[nn.Module] | str) -> bool:
+    if isinstance(wanted, str):
+        return any(cls.__name__ == wanted for cls in type(module).__mro__)
+    return isinstance(module, wanted)
+
+
+def _listed(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else (value or ())
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:_}"
+    return value.__name__ if isinstance(value, type) else repr(value)

@@ -1,0 +1,19 @@
+"""Update rules: the mathematics of each optimizer, written once over codec states."""
+
+from lightning_sketch.rules.adagrad import AdagradRule
+from lightning_sketch.rules.adam import AdamRule, AdamWRule
+from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.rules.rmsprop import RMSpropRule
+from lightning_sketch.rules.sgd import SGDRule
+
+__all__ = [
+    "AdagradRule",
+    "AdamRule",
+    "AdamWRule",
+    "LayerStep",
+    "RMSpropRule",
+    "SGDRule",
+    "StateDef",
+    "UpdateRule",
+    "run",
+]

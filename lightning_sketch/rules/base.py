@@ -1,0 +1,140 @@
+"""What an update rule is, and the pieces that all of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sketch import kernels
+from lightning_sketch.codecs import CodecState
+from lightning_sketch.gradient import RowGradient
+from lightning_sketch.sharding import Block
+
+
+@dataclass(frozen=True)
+class StateDef:
+    """A state that torch's optimizer keeps: its name there, and whether it may be negative."""
+
+    name: str
+    signed: bool
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """Everything one step of one layer needs.
+
+    Args:
+        param: the local parameter as rows, ``[local_rows, *row_shape]`` (modified in place).
+        gradient: the gradient as rows.
+        states: codec states by torch's name (modified in place); a dropped state is absent.
+        momentum: SM3's EMA of the preconditioned gradient (modified in place), if the codec has one.
+        momentum_beta: the factor of that EMA.
+        group: torch's hyperparameters of the parameter group.
+        step: the layer's step number, from 1.
+        dtype: dtype of arithmetic.
+    """
+
+    param: Tensor
+    gradient: RowGradient
+    states: Mapping[str, CodecState]
+    momentum: CodecState | None
+    momentum_beta: float
+    group: Mapping[str, Any]
+    step: int
+    dtype: torch.dtype
+
+    def begin(self, name: str, *, decay: float, weight: float) -> CodecState | None:
+        """Begin the step of a state, or ``None`` if it is dropped."""
+        state = self.states.get(name)
+        if state is not None:
+            state.begin(decay=decay, weight=weight, step=self.step, rows=self.gradient.rows)
+        return state
+
+    def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
+        """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay."""
+        sign = -1 if self.group.get("maximize", False) else 1
+        for block in self.gradient.blocks:
+            g = self.gradient.values[block.span].to(self.dtype)
+            if sign < 0:
+                g = -g
+            if weight_decay:
+                g = g.add(self.param[block.index], alpha=weight_decay)
+            yield block, g
+
+    def apply(self, block: Block, update: Tensor, lr: float, shrink: float = 1.0) -> None:
+        """``param <- shrink * param - lr * update`` at the block's rows; rounds once, to the parameter's dtype."""
+        if isinstance(block.index, slice) and self.param.dtype == update.dtype:
+            rows = self.param[block.index]
+            (rows.mul_(shrink) if shrink != 1 else rows).sub_(update, alpha=lr)
+            return
+        values = self.param[block.index].to(self.dtype)
+        self.param[block.index] = values.mul(shrink).sub_(update, alpha=lr).to(self.param.dtype)
+
+
+class UpdateRule(ABC):
+    """The mathematics of one optimizer family, written over codec states."""
+
+    #: The kernels' name of the rule.
+    name: ClassVar[str]
+    #: Group flags that the rule does not implement; truthy means an error for compressed layers.
+    refused_flags: ClassVar[tuple[str, ...]] = ("differentiable", "capturable")
+
+    @abstractmethod
+    def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
+        """The states torch keeps under these hyperparameters."""
+
+    def check(self, group: Mapping[str, Any], fqn: str) -> None:
+        """Raise ValueError if a compressed layer cannot be trained with these hyperparameters."""
+        for flag in self.refused_flags:
+            if group.get(flag, False):
+                raise ValueError(
+                    f"{flag}=True is not supported for compressed layers, and {fqn} is one; "
+                    f"set {flag}=False or let the policy keep {fqn}"
+                )
+
+    @abstractmethod
+    def reference(self, layer: LayerStep) -> None:
+        """One step of one layer in plain PyTorch (layer.param and layer.states modified in place)."""
+
+    def __init_subclass__(cls) -> None:
+        kernels.register(cls.name, cls().reference)
+
+
+def run(rule: UpdateRule, layer: LayerStep, codecs: Mapping[str, Any]) -> None:
+    """Perform a step with the best kernel there is."""
+    kernels.select(rule.name, codecs, layer.param.device)(layer)
+
+
+def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -> Tensor:
+    """``numerator / denominator``, and 0 where the second moment is 0.
+
+    A second moment of 0 says that this element never had a gradient: what an approximate first moment holds there is
+    noise, and dividing it by eps alone would blow the parameter up.
+
+    Args:
+        second_moment: broadcastable to `numerator`.
+
+    Returns:
+        a new tensor shaped like `numerator`.
+    """
+    return (numerator / denominator).masked_fill_(second_moment == 0, 0.0)
+
+
+def precondition(layer: LayerStep, block: Block, update: Tensor) -> Tensor:
+    """Apply SM3's momentum, an EMA of the preconditioned gradient, to a block of updates."""
+    if layer.momentum is None:
+        return update
+    layer.momentum.add(block, update)
+    return layer.momentum.read(block, update)
+
+
+def begin_momentum(layer: LayerStep) -> None:
+    """Begin the step of SM3's momentum."""
+    if layer.momentum is not None:
+        beta = layer.momentum_beta
+        layer.momentum.begin(decay=beta, weight=1 - beta, step=layer.step, rows=layer.gradient.rows)

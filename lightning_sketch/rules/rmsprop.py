@@ -1,0 +1,79 @@
+r"""RMSprop, centered or not, with momentum or not.
+
+.. math::
+    v \leftarrow \alpha v + (1 - \alpha) g^2, \quad \bar g \leftarrow \alpha \bar g + (1 - \alpha) g, \quad
+    u = \frac{g}{\sqrt{v - \bar g^2} + \epsilon}, \quad b \leftarrow \mu b + u, \quad \theta \leftarrow \theta - \eta b
+
+References:
+    Tieleman and Hinton, *Lecture 6.5*, 2012; Graves, https://arxiv.org/abs/1308.0850 (centered)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_sketch.codecs import CodecState
+from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
+from lightning_sketch.sharding import Block
+
+
+class RMSpropRule(UpdateRule):
+    """RMSprop. A dropped ``grad_avg`` is an uncentered layer, a dropped ``momentum_buffer`` one without momentum."""
+
+    name: ClassVar[str] = "rmsprop"
+
+    def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
+        found = [StateDef("square_avg", signed=False)]
+        if group["centered"]:
+            found.append(StateDef("grad_avg", signed=True))
+        if group["momentum"] > 0:
+            found.append(StateDef("momentum_buffer", signed=True))
+        return found
+
+    def reference(self, layer: LayerStep) -> None:
+        group = layer.group
+        alpha, momentum = float(group["alpha"]), float(group["momentum"])
+        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+
+        square_avg = layer.begin("square_avg", decay=alpha, weight=1 - alpha)
+        assert square_avg is not None  # `Drop` refuses second moments
+        grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha)
+        buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0)
+        begin_momentum(layer)
+        for block, g in layer.gradients(weight_decay):
+            square_avg.add(block, g.square())
+            if grad_avg is not None:
+                grad_avg.add(block, g)
+        square_avg.settle()
+        if grad_avg is not None:
+            grad_avg.settle()
+
+        def preconditioned(block: Block, g: Tensor) -> Tensor:
+            v = square_avg.read(block, g.square())
+            if grad_avg is not None:
+                v = _variance(v, grad_avg, block, g)
+            return safe_divide(g, v.sqrt().add_(eps), v)
+
+        if buffer is None:
+            for block, g in layer.gradients(weight_decay):
+                layer.apply(block, precondition(layer, block, preconditioned(block, g)), lr)
+        else:
+            # A sketched buffer shares storage between rows, so all rows go in before the first comes out.
+            for block, g in layer.gradients(weight_decay):
+                buffer.add(block, preconditioned(block, g))
+            buffer.settle()
+            for block in layer.gradient.blocks:
+                layer.apply(block, buffer.estimate(block), lr)
+            buffer.commit()
+        square_avg.commit()
+        if grad_avg is not None:
+            grad_avg.commit()
+
+
+def _variance(v: Tensor, grad_avg: CodecState, block: Block, g: Tensor) -> Tensor:
+    """``v - grad_avg**2``; where two approximations make that negative, `v` itself."""
+    variance = v - grad_avg.read(block, g).square()
+    return variance.where(variance > 0, v)

@@ -1,0 +1,44 @@
+r"""SGD with momentum.
+
+.. math::
+    b \leftarrow \mu b + (1 - \tau) g \quad (b = g \text{ at the first step}), \quad \theta \leftarrow \theta - \eta b
+
+References:
+    Sutskever et al., *On the importance of initialization and momentum in deep learning*, ICML 2013
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule
+
+
+class SGDRule(UpdateRule):
+    """SGD; ``nesterov`` and ``dampening`` (the tau above) as in torch. Without momentum there is no state."""
+
+    name: ClassVar[str] = "sgd"
+
+    def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
+        return (StateDef("momentum_buffer", signed=True),) if group["momentum"] else ()
+
+    def reference(self, layer: LayerStep) -> None:
+        group = layer.group
+        lr, momentum, weight_decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
+        nesterov = bool(group["nesterov"])
+
+        weight = 1.0 if layer.step == 1 else 1 - float(group["dampening"])
+        buffer = layer.begin("momentum_buffer", decay=momentum, weight=weight)
+        if buffer is not None:
+            for block, g in layer.gradients(weight_decay):
+                buffer.add(block, g)
+            buffer.settle()
+        for block, g in layer.gradients(weight_decay):
+            update = g
+            if buffer is not None:
+                b = buffer.read(block, g)
+                update = g.add(b, alpha=momentum) if nesterov else b
+            layer.apply(block, update, lr)
+        if buffer is not None:
+            buffer.commit()

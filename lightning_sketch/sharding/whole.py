@@ -1,0 +1,23 @@
+"""Whole parameters: a single process, and every replica under DDP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_sketch.sharding.base import Shard
+
+
+def shard_of(param: Tensor, fqn: str) -> Shard:
+    """The shard that `param` is.
+
+    Raises:
+        TypeError: `param` is a DTensor; sharded parameters are not supported.
+    """
+    # By name: importing torch.distributed.tensor costs half a second that a single process need not pay.
+    if any(cls.__name__ == "DTensor" for cls in type(param).__mro__):
+        raise TypeError(
+            f"{fqn} is a DTensor (FSDP2 or tensor parallel). lightning_sketch compresses whole parameters only: "
+            "use DDP, or keep this layer with a policy that does not match it"
+        )
+    shape = tuple(param.shape)
+    return Shard(global_shape=shape, row_offset=0, local_rows=shape[0] if shape else 1)
