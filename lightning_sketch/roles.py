@@ -13,8 +13,8 @@ from torch import nn
 Role = Literal["embedding", "softmax", "hidden", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
 
-#: Roles a user gives: FQN pattern -> role; or "last_linear" to take the model's last ``nn.Linear`` for the softmax layer
-#: if no other Linear has more outputs.
+#: Roles a user gives: FQN pattern -> role; or "last_linear": the model's last ``nn.Linear`` is the softmax layer, which
+#: is an error if another Linear has more outputs.
 RoleHints = Mapping[str, str] | Literal["last_linear"] | None
 
 # Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing, DDP ("module" in front only).

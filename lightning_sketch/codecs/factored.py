@@ -15,7 +15,7 @@ from lightning_sketch.sharding import Block
 
 @dataclass(frozen=True)
 class Factored(Codec):
-    r"""A rank-1 second moment :math:`\hat v_{ij} = r_i c_j / \bar c` from row means :math:`r` and column means :math:`c`.
+    r"""A rank-1 second moment :math:`\hat v_{ij} = r_i c_j / \bar c` of row means :math:`r`, column means :math:`c`.
 
     Dimension 0 is the rows; all others together are the columns, so a tensor ``[n, a, b]`` keeps ``n + a b`` numbers.
     Row and column means are linear in the dense state, so absent rows of a sparse gradient decay exactly as under dense

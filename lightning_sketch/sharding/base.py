@@ -44,7 +44,8 @@ class Shard:
 
     @property
     def row_numel(self) -> int:
-        return math.prod(self.row_shape)
+        numel: int = math.prod(self.row_shape)
+        return numel
 
     def as_rows(self, tensor: Tensor) -> Tensor:
         """View the local parameter (or a tensor shaped like it) as ``[local_rows, *row_shape]``."""

@@ -1,0 +1,37 @@
+"""Run a function on real gloo processes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(rank, world_size, *args)`` on `world_size` spawned processes joined by gloo.
+
+    Args:
+        function: a module-level function; what it returns must be loadable with ``weights_only=True``.
+
+    Returns:
+        what each rank returned, in rank order.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, args=(world_size, folder, function, args), nprocs=world_size, join=True)
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
+
+
+def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(rank, world_size, *args), Path(folder, f"{rank}.pt"))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
