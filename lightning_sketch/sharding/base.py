@@ -81,7 +81,7 @@ class Block:
 
     @property
     def size(self) -> int:
-        return self.span.stop - self.span.start
+        return int(self.span.stop) - int(self.span.start)
 
     def row_ids(self, device: torch.device) -> Tensor:
         """Global ids of the rows, int64 ``[k]``."""

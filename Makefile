@@ -1,0 +1,39 @@
+# Everything sets itself up in a virtual environment of its own; Python 3.11 or newer is all that is needed.
+#   make demo          train the same model twice, plain and compressed; table and picture in runs/demo/
+#   make test          the whole test suite
+#   make bench-quality the measurements behind docs/quality.md (hours on two cores; continues where it stopped)
+# `make TORCH=torch demo` takes the newest torch with CUDA instead of the CPU build of the tested version.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench-quality clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo/run.py
+
+# Two workers of one thread each: the tests are many and small.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench-quality: $(VENV)/.benchmark
+	$(BIN)/python -m benchmarks.sparse_lm --workers 2
+	$(BIN)/python -m benchmarks.tied_transformer --workers 2
+	$(BIN)/python -m benchmarks.make_tables
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install $(TORCH)
+	touch $@
+
+$(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
