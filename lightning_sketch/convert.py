@@ -22,7 +22,7 @@ from lightning_sketch.optimizer import (
     unwrap,
 )
 from lightning_sketch.plan import Plan, as_policy, make_plan
-from lightning_sketch.policy import Policy, Rule  # noqa: F401  (Rule: doctest)
+from lightning_sketch.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def compress(
         TypeError: the optimizer class is not supported, or a parameter is sharded.
         ValueError: the policy does not fit; nothing was changed.
 
+    >>> import torch
+    >>> from lightning_sketch import Policy, Rule, compress
     >>> model = torch.nn.Embedding(30_000, 16)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> policy = Policy([Rule(role="embedding", exp_avg="BFloat16", exp_avg_sq="RowWise")])

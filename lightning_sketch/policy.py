@@ -228,6 +228,25 @@ class Policy:
             raise ValueError(f"{path}: expected a mapping with the key 'rules', got {type(value).__name__}")
         return cls.from_dict(value)
 
+    @classmethod
+    def for_budget(
+        cls, model: nn.Module, optimizer: Any, budget: int | str, seed: int = 0, role_hints: RoleHints = None
+    ) -> Policy:
+        """The mildest policy whose optimizer states fit a number of bytes.
+
+        Tables are compressed first, from bfloat16 over count-sketches to a tenth of a number per row; hidden layers
+        only if that does not suffice.
+
+        Args:
+            budget: bytes, as a number or like ``"1.5GiB"``; for all states of `optimizer` together.
+
+        Raises:
+            ValueError: not a size, or nothing fits; says what the least is.
+        """
+        from lightning_sketch.budget import policy_for_budget  # budget needs plan, which needs Policy
+
+        return policy_for_budget(model, optimizer, budget, seed, role_hints)
+
 
 def default_policy() -> Policy:
     """What ``compress(optimizer, model)`` does: docs/quality.md has the measurements that led to it.

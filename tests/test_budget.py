@@ -1,0 +1,56 @@
+"""Policy.for_budget: the mildest policy that fits a number of bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_sketch import Policy, compress, plan, report
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Embedding(5_000, 16), nn.Linear(16, 64), nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.6, 0.3, 0.1, 0.05, 0.01])
+def test_the_plan_and_the_live_states_fit_the_budget(fraction):
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    dense = 8 * sum(p.numel() for p in model.parameters())
+    policy = Policy.for_budget(model, optimizer, int(dense * fraction))
+    compress(optimizer, model, policy)
+    model(torch.randint(0, 5_000, (4, 3))).square().sum().backward()
+    optimizer.step()
+    steps = 4 * len(list(model.parameters()))  # torch's own step counters are not part of a plan
+    assert report(optimizer).state - steps <= dense * fraction
+
+
+def test_a_smaller_budget_never_gives_a_larger_plan():
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    dense = 8 * sum(p.numel() for p in model.parameters())
+    sizes = [
+        plan(model, optimizer, Policy.for_budget(model, optimizer, int(dense * f))).bytes_after
+        for f in (1.0, 0.5, 0.2, 0.1, 0.02)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_impossible_budget_says_what_the_least_is():
+    model = _model()
+    with pytest.raises(ValueError, match=r"no policy fits 10 B: the smallest states are \d"):
+        Policy.for_budget(model, torch.optim.AdamW(model.parameters()), 10)
+
+
+def test_hidden_layers_alone():
+    model = nn.Linear(64, 64)
+    policy = Policy.for_budget(model, torch.optim.AdamW(model.parameters()), "20KiB")
+    assert policy.rules[0].role == "hidden"
+
+
+@pytest.mark.parametrize("size", ["much", "3 parsecs", "", "GiB"])
+def test_a_size_is_a_number_with_a_unit(size):
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="is not a size"):
+        Policy.for_budget(model, torch.optim.AdamW(model.parameters()), size)
