@@ -116,7 +116,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
         state: the compressed ``optimizer.state[param]``.
     """
     if not state:
-        return {}
+        return _fresh(layer, param, group)
     device = next((v.device for k, v in state.items() if isinstance(v, Tensor) and k != "step"), torch.device("cpu"))
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
@@ -152,13 +152,24 @@ def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = to
         raise ValueError("this state dict holds no compressed states; the plain optimizer can load it as it is")
     for group in groups:
         for key, record in zip(group["params"], group.pop(_RECORDS), strict=True):
-            if record is None or key not in state:
+            if record is None:
                 continue
             if record["version"] != FORMAT_VERSION:
                 raise ValueError(f"{record['fqn']}: format version {record['version']}, this is {FORMAT_VERSION}")
             layer = Layer.from_record(record)
-            state[key] = decode_layer(layer, torch.empty(layer.shape, dtype=dtype, device="meta"), group, state[key])
+            param = torch.empty(layer.shape, dtype=dtype, device="meta")
+            if dense := decode_layer(layer, param, group, state.get(key, {})):
+                state[key] = dense
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _fresh(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch allocates before the first step: nothing, except for Adagrad, which needs its sum from the start."""
+    if "sum" not in layer.codecs:
+        return {}
+    device = torch.device("cpu") if param.is_meta else param.device
+    total = torch.full(layer.shape, float(group["initial_accumulator_value"]), dtype=param.dtype, device=device)
+    return {"step": torch.zeros((), device=device if group.get("fused") else "cpu"), "sum": total}
 
 
 def _mismatch(saved: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from lightning_sketch.optimizer import (
 )
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
+from lightning_sketch.sharding import refuse_flattened
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def compress(
     if isinstance(inner, CompressedOptimizer):
         _reattach(inner, model, chosen if policy is not None else None, nonfinite)
         return optimizer
+    refuse_flattened(model)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
     _announce(made)
@@ -106,8 +108,8 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
     for group, layer, param in list(inner.compressed_layers()):
-        if param in inner.state:
-            inner.state[param] = decode_layer(layer, param, group, inner.state[param])
+        if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
+            inner.state[param] = dense
     for group in inner.param_groups:
         del group[RECORDS]
     del inner._compression
@@ -146,7 +148,10 @@ def _wrap_for_scheduler(optimizer: Optimizer) -> None:
 
 
 def _refresh_wrapper(optimizer: Any) -> None:
-    """A LightningOptimizer imitates the class of the optimizer inside, so that isinstance checks work."""
+    """Everything that a trainer's wrapper derived from the old class of the optimizer inside."""
+    if hasattr(optimizer, "_optimizer_original_step_method"):
+        optimizer.__setstate__({})  # an AcceleratedOptimizer with a GradScaler keeps bound steps; this binds them anew
+    # A LightningOptimizer imitates the class of the optimizer inside, so that isinstance checks work.
     own = next((cls for cls in type(optimizer).__mro__ if cls.__name__ == "LightningOptimizer"), None)
     if own is not None:
         inner = type(unwrap(optimizer))

@@ -157,6 +157,8 @@ class CompressedOptimizer(Optimizer):
                 "compress(optimizer, model, policy) again first"
             )
         params = param_group["params"]
+        if isinstance(params, set):
+            super().add_param_group(param_group)  # raises: a set has no order
         listed = [params] if isinstance(params, Tensor) else list(params)
         param_group["params"] = listed
         tensors = [p[1] if isinstance(p, tuple) else p for p in listed]
@@ -171,18 +173,28 @@ class CompressedOptimizer(Optimizer):
             ValueError: the checkpoint was written under another policy, seed, shape or format version, or is damaged.
                 Nothing was changed then.
         """
+        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = state_dict.copy()
+        for pre_hook in before.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         stock_dict, restored = checkpoint.prepare_load(self, state_dict)
-        # torch would cast our tensors to the parameter's dtype, so it gets none; post-hooks must see them all the same.
-        hooks = self._optimizer_load_state_dict_post_hooks
-        self._optimizer_load_state_dict_post_hooks = type(hooks)()
+        # torch would cast our tensors to the parameter's dtype, so it gets none; hooks must see them all the same.
+        self._optimizer_load_state_dict_pre_hooks = type(before)()
+        self._optimizer_load_state_dict_post_hooks = type(after)()
         try:
             super().load_state_dict(stock_dict)
         finally:
-            self._optimizer_load_state_dict_post_hooks = hooks
+            self._optimizer_load_state_dict_pre_hooks = before
+            self._optimizer_load_state_dict_post_hooks = after
         for param, tensors in restored:
             self.state[param] = tensors
-        for hook in hooks.values():
-            hook(self)
+        for post_hook in after.values():
+            post_hook(self)
+
+    def __repr__(self) -> str:
+        """torch's, without the records."""
+        return "\n".join(line for line in super().__repr__().split("\n") if not line.strip().startswith(RECORDS))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compression": self._compression}

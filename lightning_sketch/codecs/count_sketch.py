@@ -100,7 +100,7 @@ class _Sketch(CodecState):
 
     def insert(self, block: Block, x: Tensor, weight: float) -> None:
         if self.exact and isinstance(block.index, slice):
-            self.table[0, block.index].add_(x, alpha=weight)
+            self.table[0, self.own(block.index)].add_(x, alpha=weight)
             return
         buckets, signs = self.hashes(block)
         for level in range(self.depth):
@@ -109,7 +109,7 @@ class _Sketch(CodecState):
 
     def estimate(self, block: Block) -> Tensor:
         if self.exact and isinstance(block.index, slice):
-            exact: Tensor = self.table[0, block.index] * self["scale"]
+            exact: Tensor = self.table[0, self.own(block.index)] * self["scale"]
             return exact
         buckets, signs = self.hashes(block)
         if self.spec.signed and not self.exact:
@@ -121,6 +121,11 @@ class _Sketch(CodecState):
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
+
+    def own(self, rows: slice) -> slice:
+        """Contiguous local rows in an exact table, which has a place for every global row."""
+        offset = self.spec.shard.row_offset
+        return slice(rows.start + offset, rows.stop + offset)
 
     def hashes(self, block: Block) -> tuple[Tensor, Tensor]:
         """Buckets and signs of the block's rows, int64 and int8 ``[depth, k]``."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,10 @@ from torch.optim import Optimizer
 from lightning_sketch.convert import compress
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer import COMPRESSED, CompressedOptimizer, NonFinite, unwrap
-from lightning_sketch.plan import as_policy
+from lightning_sketch.plan import as_policy, plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.tables import human_bytes
-
-logger = logging.getLogger(__name__)
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 #: Strategies that hand the optimizer something other than whole parameters.
@@ -59,7 +56,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     Args:
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
-        log_memory: after the first step, log one line, and ``optimizer_state/...`` bytes to the trainer's loggers.
+        log_memory: print the plan before training and one line of bytes after the first step, where Lightning prints
+            such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
 
     Raises:
         TypeError, ValueError: from ``trainer.fit``, if the optimizer or the policy does not fit.
@@ -76,8 +74,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self.policy = Policy.from_yaml(policy) if isinstance(policy, str | Path) else as_policy(policy)
         self.nonfinite: NonFinite = nonfinite
         self.log_memory = log_memory
-        self._unpatch: Callable[[], None] = _nothing
+        self._patch: _Patch | None = None
         self._left_alone: list[Optimizer] = []
+        self._to_log = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Patch ``configure_optimizers`` for one call."""
@@ -89,25 +88,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 f"OptimizerStateCompression does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}"
             )
         self._unpatch()  # a fit that was killed may have left its patch
-        own = pl_module.__dict__.get("configure_optimizers")
-        original = pl_module.configure_optimizers
-
-        def unpatch() -> None:
-            if own is None:
-                pl_module.__dict__.pop("configure_optimizers", None)
-            else:
-                pl_module.configure_optimizers = own
-            self._unpatch = _nothing
-
-        @functools.wraps(original)  # Lightning looks through __wrapped__ to see whether a hook is overridden
-        def configure_optimizers() -> Any:
-            unpatch()
-            configured = original()
-            self._convert(configured, pl_module)
-            return configured
-
-        pl_module.configure_optimizers = configure_optimizers
-        self._unpatch = unpatch
+        self._patch = _Patch(pl_module, self._convert)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Verify that no optimizer trains uncompressed by accident."""
@@ -120,6 +101,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                     "OptimizerStateCompression could not convert it; return it from there, or call "
                     "lightning_sketch.compress on it yourself and remove the callback"
                 )
+            if self.log_memory and isinstance(optimizer, CompressedOptimizer):
+                _say(str(plan(pl_module, optimizer, self.policy)))
         self._to_log = self.log_memory
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
@@ -129,15 +112,12 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self._to_log = False
         reports = [report(optimizer) for optimizer in trainer.optimizers]
         state, dense = sum(r.state for r in reports), sum(r.dense_state for r in reports)
-        if trainer.is_global_zero:
-            logger.info(
-                "optimizer state: %s instead of %s (%.1fx less); step temporaries at most %s; process %s",
-                human_bytes(state),
-                human_bytes(dense),
-                dense / max(1, state),
-                human_bytes(max(r.transient for r in reports)),
-                human_bytes(reports[0].process_peak),
-            )
+        _say(
+            f"optimizer state: {human_bytes(state)} instead of {human_bytes(dense)}, "
+            f"{dense / max(1, state):.1f}x less; "
+            f"step temporaries at most {human_bytes(max(r.transient for r in reports))}; "
+            f"process at most {human_bytes(reports[0].process_peak)}"
+        )
         totals: dict[str, int] = {}
         for r in reports:
             for key, value in r.to_dict().items():
@@ -150,8 +130,14 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self._unpatch()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the module as it was."""
+        """Leave the module as it was, and keep no optimizer alive."""
         self._unpatch()
+        self._left_alone = []
+
+    def _unpatch(self) -> None:
+        if self._patch is not None:
+            self._patch.undo()
+        self._patch = None
 
     def _convert(self, configured: Any, pl_module: Any) -> None:
         layers = named_layers(pl_module, self.policy.role_hints)
@@ -177,5 +163,42 @@ def _optimizers_in(configured: Any) -> list[Any]:
     return [configured] if isinstance(configured, Optimizer) or is_wrapper else []
 
 
-def _nothing() -> None:
-    """No patch to undo."""
+class _Patch:
+    """Stands in for the ``configure_optimizers`` of one module, for one call.
+
+    Args:
+        pl_module: the module, patched at once.
+        convert: called with what ``configure_optimizers`` returned, and the module.
+    """
+
+    def __init__(self, pl_module: Any, convert: Callable[[Any, Any], None]) -> None:
+        self.pl_module, self.convert = pl_module, convert
+        self.own = pl_module.__dict__.get("configure_optimizers")  # LightningCLI sets one on the instance
+        self.__wrapped__ = pl_module.configure_optimizers  # Lightning looks here to see whether a hook is overridden
+        pl_module.configure_optimizers = self
+
+    def __call__(self) -> Any:
+        self.undo()
+        configured = self.__wrapped__()
+        self.convert(configured, self.pl_module)
+        return configured
+
+    def undo(self) -> None:
+        """Leave the module as it was."""
+        if self.pl_module.__dict__.get("configure_optimizers") is not self:
+            return
+        if self.own is None:
+            del self.pl_module.configure_optimizers
+        else:
+            self.pl_module.configure_optimizers = self.own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # WeightAveraging copies the module in its own setup: the copy gets its own method, bound to itself.
+        return copy.deepcopy(self.__wrapped__, memo)
+
+
+def _say(message: str) -> None:
+    """Print as Lightning prints "GPU available", on rank zero."""
+    from lightning_utilities.core.rank_zero import rank_zero_info  # here: without Lightning the error above is clearer
+
+    rank_zero_info(message)

@@ -58,6 +58,8 @@ class Shard:
             rows: local row ids, int64 ``[k]`` without duplicates; ``None`` for all rows in order.
         """
         total = self.local_rows if rows is None else rows.numel()
+        if self.row_numel == 0:
+            total = 0  # rows without elements: maxima and means over them do not exist
         size = max(1, BLOCK_NUMEL // max(1, self.row_numel))
         for start in range(0, total, size):
             span = slice(start, min(start + size, total))

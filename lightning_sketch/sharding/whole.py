@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sketch.sharding.base import Shard
 
@@ -21,3 +21,16 @@ def shard_of(param: Tensor, fqn: str) -> Shard:
         )
     shape = tuple(param.shape)
     return Shard(global_shape=shape, row_offset=0, local_rows=shape[0] if shape else 1)
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse a model under FSDP1, whose one-dimensional parameter shards cut rows and bear no mark of it.
+
+    Raises:
+        TypeError: `model` contains a ``FullyShardedDataParallel``.
+    """
+    if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
+        raise TypeError(
+            "the model is under FullyShardedDataParallel (FSDP1), which flattens parameters into one-dimensional "
+            "shards. lightning_sketch compresses whole parameters only: use DDP"
+        )

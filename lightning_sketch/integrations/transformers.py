@@ -1,0 +1,105 @@
+"""Hugging Face Trainer: ``Trainer(optimizer_cls_and_kwargs=compressed_optimizer(args, policy))``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sketch.convert import compress
+from lightning_sketch.optimizer import NonFinite
+from lightning_sketch.policy import Policy
+
+
+class CompressedOptimizerFactory:
+    """Makes the Trainer's optimizer and compresses it.
+
+    The Trainer instantiates whatever ``optimizer_cls_and_kwargs`` names that is not an Optimizer class, and calls it
+    with the model: the one entry that knows the parameters' names and roles, and comes before a checkpoint is restored.
+
+    >>> factory, kwargs = CompressedOptimizerFactory, {
+    ...     "optimizer_cls": torch.optim.AdamW,
+    ...     "policy": {"rules": [{"role": "embedding", "first_moment": "Drop", "second_moment": "RowWise"}]},
+    ...     "lr": 3e-4,
+    ...     "weight_decay": 0.01,
+    ... }  # Trainer(..., optimizer_cls_and_kwargs=(factory, kwargs)) then does
+    >>> optimizer = factory()(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 2)), **kwargs)
+    >>> type(optimizer).__name__, [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+    ('CompressedAdamW', [(2, 0.01), (1, 0.0)])
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+        policy: Policy | Mapping[str, Any] | str | Path | None = None,
+        nonfinite: NonFinite = "raise",
+        **kwargs: Any,
+    ) -> Optimizer:
+        """The compressed optimizer over the trainable parameters of `model`, in the Trainer's own two groups.
+
+        Args:
+            model: given by the Trainer.
+            lr: learning rate. ``TrainingArguments.learning_rate`` does not reach a factory; see `compressed_optimizer`.
+            optimizer_cls: a class that `compress` supports.
+            policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
+            nonfinite: see `lightning_sketch.compress`.
+            kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
+
+        Raises:
+            TypeError: the class is not supported, or the model is sharded.
+            ValueError: the policy does not fit.
+        """
+        chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy
+        optimizer = optimizer_cls(_groups(model, optimizer_cls), lr=lr, **kwargs)  # type: ignore[call-arg]
+        return compress(optimizer, model, chosen, nonfinite=nonfinite)
+
+
+def compressed_optimizer(
+    args: Any,
+    policy: Policy | Mapping[str, Any] | str | Path | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+) -> tuple[type[CompressedOptimizerFactory], dict[str, Any]]:
+    """The optimizer that the Trainer would make from its arguments, compressed.
+
+    >>> from transformers import TrainingArguments
+    >>> args = TrainingArguments("out", optim="adamw_torch", learning_rate=3e-4, weight_decay=0.01, use_cpu=True)
+    >>> factory, kwargs = compressed_optimizer(args)  # for Trainer(model, args, optimizer_cls_and_kwargs=...)
+    >>> kwargs["optimizer_cls"].__name__, kwargs["lr"], kwargs["weight_decay"]
+    ('AdamW', 0.0003, 0.01)
+
+    Args:
+        args: ``TrainingArguments``; their optim, optim_args, learning_rate, weight_decay and adam_* count.
+        policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
+        nonfinite: see `lightning_sketch.compress`.
+
+    Returns:
+        the value of the Trainer's ``optimizer_cls_and_kwargs``.
+    """
+    from transformers import Trainer  # slow to import, and loaded already where arguments exist
+
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite}
+    return CompressedOptimizerFactory, {**kwargs, "weight_decay": args.weight_decay, **ours}
+
+
+def _groups(model: nn.Module, optimizer_cls: type[Optimizer]) -> list[dict[str, Any]]:
+    """Parameter groups as ``Trainer.create_optimizer`` makes them, so that checkpoints fit with and without us."""
+    from transformers import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # a method that does not use self
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    # SparseAdam has no weight decay, and must not be given any by way of a group.
+    spared = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(optimizer_cls).parameters else {}
+    return [
+        {"params": [param for name, param in trainable if name in decayed]},
+        {"params": [param for name, param in trainable if name not in decayed], **spared},
+    ]
