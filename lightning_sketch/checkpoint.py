@@ -47,7 +47,7 @@ def prepare_load(
     for saved, live in zip(saved_groups, live_groups, strict=True):
         records = saved.get(_RECORDS) or [None] * len(saved["params"])
         for key, record, live_record, param in zip(
-            saved["params"], records, live[_RECORDS], live["params"], strict=True
+            saved["params"], records, optimizer._records(live), live["params"], strict=True
         ):
             state = stock_state.get(key)
             if live_record is None:
@@ -130,7 +130,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     if "exp_avg" in layer.codecs and "weight_decay" not in group:
         return {"step": int(state["step"])} | dense  # SparseAdam counts in a Python int
     on_device = bool(group.get("fused") or group.get("capturable"))
-    return {"step": state["step"].to(param.device if on_device and not param.is_meta else "cpu")} | dense
+    return {"step": state["step"].to(param.device if on_device and not param.is_meta else "cpu", copy=True)} | dense
 
 
 def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:

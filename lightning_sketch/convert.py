@@ -87,6 +87,8 @@ def compress(
                 state = inner.state.pop(param)
                 if _has_history(state):
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
+                elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
+                    inner.state[param] = x.layer.allocate(param, group)
     inner._compression = Compression(chosen, model_reference(model), nonfinite, errors)  # type: ignore[attr-defined]
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)

@@ -19,7 +19,7 @@ from lightning_sketch.gradient import RowGradient, row_gradient
 from lightning_sketch.layer import Layer
 from lightning_sketch.plan import make_plan
 from lightning_sketch.policy import Policy
-from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, UpdateRule
+from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
 from lightning_sketch.sharding import shard_of
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,28 @@ class CompressedOptimizer(Optimizer):
     def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
         """Every compressed layer as ``(group, layer, param)``."""
         for group in self.param_groups:
-            for record, param in zip(group[RECORDS], group["params"], strict=True):
+            for record, param in zip(self._records(group), group["params"], strict=True):
                 if record is not None:
                     yield group, self._layer(record), param
+
+    def _records(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """A live group's layer records. A group without any is decided now."""
+        # Lightning's BaseFinetuning, when it resumes, replaces param_groups by those of the (dense) checkpoint.
+        if RECORDS not in group:
+            group[RECORDS] = self._decide(group)
+        records: list[dict[str, Any] | None] = group[RECORDS]
+        return records
+
+    def _decide(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """What the policy says about a group, by position."""
+        model, policy = self._compression.model(), self._compression.policy
+        if model is None or policy is None:
+            raise RuntimeError(
+                "this optimizer no longer knows its model, so the policy cannot decide new parameters; call "
+                "compress(optimizer, model, policy) again first"
+            )
+        made = make_plan(model, [group], self.rule, policy)
+        return [x.layer.to_record() if x.layer.compressed else None for x in made.layers]
 
     def _layer(self, record: dict[str, Any]) -> Layer:
         # Parsing a record costs more than a small layer's step. The record is the truth; this remembers its meaning.
@@ -150,21 +169,15 @@ class CompressedOptimizer(Optimizer):
             RuntimeError: the model is gone (the optimizer was unpickled, or the model deleted).
             ValueError: a parameter is not the model's. Nothing was changed then.
         """
-        model, policy = self._compression.model(), self._compression.policy
-        if model is None or policy is None:
-            raise RuntimeError(
-                "this optimizer no longer knows its model, so the policy cannot decide new parameters; call "
-                "compress(optimizer, model, policy) again first"
-            )
         params = param_group["params"]
         if isinstance(params, set):
             super().add_param_group(param_group)  # raises: a set has no order
         listed = [params] if isinstance(params, Tensor) else list(params)
         param_group["params"] = listed
         tensors = [p[1] if isinstance(p, tuple) else p for p in listed]
-        made = make_plan(model, [{**self.defaults, **param_group, "params": tensors}], self.rule, policy)
+        records = self._decide({**self.defaults, **param_group, "params": tensors})
         super().add_param_group(param_group)
-        self.param_groups[-1][RECORDS] = [x.layer.to_record() if x.layer.compressed else None for x in made.groups[0]]
+        self.param_groups[-1][RECORDS] = records
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # DCP passes `state_dict` by name
         """Load a checkpoint of this optimizer, or of the same optimizer uncompressed, whose states are then encoded.
@@ -215,7 +228,7 @@ class CompressedAdamW(CompressedOptimizer, AdamW):
 class CompressedSparseAdam(CompressedOptimizer, SparseAdam):
     """``torch.optim.SparseAdam`` with compressed states."""
 
-    stock, rule = SparseAdam, AdamRule()
+    stock, rule = SparseAdam, SparseAdamRule()
 
 
 class CompressedAdagrad(CompressedOptimizer, Adagrad):

@@ -71,6 +71,9 @@ class Rule:
         for role in _listed(self.role):
             if role not in ROLES:
                 raise ValueError(f"Rule(role={role!r}): unknown role; roles are {', '.join(ROLES)}")
+        for selector in ("role", "name"):  # the same rule however it was written: YAML gives lists
+            if not isinstance(getattr(self, selector), str | None):
+                object.__setattr__(self, selector, tuple(getattr(self, selector)))
         for size in ("min_rows", "min_numel"):
             if getattr(self, size) < 0:
                 raise ValueError(f"Rule({size}={getattr(self, size)}): must be >= 0")

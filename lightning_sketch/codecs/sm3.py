@@ -143,9 +143,7 @@ def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def _max_to(x: Tensor, dim: int) -> Tensor:
-    """Maximum over all dimensions but `dim`: ``[x.shape[dim]]``; 0 of nothing."""
-    if x.numel() == 0:
-        return x.new_zeros(x.shape[dim])
+    """Maximum over all dimensions but `dim`: ``[x.shape[dim]]``."""
     others = [d for d in range(x.ndim) if d != dim]
     return x.amax(dim=others) if others else x
 

@@ -28,7 +28,10 @@ _REFUSED_STRATEGIES = {
 
 
 def _callback_bases() -> tuple[type, ...]:
-    """``Callback`` of each Lightning package in use, so that either Trainer and LightningCLI accept ours."""
+    """``Callback`` of each Lightning package in use: LightningCLI accepts subclasses of its own package's only.
+
+    In use means imported before this module. With both installed, importing the other one too would cost seconds.
+    """
     names = [name for name in _PACKAGES if name in sys.modules]
     if not names:
         names = [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0])][:1]
@@ -104,6 +107,20 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             if self.log_memory and isinstance(optimizer, CompressedOptimizer):
                 _say(str(plan(pl_module, optimizer, self.policy)))
         self._to_log = self.log_memory
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
+        for optimizer in map(unwrap, trainer.optimizers):
+            if isinstance(optimizer, CompressedOptimizer):
+                planned = plan(pl_module, optimizer, self.policy).layers
+                decided = {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
+                found = {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
+                wrong = [fqn for fqn in decided | found if decided.get(fqn) != found.get(fqn)]
+                if wrong:
+                    raise ValueError(
+                        f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
+                        "load it with the policy and seed it was written under"
+                    )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Log memory once, when the states exist."""

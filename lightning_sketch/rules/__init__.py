@@ -1,7 +1,7 @@
 """Update rules: the mathematics of each optimizer, written once over codec states."""
 
 from lightning_sketch.rules.adagrad import AdagradRule
-from lightning_sketch.rules.adam import AdamRule, AdamWRule
+from lightning_sketch.rules.adam import AdamRule, AdamWRule, SparseAdamRule
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, run
 from lightning_sketch.rules.rmsprop import RMSpropRule
 from lightning_sketch.rules.sgd import SGDRule
@@ -13,6 +13,7 @@ __all__ = [
     "LayerStep",
     "RMSpropRule",
     "SGDRule",
+    "SparseAdamRule",
     "StateDef",
     "UpdateRule",
     "run",

@@ -22,11 +22,13 @@ from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_m
 
 
 class AdamRule(UpdateRule):
-    """Adam; AdamW through the group's ``decoupled_weight_decay``; SparseAdam, which has no weight decay."""
+    """Adam; AdamW through the group's ``decoupled_weight_decay``."""
 
     name: ClassVar[str] = "adam"
     refused_flags: ClassVar[tuple[str, ...]] = (*UpdateRule.refused_flags, "amsgrad")
     decoupled: ClassVar[bool] = False
+    #: Whether eps is added before the bias correction of the second moment, as ``torch.optim.SparseAdam`` does.
+    early_eps: ClassVar[bool] = False
 
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
@@ -53,6 +55,8 @@ class AdamRule(UpdateRule):
 
         step_size = lr if exp_avg is None else lr / (1 - beta1**t)
         correction = (1 - beta2**t) ** 0.5
+        if self.early_eps:
+            eps /= correction
         for block, g in layer.gradients(coupled):
             m = g if exp_avg is None else exp_avg.read(block, g)
             v = exp_avg_sq.read(block, g.square())
@@ -68,3 +72,10 @@ class AdamWRule(AdamRule):
 
     name: ClassVar[str] = "adamw"
     decoupled: ClassVar[bool] = True
+
+
+class SparseAdamRule(AdamRule):
+    """SparseAdam: no weight decay, and the larger eps of the paper's more efficient form (its section 2)."""
+
+    name: ClassVar[str] = "sparse_adam"
+    early_eps: ClassVar[bool] = True
