@@ -113,12 +113,17 @@ def transient_bytes(layer: Layer, param: Tensor) -> int:
     Blocks of `BLOCK_NUMEL` elements and, for a sparse gradient, its coalesced copy with the hashes of its rows.
     """
     row = max(1, param.numel() // max(1, param.shape[0] if param.ndim else 1))
-    block = min(param.numel(), max(BLOCK_NUMEL, row)) * torch.empty((), dtype=compute_dtype(param)).element_size()
-    total = _LIVE_BLOCKS * block
+    numel = min(param.numel(), max(BLOCK_NUMEL, row))
+    # Row ids, buckets and signs: more than the values where rows are narrow.
+    depth = max((getattr(codec, "depth", 0) for codec in layer.codecs.values()), default=0)
+    hashes = 8 * (4 + 3 * depth)
+    blocks = _LIVE_BLOCKS + max(0, depth - 3)
+    total = blocks * numel * compute_dtype(param).itemsize + numel // row * hashes
     if param.grad is not None and param.grad.is_sparse:
-        total += 3 * _grad_bytes(param.grad)
+        total += 3 * _grad_bytes(param.grad) + param.grad._values().shape[0] * hashes
     elif param.grad is not None and layer.lazy:
-        total += 2 * param.grad.nbytes  # the mask of non-zero elements, and the touched rows
+        # the mask of non-zero elements, the touched rows and their hashes
+        total += 2 * param.grad.nbytes + param.numel() // row * hashes
     return total
 
 

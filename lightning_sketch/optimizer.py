@@ -139,6 +139,12 @@ class CompressedOptimizer(Optimizer):
             if param.grad is None:
                 continue
             self.rule.check(group, layer.fqn)
+            lacking = [state.name for state in self.rule.states(group) if state.name not in layer.codecs]
+            if lacking:
+                raise ValueError(
+                    f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
+                    "ask for; call decompress(optimizer) and compress it again"
+                )
             if tuple(param.shape) != layer.shape:
                 raise ValueError(
                     f"{layer.fqn} now has shape {list(param.shape)}, but its states were laid out for "

@@ -97,24 +97,22 @@ class _SM3(CodecState):
 
 
 class _SM3II(_SM3):
-    # The step's `nu` needs the accumulators of before the step, so they are replaced only in `commit`.
+    # The step's `nu` needs the accumulators of before the step, so those that blocks share are replaced in `commit`; a
+    # row belongs to one block, and to hold all new ones back would be a temporary that grows with the table.
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
-        self.new_rows: list[tuple[slice | Tensor, Tensor]] = []
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]
-        self.new_rows.append((block.index, _max_to(nu, 0)))
+        self.row[block.index] = _max_to(nu, 0) / self["scale"]
         for d, new in enumerate(self.new_others, start=1):
             torch.maximum(new, _max_to(nu, d), out=new)
         return nu
 
     def commit(self) -> None:
-        for index, value in self.new_rows:
-            self.row[index] = value / self["scale"]
         for accumulator, new in zip(self.others, self.new_others, strict=True):
             accumulator.copy_(new)
 

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -30,9 +30,10 @@ _REFUSED_STRATEGIES = {
 def _callback_bases() -> tuple[type, ...]:
     """``Callback`` of each Lightning package in use: LightningCLI accepts subclasses of its own package's only.
 
-    In use means imported before this module. With both installed, importing the other one too would cost seconds.
+    In use means imported before this module. Importing the other one, where both are installed, would redirect the log
+    of the first.
     """
-    names = [name for name in _PACKAGES if name in sys.modules]
+    names = [name for name in _PACKAGES if sys.modules.get(name)]
     if not names:
         names = [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0])][:1]
     if not names:
@@ -40,10 +41,8 @@ def _callback_bases() -> tuple[type, ...]:
     return tuple(importlib.import_module(name).Callback for name in names)
 
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback as _Callback
-else:
-    _Callback = type("_Callback", _callback_bases(), {})
+# No TYPE_CHECKING import of Callback: jsonargparse executes those, and either package may be missing.
+_Callback: Any = type("_Callback", _callback_bases(), {})
 
 
 class OptimizerStateCompression(_Callback):  # type: ignore[misc]

@@ -1,0 +1,72 @@
+"""Row means times column means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
+
+from lightning_sketch import Factored
+from lightning_sketch.codecs import allocate, encode
+from lightning_sketch.sharding import Shard
+
+SHAPES = pytest.mark.parametrize("shape", [(), (6,), (6, 4), (6, 1), (1, 6), (4, 3, 2)], ids=str)
+
+
+@SHAPES
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_equals_adafactor_in_plain_python(shape, decay):
+    driver = Driver(Factored(), make_spec(shape))
+    rows, columns = shape[0] if shape else 1, max(1, torch.Size(shape[1:]).numel())
+    dense = [[0.0] * columns for _ in range(rows)]
+    for _ in range(5):
+        x = torch.rand(shape or (1,))
+        for i, row in enumerate(x.reshape(rows, columns).tolist()):
+            for j, value in enumerate(row):
+                dense[i][j] = decay * dense[i][j] + 0.1 * value
+        found = driver.step(x, decay=decay, weight=0.1).reshape(rows, columns)
+        r = [sum(row) / columns for row in dense]
+        c = [sum(row[j] for row in dense) / rows for j in range(columns)]
+        mean = sum(c) / columns
+        expected = torch.tensor([[r[i] * c[j] / mean for j in range(columns)] for i in range(rows)])
+        torch.testing.assert_close(found, expected)
+
+
+@SHAPES
+def test_rank_one_states_are_exact(shape):
+    row = torch.rand(shape[0] if shape else 1)
+    dense = row.view(-1, *[1] * (max(1, len(shape)) - 1)) * (torch.rand(shape[1:]) + 0.1 if shape[1:] else 1.0)
+    driver = Driver(Factored(), make_spec(shape))
+    for _ in range(10):
+        torch.testing.assert_close(driver.step(dense, decay=0.5, weight=0.5), dense * (1 - 0.5**driver.steps))
+
+
+def test_absent_rows_decay_as_under_a_dense_gradient():
+    sparse, dense = Driver(Factored(), make_spec((30, 3))), Driver(Factored(), make_spec((30, 3)))
+    for rows, x in sparse_steps(30, 3, steps=10, touched=5):
+        found = sparse.ema(x.square(), rows)
+        torch.testing.assert_close(found, dense.ema(scattered(x.square(), rows, 30))[rows])
+    torch.testing.assert_close(sparse.state, dense.state)
+
+
+def test_nothing_yet_is_zero():
+    driver = Driver(Factored(), make_spec((4, 3)))
+    assert driver.ema(torch.zeros(4, 3)).tolist() == torch.zeros(4, 3).tolist()
+    assert driver.state.tolist() == torch.zeros(4, 3).tolist()
+
+
+def test_row_means_of_shards_concatenate_and_column_means_add_up():
+    dense = torch.rand(10, 3)
+    whole = encode(Factored(), make_spec((10, 3)), dense)
+    parts = [
+        encode(Factored(), make_spec((10, 3), shard=Shard((10, 3), start, size)), dense[start : start + size])
+        for start, size in [(0, 7), (7, 3)]
+    ]
+    torch.testing.assert_close(torch.cat([p["exp_avg_sq_row"] for p in parts]), whole["exp_avg_sq_row"])
+    torch.testing.assert_close(sum(p["exp_avg_sq_col"] for p in parts), whole["exp_avg_sq_col"])
+
+
+def test_the_state_is_rows_plus_columns():
+    tensors = allocate(Factored(), make_spec((100, 8, 4)))
+    assert tensors["exp_avg_sq_row"].shape == (100,)
+    assert tensors["exp_avg_sq_col"].shape == (8, 4)
