@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         torch.save(function(rank, world_size, *args), Path(folder, f"{rank}.pt"))
+        gc.collect()  # DDP reducers go first: if one is the last owner of the process group, gloo may deadlock
         dist.barrier()
     finally:
         dist.destroy_process_group()

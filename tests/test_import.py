@@ -47,7 +47,7 @@ def test_optional_packages_are_imported_when_asked_for_and_cuda_is_left_alone():
     assert done.returncode == 0, done.stderr
     imported, used, cuda, asked = done.stdout.splitlines()
     assert (imported, used, cuda) == ("imported", "used", "CUDA False")
-    assert asked.split()[:2] == ["asked", "lightning"]
+    assert "lightning" in asked.split()
 
 
 def test_unknown_names_are_attribute_errors():

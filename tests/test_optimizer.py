@@ -275,6 +275,19 @@ def test_a_rejected_group_changes_nothing(added, error, message):
     train(model, optimizer, [1])
 
 
+def test_an_added_group_is_decided_by_its_own_hyperparameters():
+    model = Growing()
+    optimizer = compress(RMSprop(model.table.parameters()), model, LOSSY)
+    optimizer.add_param_group({"params": model.late.table.parameters(), "momentum": 0.9})
+    train(model, optimizer, [0])
+    assert "momentum_buffer_table" in optimizer.state[model.late.table.weight]
+    assert "momentum_buffer_table" not in optimizer.state[model.table.weight]
+    with pytest.raises(ValueError, match=r"amsgrad=True is not supported for compressed layers, and late.table.weight"):
+        compress(Adam(model.table.parameters()), model, LOSSY).add_param_group(
+            {"params": model.late.table.parameters(), "amsgrad": True}
+        )
+
+
 def test_groups_that_a_trainer_replaces_are_decided_anew():
     """Lightning's BaseFinetuning, when it resumes, assigns param_groups of its own."""
     model = Growing()

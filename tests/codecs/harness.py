@@ -7,15 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Factored, Keep, RowWise, StateSpec, allocate, decode
+from lightning_sketch.codecs import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Factored,
+    Keep,
+    RowWise,
+    StateSpec,
+    allocate,
+    decode,
+)
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.sharding import Shard
 
 #: Every codec that stores anything, in each of its algorithms.
 STORING: tuple[Codec, ...] = (
     Keep(), BFloat16(), BFloat16(stochastic=False), CountSketch(width=5), CountSketch(width=5, lazy=True),
-    CountSketch(width=5, update="paper"), CountSketch(width=1000), SM3(), SM3(variant="I"), RowWise(), RowWise(lazy=True),
-    RowWise(compression=4), Factored(),
+    CountSketch(width=5, update="paper"), CountSketch(width=1000), SM3(), SM3(variant="I"), RowWise(),
+    RowWise(lazy=True), RowWise(compression=4), Factored(),
 )  # fmt: skip
 
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from tests.codecs.harness import STORING, Driver, make_spec, sparse_steps
 
-from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, RowWise
+from lightning_sketch import SM3, CountSketch, Drop, Factored, Keep, RowWise
 from lightning_sketch.codecs import allocate, codec_from, decode, encode, relative_error
 from lightning_sketch.codecs.base import key_of
 from lightning_sketch.sharding import base as sharding_base
+from tests.codecs.harness import STORING, Driver, make_spec, sparse_steps
 
 every_codec = pytest.mark.parametrize("codec", STORING, ids=repr)
 SHAPES = [(), (7,), (7, 1), (7, 5), (6, 4, 3), (5, 2, 3, 2), (0,), (0, 4), (3, 0), (1, 9)]

@@ -6,12 +6,12 @@ import struct
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec
 
 from lightning_sketch import BFloat16
 from lightning_sketch.codecs import decode, encode
 from lightning_sketch.codecs.bfloat16 import stochastic_round
 from lightning_sketch.sharding import Shard
+from tests.codecs.harness import Driver, make_spec
 
 SPECIAL = [float("inf"), -float("inf"), 0.0, 1.5, -2.0, 3.3895e38, -3.3895e38]
 

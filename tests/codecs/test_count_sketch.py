@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 from lightning_sketch import CountSketch
 from lightning_sketch.codecs import allocate, decode, encode, relative_error
 from lightning_sketch.kernels.reference import hash_rows
 from lightning_sketch.sharding import Shard
+from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 cases = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32)
@@ -20,7 +20,10 @@ SEEDS = st.integers(0, 2**32)
 @cases
 @given(rows=st.integers(1, 30), dim=st.integers(1, 5), extra=st.integers(0, 3), signed=st.booleans(), seed=SEEDS)
 def test_a_table_as_wide_as_the_parameter_is_the_dense_ema(rows, dim, extra, signed, seed):
-    driver, dense = Driver(CountSketch(width=rows + extra), make_spec((rows, dim), signed=signed)), torch.zeros(rows, dim)
+    driver, dense = (
+        Driver(CountSketch(width=rows + extra), make_spec((rows, dim), signed=signed)),
+        torch.zeros(rows, dim),
+    )
     for ids, x in sparse_steps(rows, dim, steps=6, touched=(rows + 1) // 2, seed=seed):
         x = x if signed else x.square()
         found = driver.ema(x, ids)
@@ -92,7 +95,9 @@ def test_the_error_falls_with_the_width(signed):
         runs = []
         for seed in range(5):
             spec = make_spec((300, 4), signed=signed, seed=seed * 1000)
-            runs.append(relative_error(CountSketch(width=width), spec, encode(CountSketch(width=width), spec, dense), dense))
+            runs.append(
+                relative_error(CountSketch(width=width), spec, encode(CountSketch(width=width), spec, dense), dense)
+            )
         errors.append(sum(runs) / len(runs))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0.0 < errors[-2] < errors[0] / 3

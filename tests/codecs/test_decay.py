@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec
 
 from lightning_sketch import SM3, CountSketch, Factored, RowWise
 from lightning_sketch.codecs.decay import MIN_SCALE, decayed
+from tests.codecs.harness import Driver, make_spec
 
 
 def test_the_scale_alone_decays_until_it_gets_small():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 from lightning_sketch import Factored
 from lightning_sketch.codecs import allocate, encode
 from lightning_sketch.sharding import Shard
+from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 SHAPES = pytest.mark.parametrize("shape", [(), (6,), (6, 4), (6, 1), (1, 6), (4, 3, 2)], ids=str)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec
 
 from lightning_sketch import Drop, Keep
 from lightning_sketch.codecs import allocate
+from tests.codecs.harness import Driver, make_spec
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (5, 3), (5, 3, 2)], ids=str)

@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec, sparse_steps
 
 from lightning_sketch import CountSketch
 from lightning_sketch.kernels.reference import hash_rows
+from tests.codecs.harness import Driver, make_spec, sparse_steps
 
 PAPER = CountSketch(width=2, depth=1, update="paper")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 from lightning_sketch import CountSketch, RowWise
 from lightning_sketch.codecs import allocate
+from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (8, 3), (8, 3, 2)], ids=str)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 from lightning_sketch import SM3
 from lightning_sketch.codecs import allocate
+from tests.codecs.harness import Driver, make_spec, scattered, sparse_steps
 
 cases = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -266,10 +268,22 @@ def test_a_module_may_be_fitted_twice(keep_optimizer):
 @pytest.mark.parametrize("loop", ["validate", "test"])
 def test_validate_and_test_do_nothing(loop):
     module = tiny(adamw)
+    patched = []
+    module.on_validation_start = module.on_test_start = lambda: patched.append("configure_optimizers" in vars(module))
     made = trainer(callbacks=[OptimizerStateCompression(POLICY)])
     getattr(made, loop)(module, batches(), verbose=False)
-    assert "configure_optimizers" not in vars(module)
+    assert patched == [False]
     assert made.optimizers == []
+
+
+def test_the_callback_keeps_no_model_alive():
+    callback = OptimizerStateCompression(POLICY)
+    module = tiny(lambda m: [torch.optim.Adamax(m.head.parameters()), AdamW(m.table.parameters())], manual=True)
+    fit(module, callbacks=[callback], compressed=False)
+    tensors = [weakref.ref(module), weakref.ref(module.head.weight)]
+    del module
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None, None]
 
 
 class _Swap(Callback):

@@ -42,7 +42,9 @@ def test_mix64_is_splitmix64_in_unsigned_python_integers(x, seed):
 
 
 @cases
-@given(ids=st.lists(INT64, min_size=1, max_size=20), seed=SEEDS, depth=st.integers(1, 5), width=st.integers(1, 2**31 - 1))
+@given(
+    ids=st.lists(INT64, min_size=1, max_size=20), seed=SEEDS, depth=st.integers(1, 5), width=st.integers(1, 2**31 - 1)
+)
 def test_buckets_are_in_range_and_signs_are_signs(ids, seed, depth, width):
     buckets, signs = hash_rows(torch.tensor(ids), seed, depth, width)
     assert buckets.shape == signs.shape == (depth, len(ids))
@@ -75,13 +77,18 @@ def test_layers_hash_independently():
 
 def test_neighbouring_seeds_do_not_share_hash_functions():
     """Depth d of one layer must not be depth d + 1 of another, for seeds made from names."""
-    used = {layer_seed(seed, f"layers.{i}.weight") + level for seed in range(3) for i in range(500) for level in range(8)}
+    used = {
+        layer_seed(seed, f"layers.{i}.weight") + level for seed in range(3) for i in range(500) for level in range(8)
+    }
     assert len(used) == 3 * 500 * 8
 
 
 def test_layer_seed_depends_on_the_seed_and_the_name_only():
     assert layer_seed(0, "a") == layer_seed(0, "a")
-    assert len({layer_seed(0, "a"), layer_seed(1, "a"), layer_seed(0, "b"), layer_seed(10, "a"), layer_seed(1, "0/a")}) == 5
+    assert (
+        len({layer_seed(0, "a"), layer_seed(1, "a"), layer_seed(0, "b"), layer_seed(10, "a"), layer_seed(1, "0/a")})
+        == 5
+    )
     assert 0 <= layer_seed(2**70, "x") < 2**63
 
 

@@ -6,15 +6,26 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import LAZY, WIDE, assert_equals_torch, assert_follows_float32, converted, everywhere, feed, gradients, sparse_gradients
 from torch.optim import Adagrad, Adam
 
 from lightning_sketch import SM3, CountSketch, Drop, Factored, Policy, RowWise, Rule
+from tests.rules.oracle import (
+    LAZY,
+    WIDE,
+    assert_equals_torch,
+    assert_follows_float32,
+    converted,
+    everywhere,
+    feed,
+    gradients,
+    sparse_gradients,
+)
 
 EXACT = [WIDE, LAZY, CountSketch(width=1000, update="paper")]
 OPTIONS = [
     {}, {"weight_decay": 0.1}, {"maximize": True}, {"lr_decay": 0.3}, {"initial_accumulator_value": 0.5},
-    {"lr": torch.tensor(0.05, dtype=torch.float64), "eps": 1e-3}, {"foreach": True, "weight_decay": 0.1, "lr_decay": 0.1},
+    {"lr": torch.tensor(0.05, dtype=torch.float64), "eps": 1e-3},
+    {"foreach": True, "weight_decay": 0.1, "lr_decay": 0.1},
 ]  # fmt: skip
 
 
@@ -40,13 +51,15 @@ def test_vectors_and_scalars_are_exact_under_any_second_moment(codec):
     assert_equals_torch(make, everywhere(second=codec), shapes=[(), (7,), (0,)])
 
 
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "lr_decay": 0.1, "initial_accumulator_value": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"maximize": True, "lr_decay": 0.1, "initial_accumulator_value": 0.5}], ids=str
+)
 @pytest.mark.parametrize("codec", EXACT, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equals_torch_on_sparse_gradients(codec, options, dtype):
     assert_equals_torch(
-        partial(Adagrad, lr=0.1, **options), everywhere(second=codec), dtype=dtype, shapes=[(30, 4), (9, 2, 3), (12, 1)],
-        grads=sparse_gradients, steps=25,
+        partial(Adagrad, lr=0.1, **options), everywhere(second=codec), dtype=dtype,
+        shapes=[(30, 4), (9, 2, 3), (12, 1)], grads=sparse_gradients, steps=25,
     )  # fmt: skip
 
 

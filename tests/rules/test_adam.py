@@ -6,10 +6,20 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import LAZY, SHAPES, WIDE, assert_equals_torch, assert_follows_float32, converted, everywhere, feed, sparse_gradients
 from torch.optim import Adam, AdamW, SparseAdam
 
 from lightning_sketch import SM3, CountSketch, Drop, Factored, RowWise
+from tests.rules.oracle import (
+    LAZY,
+    SHAPES,
+    WIDE,
+    assert_equals_torch,
+    assert_follows_float32,
+    converted,
+    everywhere,
+    feed,
+    sparse_gradients,
+)
 
 POLICIES = {
     "second": everywhere(second=WIDE),
@@ -20,7 +30,8 @@ POLICIES = {
 }
 OPTIONS = [
     {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}, {"betas": (0.0, 0.5), "eps": 1e-3},
-    {"betas": (0.95, 0.99), "lr": torch.tensor(0.02, dtype=torch.float64)}, {"foreach": True}, {"fused": True, "weight_decay": 0.1},
+    {"betas": (0.95, 0.99), "lr": torch.tensor(0.02, dtype=torch.float64)}, {"foreach": True},
+    {"fused": True, "weight_decay": 0.1},
 ]  # fmt: skip
 
 
@@ -82,7 +93,11 @@ def test_adam_takes_sparse_gradients_as_sparse_adam_does(cls):
 def test_decoupled_weight_decay_shrinks_touched_rows_only():
     model, optimizer = converted(partial(AdamW, lr=0.1, weight_decay=0.5), everywhere(Drop(), RowWise()))
     before = model.p0.detach().clone()
-    feed(model, optimizer, [torch.sparse_coo_tensor([[3, 7, 3]], torch.tensor([[1.0] * 3, [-1.0] * 3, [1.0] * 3]), (20, 3))])
+    feed(
+        model,
+        optimizer,
+        [torch.sparse_coo_tensor([[3, 7, 3]], torch.tensor([[1.0] * 3, [-1.0] * 3, [1.0] * 3]), (20, 3))],
+    )
     expected = before.clone()
     expected[[3, 7]] *= 1 - 0.1 * 0.5
     expected[3] -= 0.1

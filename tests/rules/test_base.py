@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import WIDE, Params, converted, everywhere, feed
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import CountSketch, Drop, RowWise, compress, kernels
@@ -14,6 +13,7 @@ from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules.base import LayerStep, safe_divide
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding import base as sharding_base
+from tests.rules.oracle import WIDE, Params, converted, everywhere, feed
 
 
 def test_safe_divide_is_zero_where_nothing_was_ever_seen():
@@ -126,5 +126,12 @@ def test_unused_parameters_are_left_alone(first):
 
 def _layer(param: torch.Tensor, gradient: RowGradient) -> LayerStep:
     return LayerStep(
-        param=param, gradient=gradient, states={}, momentum=None, momentum_beta=0.0, group={}, step=1, dtype=torch.float32
+        param=param,
+        gradient=gradient,
+        states={},
+        momentum=None,
+        momentum_beta=0.0,
+        group={},
+        step=1,
+        dtype=torch.float32,
     )

@@ -6,13 +6,27 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import LAZY, SHAPES, WIDE, assert_equals_torch, assert_follows_float32, converted, everywhere, feed, sparse_gradients
 from torch.optim import RMSprop
 
 from lightning_sketch import CountSketch, Drop, Policy, RowWise, Rule
+from tests.rules.oracle import (
+    LAZY,
+    SHAPES,
+    WIDE,
+    assert_equals_torch,
+    assert_follows_float32,
+    converted,
+    everywhere,
+    feed,
+    sparse_gradients,
+)
 
 KINDS = [{}, {"centered": True}, {"momentum": 0.9}, {"centered": True, "momentum": 0.9}]
-OPTIONS = [{}, {"weight_decay": 0.1, "maximize": True}, {"alpha": 0.5, "eps": 1e-3, "lr": torch.tensor(0.02, dtype=torch.float64)}]
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1, "maximize": True},
+    {"alpha": 0.5, "eps": 1e-3, "lr": torch.tensor(0.02, dtype=torch.float64)},
+]
 POLICIES = [everywhere(second=WIDE), everywhere(WIDE, WIDE), everywhere(LAZY, LAZY)]
 
 

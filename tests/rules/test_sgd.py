@@ -6,15 +6,26 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import LAZY, SHAPES, WIDE, assert_equals_torch, assert_follows_float32, converted, everywhere, feed, sparse_gradients
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightning_sketch import CountSketch, Drop
+from tests.rules.oracle import (
+    LAZY,
+    SHAPES,
+    WIDE,
+    assert_equals_torch,
+    assert_follows_float32,
+    converted,
+    everywhere,
+    feed,
+    sparse_gradients,
+)
 
 OPTIONS = [
     {}, {"dampening": 0.3}, {"nesterov": True}, {"weight_decay": 0.1}, {"nesterov": True, "weight_decay": 0.1},
-    {"maximize": True, "dampening": 0.9}, {"lr": torch.tensor(0.05, dtype=torch.float64)}, {"foreach": True}, {"fused": True},
+    {"maximize": True, "dampening": 0.9}, {"lr": torch.tensor(0.05, dtype=torch.float64)},
+    {"foreach": True}, {"fused": True},
 ]  # fmt: skip
 
 
@@ -38,7 +49,7 @@ def test_half_precision_parameters_lose_one_rounding_a_step(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"dampening": 0.5}], ids=str)
 def test_equals_torch_on_sparse_gradients_of_the_same_rows(options):
-    """torch's sparse buffer moves every row that was ever touched; with the same rows each time that is no difference."""
+    """torch's sparse buffer moves every row that was ever touched: no difference if those are the same each time."""
 
     def same_rows(model: nn.Module, step: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(step)

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from tests.rules.oracle import converted, everywhere, feed, sparse_gradients
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, SparseAdam
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, RowWise
+from tests.rules.oracle import converted, everywhere, feed, sparse_gradients
 
 OPTIMIZERS = {
     "Adam": partial(Adam, lr=0.01),
@@ -22,7 +22,8 @@ OPTIMIZERS = {
     "SGD nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True),
 }
 SKETCH = CountSketch(width=7, lazy=True)
-SECONDS = [SKETCH, RowWise(lazy=True), RowWise(compression=3, lazy=True), Keep(), BFloat16(), SM3(), SM3(variant="I"), Factored()]  # fmt: skip
+SECONDS = [SKETCH, RowWise(lazy=True), RowWise(compression=3, lazy=True), Keep(), BFloat16(), SM3(),
+           SM3(variant="I"), Factored()]  # fmt: skip
 FIRSTS = [SKETCH, Keep(), BFloat16()]
 LINEAR = [CountSketch(width=7), RowWise(), RowWise(compression=3), Factored()]
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
