@@ -121,10 +121,10 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
         spec = dataclasses.replace(layer.spec(name, param, group), device=device)
-        if isinstance(codec, Drop):
-            dense[name] = torch.zeros(param.shape, dtype=param.dtype, device=device)
-        else:
-            dense[name] = decode(codec, spec, dict(state)).view(param.shape)
+        dense[name] = torch.zeros_like(param, device=device)
+        if not isinstance(codec, Drop):
+            # With the parameter's strides (channels_last): torch's fused kernels walk their memory side by side.
+            dense[name].copy_(decode(codec, spec, dict(state)).view(param.shape))
     if "momentum_buffer" in layer.codecs and len(layer.codecs) == 1:
         return dense  # SGD counts no steps
     if "exp_avg" in layer.codecs and "weight_decay" not in group:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -193,6 +194,9 @@ def _has_history(state: Mapping[str, Any]) -> bool:
 
 
 def _announce(made: Plan) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+        return
     for state, names in made.dropped().items():
         # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
         logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(names))

@@ -111,6 +111,11 @@ class CompressedOptimizer(Optimizer):
         if RECORDS not in group:
             group[RECORDS] = self._decide(group)
         records: list[dict[str, Any] | None] = group[RECORDS]
+        if len(records) != len(group["params"]):
+            raise RuntimeError(
+                f"a group of {len(records)} parameters was compressed, and now holds {len(group['params'])}: something "
+                "replaced its parameters, as DeepSpeed does by flat partitions, which are not supported"
+            )
         return records
 
     def _decide(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:

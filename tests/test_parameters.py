@@ -89,6 +89,25 @@ def test_every_shape_has_a_momentum(name, shape):
     assert decompress(optimizer).state[model.w]["momentum_buffer"].shape == shape
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_decoded_states_lie_in_memory_as_their_parameter_does(fused):
+    """torch's fused kernels pair up memory, not indices."""
+    model = nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    policy = Policy([Rule(name="weight", **CODECS["exact"])])
+    optimizers = [Adam(m.parameters(), lr=0.1, fused=fused) for m in (model, plain)]
+    for m, optimizer in zip((model, plain), optimizers, strict=True):
+        for step in range(6):
+            if m is model and step in (2, 4):
+                (compress(optimizer, m, policy) if step == 2 else decompress(optimizer))
+            optimizer.zero_grad()
+            m(torch.ones(1, 8, 3, 3) * step).square().sum().backward()
+            optimizer.step()
+    state, stock = (o.state[m.weight] for m, o in zip((model, plain), optimizers, strict=True))
+    assert state["exp_avg"].stride() == stock["exp_avg"].stride() != (72, 9, 3, 1)
+    torch.testing.assert_close(model.weight, plain.weight, rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_parameter_is_left_alone():
     model = Tiny()
     model.table.weight.requires_grad_(False)

@@ -62,6 +62,9 @@ class CodecState(ABC):
     ``decay = beta, weight = 1 - beta``, Adagrad's sum ``1, 1``, a momentum buffer ``momentum, 1 - dampening``.
     """
 
+    #: Whether an estimate may hold what belongs to other rows.
+    mixes_rows: bool = False
+
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
         self.tensors = tensors

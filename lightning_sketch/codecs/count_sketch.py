@@ -140,6 +140,10 @@ class _Sketch(CodecState):
 
 
 class _LinearSketch(_Sketch):
+    def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
+        super().__init__(codec, spec, tensors)
+        self.mixes_rows = not self.exact
+
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         if self.codec.lazy and rows is not None:

@@ -89,7 +89,6 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             raise ValueError(
                 f"OptimizerStateCompression does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}"
             )
-        self._unpatch()  # a fit that was killed may have left its patch
         self._patch = _Patch(pl_module, self._convert)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

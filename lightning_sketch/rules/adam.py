@@ -18,7 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
+from lightning_sketch.rules.base import (
+    LayerStep,
+    StateDef,
+    UpdateRule,
+    begin_momentum,
+    bounded_first_moment,
+    precondition,
+    safe_divide,
+)
 
 
 class AdamRule(UpdateRule):
@@ -60,6 +68,8 @@ class AdamRule(UpdateRule):
         for block, g in layer.gradients(coupled):
             m = g if exp_avg is None else exp_avg.read(block, g)
             v = exp_avg_sq.read(block, g.square())
+            if exp_avg is not None and exp_avg.mixes_rows:
+                m = bounded_first_moment(m, v, beta1, beta2)
             update = safe_divide(m, v.sqrt().div_(correction).add_(eps), v)
             layer.apply(block, precondition(layer, block, update), step_size, shrink)
         if exp_avg is not None:

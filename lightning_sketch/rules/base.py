@@ -125,6 +125,23 @@ def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -
     return (numerator / denominator).masked_fill_(second_moment == 0, 0.0)
 
 
+def bounded_first_moment(m: Tensor, v: Tensor, beta1: float, beta2: float) -> Tensor:
+    r"""Clamp a sketched first moment to what the second moment allows.
+
+    Two EMAs of the same gradients obey :math:`|m| \le \sqrt v (1-\beta_1) / \sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}`
+    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults. A rare row that collides with a frequent one holds the
+    other's `m`, and its own small `v` would turn that into a huge update.
+
+    Args:
+        m: ``[k, ...]``.
+        v: broadcastable to `m`.
+    """
+    if beta1**2 >= beta2:
+        return m  # no bound exists
+    bound = v.sqrt().mul_((1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5)
+    return m.clamp(-bound, bound)
+
+
 def precondition(layer: LayerStep, block: Block, update: Tensor) -> Tensor:
     """Apply SM3's momentum, an EMA of the preconditioned gradient, to a block of updates."""
     if layer.momentum is None:
