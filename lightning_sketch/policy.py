@@ -74,6 +74,9 @@ class Rule:
         for selector in ("role", "name"):  # the same rule however it was written: YAML gives lists
             if not isinstance(getattr(self, selector), str | None):
                 object.__setattr__(self, selector, tuple(getattr(self, selector)))
+            value = getattr(self, selector)
+            if value in ("", ()):
+                raise ValueError(f"Rule({selector}={value!r}): empty; leave it out to match any {selector}")
         for size in ("min_rows", "min_numel"):
             if getattr(self, size) < 0:
                 raise ValueError(f"Rule({size}={getattr(self, size)}): must be >= 0")
@@ -166,6 +169,8 @@ class Policy:
         object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _rule_from(r) for r in rules))
         object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "role_hints", role_hints)
+        if not (role_hints is None or role_hints == "last_linear" or isinstance(role_hints, Mapping)):
+            raise ValueError(f"role_hints={role_hints!r}: must map name patterns to roles, or be 'last_linear'")
         if not self.rules:
             raise ValueError("a policy needs at least one rule; to compress nothing, do not call compress")
         defaults = [i for i, rule in enumerate(self.rules, start=1) if rule.is_default]

@@ -130,6 +130,12 @@ def test_a_model_without_parameters():
         (lambda: Policy([Rule(), Rule()]), r"rules \[1, 2\] have no selector: each claims to be the default"),
         (lambda: Policy([Rule(), Rule(role="other")]), "rule 1 has no selector and takes every layer; it must be"),
         (lambda: Rule(role="embeddings"), r"Rule\(role='embeddings'\): unknown role; roles are embedding, softmax"),
+        (lambda: Rule(role=[]), r"Rule\(role=\(\)\): empty; leave it out to match any role"),
+        (lambda: Rule(name=""), r"Rule\(name=''\): empty; leave it out to match any name"),
+        (
+            lambda: Policy([Rule()], role_hints="first"),
+            r"role_hints='first': must map name patterns to roles, or be 'l",
+        ),
         (lambda: Rule(min_rows=-1), r"Rule\(min_rows=-1\): must be >= 0"),
         (lambda: Rule(min_numel=-1), r"Rule\(min_numel=-1\): must be >= 0"),
         (lambda: Rule(exp_avg="Sketch"), "unknown codec 'Sketch'; known are Keep, BFloat16, Drop, CountSketch, SM3, "),

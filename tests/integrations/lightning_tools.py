@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch
@@ -22,8 +22,6 @@ ROWS, DIM = 40, 8
 
 class _Tiny:
     """A table and a dense head. `configure` is what the user would write in ``configure_optimizers``."""
-
-    configured: Any = None
 
     def __init__(self, configure: Callable[[Any], Any], *, sparse: bool = False, manual: bool = False) -> None:
         super().__init__()
@@ -100,9 +98,7 @@ def trainer(package: str = PACKAGES[0], **options: Any) -> Any:
     return importlib.import_module(package).Trainer(**quiet | defaults | options)
 
 
-def fit(
-    module: Any, data: Iterable[Any] | None = None, *, compressed: bool = True, ckpt_path: Any = None, **options: Any
-) -> Any:
+def fit(module: Any, data: Any = None, *, compressed: bool = True, ckpt_path: Any = None, **options: Any) -> Any:
     """Train `module`, with ``OptimizerStateCompression(POLICY)`` unless `compressed` is False; return the trainer."""
     package = PACKAGES[0] if isinstance(module, lightning.pytorch.LightningModule) else PACKAGES[1]
     callbacks = list(options.pop("callbacks", []))
