@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lightning_sketch import BFloat16, CountSketch, Policy, RowWise, Rule, compress, decompress, report
+from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, decompress, report
 from tests.tiny import ADAMW, CASES, CODECS, EXACTLY, FOR_SGD, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
 TOKENS = torch.tensor([[1, 2, 2], [5, 2, 7]])
@@ -249,3 +249,29 @@ def test_an_unused_sparse_gradient_changes_no_row():
     optimizer.step()
     assert torch.equal(model.weight, before)
     assert optimizer.state[model.weight]["step"] == 1
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_rows_of_zeros_in_a_dense_gradient_are_absent_to_a_lazy_layer(lazy):
+    model = nn.Embedding(20, 4)
+    codec = CountSketch(width=100, lazy=lazy)
+    policy = Policy([Rule(first_moment=codec, second_moment=codec)])
+    optimizer = compress(Adam(model.parameters(), lr=0.1), model, policy)
+    model.weight.grad = torch.ones(20, 4)
+    optimizer.step()
+    before = model.weight.detach().clone()
+    model.weight.grad[3:] = 0
+    optimizer.step()
+    assert torch.equal(model.weight[3:], before[3:]) == lazy
+    assert (model.weight[:3] != before[:3]).all()
+
+
+def test_the_momentum_of_sm3_averages_its_updates():
+    moved = []
+    for momentum in (0.0, 0.75):
+        model = nn.Linear(4, 3, bias=False)
+        before = model.weight.detach().clone()
+        policy = Policy([Rule(first_moment="Drop", second_moment=SM3(momentum=momentum))])
+        train(model, compress(Adam(model.parameters(), lr=0.1), model, policy), [0])
+        moved.append(model.weight - before)
+    torch.testing.assert_close(moved[1], moved[0] / 4, rtol=1e-4, atol=1e-6)
