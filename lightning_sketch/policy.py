@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from lightning_sketch.codecs import BFloat16, Codec, CountSketch, Drop, Keep, codec_from
-from lightning_sketch.roles import ROLES, NamedLayer, RoleHints, matches_name
+from lightning_sketch.roles import ROLES, NamedLayer, RoleHints, check_pattern, matches_name
 
 FIRST, SECOND = "first_moment", "second_moment"
 #: Names under which a rule gives codecs: torch's state names, and the two kinds of moment for all optimizers at once.
@@ -77,7 +77,11 @@ class Rule:
             value = getattr(self, selector)
             if value in ("", ()):
                 raise ValueError(f"Rule({selector}={value!r}): empty; leave it out to match any {selector}")
+        for pattern in _listed(self.name):
+            check_pattern(pattern)
         for size in ("min_rows", "min_numel"):
+            if not isinstance(getattr(self, size), int):
+                raise ValueError(f"Rule({size}={getattr(self, size)!r}): must be a whole number")
             if getattr(self, size) < 0:
                 raise ValueError(f"Rule({size}={getattr(self, size)}): must be >= 0")
         for state in STATE_NAMES:
@@ -224,8 +228,10 @@ class Policy:
             ValueError: unknown keys or values.
         """
         unknown = set(value) - {"rules", "seed", "role_hints"}
-        if unknown or "rules" not in value:
-            raise ValueError(f"a policy has the keys rules, seed, role_hints; got {sorted(value)}")
+        if unknown or not isinstance(value.get("rules"), Sequence) or isinstance(value["rules"], str):
+            raise ValueError(
+                f"a policy has the keys rules (a list), seed and role_hints; got {sorted(map(str, value))}"
+            )
         return cls(value["rules"], value.get("seed", 0), value.get("role_hints"))
 
     @classmethod

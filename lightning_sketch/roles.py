@@ -66,6 +66,14 @@ def matches_name(pattern: str, fqn: str) -> bool:
     return fnmatch.fnmatchcase(fqn, pattern)
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError if a ``re:`` pattern is not a regular expression."""
+    try:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"name={pattern!r} is not a regular expression: {error}") from None
+
+
 def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, NamedLayer]:
     """All parameters of `model` with their roles, by ``id(param)``, in ``named_parameters()`` order.
 

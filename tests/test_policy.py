@@ -143,7 +143,13 @@ def test_a_model_without_parameters():
         (lambda: Rule(exp_avg_sq={"codec": "RowWise", "width": 3}), "codec RowWise: .*unexpected keyword argument"),
         (lambda: Rule(exp_avg_sq={"codec": "CountSketch", "depth": 0}), r"CountSketch\(depth=0\): must be >= 1"),
         (lambda: Policy([{"role": "other", "exp_avg_square": "SM3"}]), "a policy rule has no exp_avg_square; it has "),
-        (lambda: Policy.from_dict({"rule": []}), r"a policy has the keys rules, seed, role_hints; got \['rule'\]"),
+        (
+            lambda: Policy.from_dict({"rule": []}),
+            r"a policy has the keys rules \(a list\), seed and role_hints; got \['rule'\]",
+        ),
+        (lambda: Policy.from_dict({"rules": None}), r"a policy has the keys rules \(a list\)"),
+        (lambda: Rule(name="re:("), r"name='re:\(' is not a regular expression: "),
+        (lambda: Rule(min_rows="10"), r"Rule\(min_rows='10'\): must be a whole number"),
         (lambda: Policy.from_dict({"rules": [{}], "sed": 1}), r"got \['rules', 'sed'\]"),
     ],
 )

@@ -164,16 +164,20 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor) -> dict[str, Any]:
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
     """
-    empty = dataclasses.replace(spec, fill=0.0)
-    tensors = allocate(codec, empty)
-    state = codec.bind(empty, tensors)
+    tensors = allocate(codec, spec)
+    state = codec.bind(spec, tensors)
     rows = spec.shard.as_rows(dense)
+
+    def values(block: Block) -> Tensor:
+        # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
+        return rows[block.index].to(spec.dtype) - spec.fill if spec.fill else rows[block.index].to(spec.dtype)
+
     state.begin(decay=1.0, weight=1.0, step=1, rows=None)
     for block in spec.shard.blocks():
-        state.add(block, rows[block.index].to(spec.dtype))
+        state.add(block, values(block))
     state.settle()
     for block in spec.shard.blocks():
-        state.read(block, rows[block.index].to(spec.dtype))
+        state.read(block, values(block))
     state.commit()
     return tensors
 

@@ -27,7 +27,8 @@ class CountSketch(Codec):
     :math:`T \leftarrow \beta T + (1-\beta) S(x)`. Rows that are absent from a sparse gradient decay too, as they would
     under dense gradients, in constant time: the table is stored divided by one scalar. ``update="paper"`` is the rule
     of the paper's Algorithms 2 to 4: query, then add :math:`\Delta = (1-\beta)(x - \hat{s})` to every depth. It decays
-    touched rows only, and its buckets drift; it is here for reproduction.
+    touched rows only, and its buckets drift; it is here for reproduction. Rows go in order, in blocks that query before
+    they add.
 
     A table at least as wide as the parameter has rows stores every row exactly, at depth 1, without hashing.
 
@@ -75,6 +76,8 @@ class CountSketch(Codec):
     def table_shape(self, rows: int) -> tuple[int, int]:
         """``(depth, width)`` of the table for a parameter of `rows` rows."""
         width = self.width or math.ceil(rows / (self.compression * self.depth))
+        if width >= 1 << 31:
+            raise ValueError(f"CountSketch: {rows} rows at compression {self.compression} need a width below 2**31")
         return (1, rows) if width >= rows else (self.depth, width)
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

@@ -149,3 +149,11 @@ def test_keys_begin_with_torchs_state_name():
 
 def _tables(tensors):
     return [t for t in tensors.values() if isinstance(t, torch.Tensor)]
+
+
+def test_rows_that_share_a_bucket_do_not_add_up_the_initial_value():
+    spec = make_spec((40, 3), fill=0.5)
+    dense = torch.full((40, 3), 0.5)  # nothing happened yet
+    for codec in (CountSketch(compression=10), RowWise(), RowWise(compression=10), Factored(), SM3()):
+        tensors = encode(codec, spec, dense)
+        torch.testing.assert_close(decode(codec, spec, tensors), dense)
