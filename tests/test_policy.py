@@ -62,7 +62,7 @@ MLP = {"mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias"}
         ({"match": lambda fqn, module, param: isinstance(module, nn.Linear) and fqn[0] == "h"}, {"head.weight"}),
         ({}, TABLES | MLP | {"head.weight"}),
     ],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)) or "nothing",
 )
 def test_a_rule_takes_the_layers_that_all_its_selectors_match(selectors, expected):
     assert set(matched(Rule(**selectors, second_moment=RowWise()))) == expected
