@@ -158,9 +158,7 @@ class CompressedOptimizer(Optimizer):
             found.append((group, layer, param, row_gradient(param.grad, shard_of(param, layer.fqn), layer.fqn)))
         if self._compression.nonfinite == "propagate" or not found:
             return found
-        # The largest magnitude is NaN or inf if any element is; it needs no temporary. One synchronisation for all.
-        largest = [_largest(gradient.values) for *_, gradient in found]
-        finite = torch.stack([x.to(largest[0].device) for x in largest]).isfinite().tolist()
+        finite = _finite([gradient.values for *_, gradient in found])
         bad = [layer.fqn for (_, layer, _, _), ok in zip(found, finite, strict=True) if not ok]
         if bad and self._compression.nonfinite == "raise":
             raise FloatingPointError(
@@ -313,9 +311,10 @@ def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
-def _largest(values: Tensor) -> Tensor:
-    """Largest magnitude as a float32 0-d tensor; 0 for an empty tensor."""
-    if values.numel() == 0:
-        return torch.zeros((), device=values.device)
-    largest: Tensor = torch.linalg.vector_norm(values, ord=float("inf"))
-    return largest.float()
+def _finite(tensors: list[Tensor]) -> list[bool]:
+    """Whether all elements of each tensor are finite, with one synchronisation if they are."""
+    # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
+    # not finite may just have overflowed, so then look closer.
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
+    return [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]

@@ -106,9 +106,10 @@ class _Sketch(CodecState):
             self.table[0, self.own(block.index)].add_(x, alpha=weight)
             return
         buckets, signs = self.hashes(block)
+        x = x * weight  # once; index_add_ is three times slower with an alpha
         for level in range(self.depth):
             signed = x * over_rows(signs[level], x.ndim) if self.spec.signed and not self.exact else x
-            segment_add(self.table[level], buckets[level], signed, weight)
+            segment_add(self.table[level], buckets[level], signed)
 
     def estimate(self, block: Block) -> Tensor:
         if self.exact and isinstance(block.index, slice):

@@ -56,8 +56,8 @@ def hash_rows(row_ids: Tensor, seed: int, depth: int, width: int) -> tuple[Tenso
     return buckets, signs
 
 
-def segment_add(table: Tensor, buckets: Tensor, values: Tensor, weight: float) -> None:
-    """``table[buckets[i]] += weight * values[i]``, in the same order on every replica.
+def segment_add(table: Tensor, buckets: Tensor, values: Tensor) -> None:
+    """``table[buckets[i]] += values[i]``, in the same order on every replica.
 
     Args:
         table: ``[width, ...]`` (modified in place).
@@ -66,9 +66,9 @@ def segment_add(table: Tensor, buckets: Tensor, values: Tensor, weight: float) -
     """
     if table.is_cuda:
         # index_add_ is atomic on CUDA, so DDP replicas would drift apart; an accumulating index_put_ sorts first.
-        table.index_put_((buckets,), values * weight, accumulate=True)
+        table.index_put_((buckets,), values, accumulate=True)
     else:
-        table.index_add_(0, buckets, values, alpha=weight)
+        table.index_add_(0, buckets, values)
 
 
 def gather_min(table: Tensor, buckets: Tensor) -> Tensor:

@@ -80,7 +80,12 @@ def test_nbytes_is_what_is_allocated(codec, shape):
 
 
 def test_nbytes_allocates_nothing():
-    assert CountSketch(compression=20, depth=1).nbytes(make_spec((10**12, 100))) == 10**12 * 100 * 4 // 20
+    assert CountSketch(compression=20, depth=1).nbytes(make_spec((10**10, 1000))) == 10**10 * 1000 * 4 // 20
+
+
+def test_a_width_that_no_hash_reaches_is_refused():
+    with pytest.raises(ValueError, match=r"1000000000000 rows at compression 20 need a width below 2\*\*31"):
+        CountSketch(compression=20, depth=1).nbytes(make_spec((10**12, 100)))
 
 
 @every_codec

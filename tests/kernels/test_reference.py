@@ -123,7 +123,7 @@ def test_segment_add_sums_duplicates(tail):
     expected = table.clone()
     for bucket, value in zip(buckets.tolist(), values, strict=True):
         expected[bucket] += 0.5 * value
-    segment_add(table, buckets, values, 0.5)
+    segment_add(table, buckets, 0.5 * values)
     torch.testing.assert_close(table, expected)
 
 

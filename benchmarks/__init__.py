@@ -1,0 +1,1 @@
+"""Benchmarks: scripts with fixed seeds that write JSON; see README.md."""

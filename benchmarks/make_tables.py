@@ -1,0 +1,195 @@
+"""The tables and plots of docs/quality.md, from ``results/*.json``.
+
+    python -m benchmarks.make_tables
+
+Text between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` is replaced; the rest of the page is
+written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.summary import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "quality.md"
+Rows = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, make in {
+        "sparse_lm": sparse_table,
+        "sparse_lm_marks": marks_table,
+        "tied_transformer": tied_table,
+    }.items():
+        source = RESULTS / f"{name.removesuffix('_marks')}.json"
+        if source.exists():
+            text = _replace(text, name, make(json.loads(source.read_text())["methods"]))
+    PAGE.write_text(text)
+    for name, title in {
+        "sparse_lm": "Language model, two sparse tables of 109,213 words",
+        "tied_transformer": "Transformer, tied table of 20,001 words",
+    }.items():
+        source = RESULTS / f"{name}.json"
+        if source.exists():
+            plot(json.loads(source.read_text())["methods"], title, DOCS / "img" / f"quality_{name}.png")
+
+
+def sparse_table(rows: Rows) -> str:
+    """Every method at its own learning rate and eps; the exact optimizer also at the default eps."""
+    exact = rows["adam"]
+    lines = [
+        "| optimizer of both tables | state | test perplexity (range over 3 seeds) | against exact "
+        "| against exact, beta1 = 0 | lr | eps | valid | valid, default eps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    entries = [(row["label"], row, "best") for row in rows.values()]
+    entries.insert(1, (exact["label"] + ", default eps", exact, "default_eps"))
+    for label, row, at in entries:
+        chosen = row[at]
+        lines.append(
+            f"| {label} | {share(row, exact)} | {perplexity(chosen)} | {against(chosen, exact['best'])} "
+            f"| {against(chosen, rows['adam_b0']['best'])} | {chosen['lr']:g} | {chosen['eps']:.0e} "
+            f"| {chosen['valid']:.1f} | {row['default_eps']['valid']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def marks_table(rows: Rows) -> str:
+    """The marks set before the runs, and what came out."""
+    tuned, default = rows["adam"]["best"], rows["adam"]["default_eps"]
+    marks = [
+        ("CountSketch 20x no worse than exact, tuned", "cs20", tuned, 1.0),
+        ("CountSketch 20x at least 2 % better than exact at the default eps", "cs20", default, 0.98),
+        ("RowWise 10x within 1 % of exact, tuned", "rw_10", tuned, 1.01),
+        ("RowWise 10x at least 2 % better than exact at the default eps", "rw_10", default, 0.98),
+        ("RowWise 100x no worse than exact at the default eps", "rw_100", default, 1.0),
+        ("RowWise within 1.5 % of exact at the default eps", "rw", default, 1.015),
+    ]
+    lines = ["| mark | measured, mean (range over seeds) | met |", "|---|---|---|"]
+    for text, method, reference, most in marks:
+        if method in rows and rows[method]["best"]["test"] and reference["test"]:
+            ratios = paired(rows[method]["best"], reference)
+            lines.append(f"| {text} | {percent(ratios)} | {'yes' if mean(ratios) <= most else '**no**'} |")
+    return "\n".join(lines)
+
+
+def tied_table(rows: Rows) -> str:
+    """Every method at its own learning rate."""
+    exact = rows["adamw"]
+    lines = [
+        "| what is compressed | state | valid perplexity, 1 seed | test perplexity (range over seeds) "
+        "| against exact | lr |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        best = row["best"]
+        lines.append(
+            f"| {row['label']} | {share(row, exact)} | {best['valid']:.1f} | {perplexity(best)} "
+            f"| {against(best, exact['best'])} | {best['lr']:g} |"
+        )
+    return "\n".join(lines)
+
+
+def cost_table(rows: Rows) -> str:
+    """Time and temporaries of one step of both tables."""
+    lines = ["| optimizer of both tables | ms | against SparseAdam | temporaries |", "|---|---|---|---|"]
+    for row in rows.values():
+        transient = row["transient_bytes"] / 2**20
+        lines.append(f"| {row['label']} | {row['milliseconds']:.2f} | {row['ratio']:.2f} | {transient:.1f} MiB |")
+    return "\n".join(lines)
+
+
+def share(row: dict[str, Any], exact: dict[str, Any]) -> str:
+    """State bytes as a fraction of the exact optimizer's."""
+    ratio = exact["state_bytes"] / row["state_bytes"]
+    return "1" if ratio == 1 else f"1/{ratio:.2g}" if ratio < 10 else f"1/{ratio:,.0f}"
+
+
+def perplexity(chosen: dict[str, Any]) -> str:
+    """Mean and range over seeds; a dash where only the tuning seed was run."""
+    test = chosen["test"]
+    if test is None:
+        return "-"
+    values = list(test.values())
+    return f"{mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def against(chosen: dict[str, Any], exact: dict[str, Any]) -> str:
+    """Relative difference to an exact optimizer, on test if both have it, else on validation."""
+    if chosen is exact:
+        return ""
+    if chosen["test"] and exact["test"]:
+        return percent(paired(chosen, exact))
+    return f"{100 * (chosen['valid'] / exact['valid'] - 1):+.1f} % (valid)"
+
+
+def paired(chosen: dict[str, Any], exact: dict[str, Any]) -> list[float]:
+    """Ratios of test perplexity by seed: a seed fixes the first weights, the batches and the negatives."""
+    seeds = chosen["test"].keys() & exact["test"].keys()
+    return [chosen["test"][seed] / exact["test"][seed] for seed in sorted(seeds)]
+
+
+def percent(ratios: list[float]) -> str:
+    """Mean and range, as percentages above one."""
+    low, middle, high = (100 * (value - 1) for value in (min(ratios), mean(ratios), max(ratios)))
+    return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
+def plot(rows: Rows, title: str, path: Path) -> None:
+    """Perplexity against state bytes; a star is an exact optimizer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=110)
+    measure = "test" if all(row["best"]["test"] for row in rows.values()) else "valid"
+    values = {
+        name: mean(row["best"]["test"].values()) if measure == "test" else row["best"]["valid"]
+        for name, row in rows.items()
+    }
+    for name, row in rows.items():
+        value = values[name]
+        exact = "exact" in row["label"]
+        axes.plot(row["state_bytes"] / 2**20, value, "*" if exact else "o", color="black" if exact else "tab:blue")
+        axes.annotate(name, (row["state_bytes"] / 2**20, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(next(iter(values.values())), color="gray", lw=0.7, ls="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = _ticks(*axes.get_ylim())
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("optimizer state, MiB")
+    axes.set_ylabel(f"{measure} perplexity at the method's own best setting")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10.0 ** math.floor(math.log10(high - low)) / 2
+    first = math.ceil(low / step)
+    every = max(1, round((high - low) / step / 8))
+    return [step * k for k in range(first, math.floor(high / step) + 1, every)]
+
+
+def _replace(text: str, name: str, table: str) -> str:
+    pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{PAGE.name} has no <!-- begin:{name} --> ... <!-- end:{name} -->")
+    return pattern.sub(lambda match: match[1] + "\n" + table + "\n\n" + match[2], text)
+
+
+if __name__ == "__main__":
+    main()

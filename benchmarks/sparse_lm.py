@@ -1,0 +1,228 @@
+"""A language model with two large tables, trained with sparse gradients.
+
+Four words of context, embedding 64, tanh 256 -> 64, sampled softmax over 109,213 words (1,024
+shared negatives from unigram^0.75, logQ-corrected, accidental hits removed), 2,000 steps of 1,024
+words, learning rate falling linearly to 2 %. The method under test updates both tables; the hidden
+layers are always updated by Adam at 1e-3. Perplexity is by the full softmax on held-out blocks.
+
+    python -m benchmarks.sparse_lm --methods adam,cs20 --workers 2   # tune, three seeds, results/sparse_lm.json
+    python -m benchmarks.sparse_lm --summarise                      # only the last, from finished runs
+
+Matrix products in training take bfloat16 inputs where the CPU has the instructions (products are
+accumulated, and everything is stored, in float32): 1.6 times as many runs in the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import gcide
+from benchmarks.losses import sampled_softmax_loss
+from benchmarks.precision import bfloat16_products
+from benchmarks.sparse_methods import METHODS, build, state_bytes
+from benchmarks.summary import write
+from benchmarks.sweep import Cache, Result, Setting, each, perplexity, tune
+
+CONTEXT = 4  # words
+WIDTH = 64
+HIDDEN = 256
+BATCH = 1_024  # words
+NEGATIVES = 1_024  # per step, shared by the batch
+STEPS = 2_000
+HIDDEN_LR = 1e-3
+LAST_LR = 0.02  # of the first
+TABLE_STD = 0.1
+VALID_WORDS = 8_192
+TEST_WORDS = 16_384
+EVALUATION_SEED = 1
+
+START_LR = {"adam": 64e-3, "adagrad": 0.4}
+EPSILONS = {"adam": (1e-8, 1e-6, 1e-5, 1e-4), "adagrad": (1e-10, 1e-5, 1e-4, 1e-3)}  # the first: torch's default
+
+
+class Model(nn.Module):
+    """Four words -> 64 features; the word tables have one row of 64 per word."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, WIDTH, sparse=True)
+        self.softmax = nn.Embedding(vocabulary, WIDTH, sparse=True)
+        self.hidden = nn.Sequential(nn.Linear(CONTEXT * WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, WIDTH))
+        nn.init.normal_(self.words.weight, std=TABLE_STD)
+        nn.init.normal_(self.softmax.weight, std=TABLE_STD)
+
+    def forward(self, context: Tensor) -> Tensor:
+        features: Tensor = self.hidden(self.words(context).flatten(1))
+        return features  # [batch, 64]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All steps of one seed, drawn before training."""
+
+    context: Tensor  # [steps, batch, 4]
+    target: Tensor  # [steps, batch]
+    negatives: Tensor  # [steps, 1024], ascending
+    log_expected: Tensor  # [vocabulary], log of how often a word is expected among the negatives
+
+
+def run(setting: Setting) -> Result:
+    """Train once; perplexities (None if it diverged), state bytes and seconds."""
+    began = time.perf_counter()
+    corpus, batches = _corpus(), _batches(setting.seed)
+    torch.manual_seed(setting.seed)
+    model = Model(corpus.vocabulary)
+    tables = build(METHODS[setting.method], model, [model.words, model.softmax], lr=setting.lr, eps=setting.eps)
+    set_up = time.perf_counter()
+
+    finite = _train(model, tables, batches, setting.lr)
+    trained = time.perf_counter()
+
+    return {
+        "valid": _perplexity(model, corpus.valid, VALID_WORDS) if finite else None,
+        "test": _perplexity(model, corpus.test, TEST_WORDS) if finite and setting.test else None,
+        "state_bytes": state_bytes(tables),
+        "seconds": {"set_up": set_up - began, "train": trained - set_up, "all": time.perf_counter() - began},
+    }
+
+
+def _train(model: Model, tables: torch.optim.Optimizer, batches: Batches, lr: float) -> bool:
+    """All steps; False if the run diverged."""
+    hidden = torch.optim.Adam(model.hidden.parameters(), lr=HIDDEN_LR)
+    with bfloat16_products():
+        try:
+            for step in range(STEPS):
+                share = 1 - (1 - LAST_LR) * step / STEPS
+                _set_lr(tables, share * lr)
+                _set_lr(hidden, share * HIDDEN_LR)
+                _loss(model, batches, step).backward()  # type: ignore[no-untyped-call]
+                for optimizer in (tables, hidden):
+                    optimizer.step()
+                    optimizer.zero_grad()
+        except (FloatingPointError, RuntimeError) as error:
+            if "finite" not in str(error):  # anything but a diverged run is a bug
+                raise
+            return False
+    return bool(torch.isfinite(model.softmax.weight).all())
+
+
+def tune_and_repeat(name: str, seeds: int) -> None:
+    """Search on validation blocks with seed 0, then ``seeds`` runs on the test blocks."""
+    cache, family = _cache(), METHODS[name].family
+
+    def score(lr: float, eps: float) -> float:
+        return perplexity(cache.run(Setting(name, lr, eps, seed=0), run))
+
+    lr, eps = tune(score, lr=START_LR[family], epsilons=EPSILONS[family])
+    for seed in range(seeds):
+        cache.run(Setting(name, lr, eps, seed, test=True), run)
+    if name == "adam":  # the usual baseline: tuned in the learning rate alone
+        default = EPSILONS[family][0]
+        tried = [result["setting"] for result in cache.results() if result["setting"]["method"] == name]
+        lr = min(
+            (s["lr"] for s in tried if s["eps"] == default and s["seed"] == 0), key=lambda rate: score(rate, default)
+        )
+        for seed in range(seeds):
+            cache.run(Setting(name, lr, default, seed, test=True), run)
+
+
+def _loss(model: Model, batches: Batches, step: int) -> Tensor:
+    target, negatives = batches.target[step], batches.negatives[step]
+    rows = model.softmax(torch.cat([target, negatives]))  # [batch + 1024, 64]: one sparse gradient
+    return sampled_softmax_loss(
+        model(batches.context[step]), rows[:BATCH], rows[BATCH:], target, negatives, batches.log_expected
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus() -> gcide.Corpus:
+    return gcide.load(min_count=2)
+
+
+@functools.lru_cache(maxsize=1)
+def _batches(seed: int) -> Batches:
+    corpus, random = _corpus(), np.random.default_rng(seed)
+    context, target = _windows(corpus.train, STEPS * BATCH, random)
+    share = corpus.counts.astype(np.float64) ** 0.75
+    share /= share.sum()
+    drawn = np.searchsorted(np.cumsum(share), random.random((STEPS, NEGATIVES)))
+    drawn = np.sort(np.minimum(drawn, corpus.vocabulary - 1), axis=1)
+    never = np.finfo(np.float32).tiny  # words seen only in held-out blocks
+    return Batches(
+        context=context.view(STEPS, BATCH, CONTEXT),
+        target=target.view(STEPS, BATCH),
+        negatives=torch.from_numpy(drawn),
+        log_expected=torch.from_numpy(np.log(np.maximum(NEGATIVES * share, never))).float(),
+    )
+
+
+def _windows(blocks: gcide.Ids, words: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """``words`` distinct places: the context ``[words, 4]``, which never crosses a block, and the word."""
+    flat = blocks.reshape(-1)
+    places = np.arange(len(flat)).reshape(blocks.shape)[:, CONTEXT:].reshape(-1)
+    places = random.permutation(places)[:words]
+    context = flat[places[:, None] - np.arange(CONTEXT, 0, -1)]
+    return torch.from_numpy(context.astype(np.int64)), torch.from_numpy(flat[places].astype(np.int64))
+
+
+@torch.no_grad()
+def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
+    """By the full softmax, over the same held-out words every time; None if it is not finite."""
+    context, target = _windows(blocks, words, np.random.default_rng(EVALUATION_SEED))
+    table = model.softmax.weight
+    tile = 2_048  # rows of the table whose scores fit in cache
+    loss = 0.0
+    for some, wanted in zip(torch.split(context, 512), torch.split(target, 512), strict=True):
+        features = model(some)
+        scores = features.new_empty(len(some), tile)
+        log_sum = features.new_full((len(some),), -math.inf)
+        for rows in torch.split(table, tile):
+            part = scores.view(-1)[: len(some) * len(rows)].view(len(some), len(rows))
+            torch.mm(features, rows.T, out=part)
+            largest = torch.maximum(part.amax(1), log_sum)
+            total = part.sub_(largest[:, None]).exp_().sum(1) + (log_sum - largest).exp()
+            log_sum = total.log() + largest
+        loss += float((log_sum - (features * table[wanted]).sum(1)).sum())
+    mean = loss / words
+    return math.exp(mean) if mean < 50 else None
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _cache() -> Cache:
+    return Cache(gcide.cache_folder() / "sparse_lm.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the selected setting; 0: only tune")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--summarise", action="store_true", help="only write results/sparse_lm.json")
+    arguments: Any = parser.parse_args()
+    names = arguments.methods.split(",")
+    unknown = sorted(set(names) - set(METHODS))
+    if unknown:
+        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
+    if not arguments.summarise:
+        _corpus()  # downloaded and tokenised once, before the workers start
+        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+    labels = {name: (method.label, EPSILONS[method.family][0]) for name, method in METHODS.items()}
+    write("sparse_lm", _cache().results(), labels)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,59 @@
+"""Finished runs -> ``results/NAME.json``: what was selected for each method and how it did."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sweep import Result, over_seeds, perplexity
+
+RESULTS = Path(__file__).parent / "results"
+Group = list[Result]
+
+
+def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, float]]) -> Path:
+    """Summarise ``results``; ``methods`` gives each method's label and default eps, in table order."""
+    rows = {}
+    for method, (label, default_eps) in methods.items():
+        own = [result for result in results if result["setting"]["method"] == method]
+        if own:
+            rows[method] = {"label": label} | _summary(own, default_eps)
+    stored = {"environment": _environment(), "methods": rows}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    print(f"{len(rows)} methods, {len(results)} runs -> {path.relative_to(RESULTS.parent.parent)}")
+    return path
+
+
+def _summary(own: Group, default_eps: float) -> dict[str, Any]:
+    first_seed = [result for result in own if result["setting"]["seed"] == 0]
+    tried = {_point(result): perplexity(result) for result in first_seed}
+    at_default = {point: value for point, value in tried.items() if point[1] == default_eps}
+    return {
+        "state_bytes": own[0]["state_bytes"],
+        "runs": len(own),
+        "train_seconds": sorted(result["seconds"]["train"] for result in own)[len(own) // 2],
+        "best": _at(min(tried, key=lambda point: tried[point]), own, tried),
+        "default_eps": _at(min(at_default, key=lambda point: at_default[point]), own, tried),
+        "tried": [{"lr": lr, "eps": eps, "valid": value} for (lr, eps), value in sorted(tried.items())],
+    }
+
+
+def _at(point: tuple[float, float], own: Group, tried: Mapping[tuple[float, float], float]) -> dict[str, Any]:
+    tested = [result for result in own if _point(result) == point and result["test"] is not None]
+    return {"lr": point[0], "eps": point[1], "valid": tried[point], "test": over_seeds(tested, "test")}
+
+
+def _point(result: Result) -> tuple[float, float]:
+    setting = result["setting"]
+    return float(f"{setting['lr']:.6g}"), float(f"{setting['eps']:.6g}")
+
+
+def _environment() -> dict[str, str]:
+    return {"torch": torch.__version__, "python": platform.python_version(), "threads": "1 per run"}

@@ -1,0 +1,120 @@
+"""The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Adagrad, AdamW, Optimizer
+
+Rules = Callable[[Any], list[Any]]  # the package -> the policy's rules
+Codec = Callable[[Any], Any]  # the package -> a codec
+
+
+@dataclass(frozen=True)
+class Method:
+    """AdamW (or Adagrad, for SM3's own recipe) and the rules that compress it."""
+
+    label: str
+    family: Literal["adam", "adagrad"] = "adam"
+    rules: Rules | None = None  # None: exact
+    table_momentum: bool = True  # beta1 = 0.9 on the table; False: 0, with the stock class
+
+
+def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, eps: float) -> Optimizer:
+    """The optimizer of all parameters; the table is a group of its own."""
+    rest = [parameter for parameter in model.parameters() if parameter is not table.weight]
+    groups: list[dict[str, Any]] = [{"params": [table.weight]}, {"params": rest}]
+    optimizer: Optimizer
+    if method.family == "adagrad":
+        optimizer = Adagrad(groups, lr=lr, eps=eps)
+    else:
+        if not method.table_momentum:
+            groups[0]["betas"] = (0.0, 0.999)
+        optimizer = AdamW(groups, lr=lr, eps=eps, fused=True)
+    if method.rules is None:
+        return optimizer
+
+    import lightning_sketch as ls
+
+    return ls.compress(optimizer, model, ls.Policy(method.rules(ls)))
+
+
+def _table(first: Codec | None, second: Codec) -> Rules:
+    """Only the table is compressed; ``first=None`` keeps its first moment."""
+
+    def rules(ls: Any) -> list[Any]:
+        moments = {"second_moment": second(ls)} | ({} if first is None else {"first_moment": first(ls)})
+        return [ls.Rule(role="embedding", min_rows=1_000, **moments)]
+
+    return rules
+
+
+def _hidden(first: Codec | None, second: Codec) -> Rules:
+    """Only the matrices of the linear layers are compressed (they have no bias)."""
+
+    def rules(ls: Any) -> list[Any]:
+        moments = {"second_moment": second(ls)} | ({} if first is None else {"first_moment": first(ls)})
+        return [ls.Rule(module=nn.Linear, **moments)]
+
+    return rules
+
+
+def _drop(ls: Any) -> Any:
+    return ls.Drop()
+
+
+def _bf16(ls: Any) -> Any:
+    return ls.BFloat16()
+
+
+def _row_wise(ls: Any) -> Any:
+    return ls.RowWise()
+
+
+def _row_wise_10(ls: Any) -> Any:
+    return ls.RowWise(compression=10)
+
+
+def _sketch(ls: Any) -> Any:
+    return ls.CountSketch(compression=20, depth=3)
+
+
+def _factored(ls: Any) -> Any:
+    return ls.Factored()
+
+
+def _sm3(ls: Any) -> Any:
+    return ls.SM3(variant="II")
+
+
+def _everything(ls: Any) -> list[Any]:
+    return _table(_bf16, _row_wise)(ls) + _hidden(_bf16, _bf16)(ls)
+
+
+def _sm3_recipe(ls: Any) -> list[Any]:
+    return [ls.Rule(name="*", sum=ls.SM3(momentum=0.9))]
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("AdamW, exact"),
+    "adamw_b0": Method("AdamW, exact; beta1 = 0 on the table", table_momentum=False),
+    "rw_drop": Method("table: RowWise, no first moment", rules=_table(_drop, _row_wise)),
+    "rw_keep": Method("table: RowWise, first moment kept", rules=_table(None, _row_wise)),
+    "rw_bf16": Method("table: RowWise, first moment BFloat16", rules=_table(_bf16, _row_wise)),
+    "cs20_drop": Method("table: CountSketch 20x, no first moment", rules=_table(_drop, _sketch)),
+    "cs20_keep": Method("table: CountSketch 20x, first moment kept", rules=_table(None, _sketch)),
+    "everything": Method("table: RowWise, first moment BFloat16; hidden: BFloat16 of both moments", rules=_everything),
+    "rw10_drop": Method("table: RowWise in a 10x sketch, no first moment", rules=_table(_drop, _row_wise_10)),
+    "factored_bf16": Method("table: Factored, first moment BFloat16", rules=_table(_bf16, _factored)),
+    "factored_drop": Method("table: Factored, no first moment", rules=_table(_drop, _factored)),
+    "sm3_keep": Method("table: SM3-II (EMA), first moment kept", rules=_table(None, _sm3)),
+    "bf16_both": Method("table: BFloat16 of both moments", rules=_table(_bf16, _bf16)),
+    "hidden_bf16": Method("hidden: BFloat16 of both moments", rules=_hidden(_bf16, _bf16)),
+    "hidden_factored": Method("hidden: Factored, first moment BFloat16", rules=_hidden(_bf16, _factored)),
+    "hidden_sm3": Method("hidden: SM3-II (EMA), first moment kept", rules=_hidden(None, _sm3)),
+    "sm3_recipe": Method("SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_recipe),
+    "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
+}

@@ -1,0 +1,209 @@
+"""A small causal Transformer whose softmax is tied to the embedding: dense gradients.
+
+The 20,000 commonest words, full softmax, 2 layers, width 128, 4 heads, context 64; 400 steps of 512
+words, warm-up over 5 % and a linear fall to 2 % (SM3's own recipe: a quadratic warm-up over 5 %,
+then constant). AdamW's fused class at its defaults but the learning rate, which is tuned by factors
+of two on validation blocks with seed 0 and shared by the table and the hidden layers.
+
+    python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
+    python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
+
+Matrix products in training take bfloat16 inputs where the CPU has the instructions; the softmax's
+gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import gcide
+from benchmarks.losses import softmax_loss
+from benchmarks.precision import bfloat16_products
+from benchmarks.sparse_methods import state_bytes
+from benchmarks.summary import write
+from benchmarks.sweep import Cache, Result, Setting, climb, each, perplexity
+from benchmarks.tied_methods import METHODS, build
+
+WORDS = 20_000
+WIDTH = 128
+LAYERS = 2
+HEADS = 4
+CONTEXT = 64  # words
+BATCH = 8  # sequences
+STEPS = 400
+WARM_UP = 0.05  # of the steps
+LAST_LR = 0.02  # of the peak
+INIT_STD = 0.02
+VALID_SEQUENCES = 256
+TEST_SEQUENCES = 512
+EVALUATION_SEED = 1
+
+START_LR = {"adam": 1e-3, "adagrad": 0.1}
+DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10}
+
+
+class Block(nn.Module):
+    """Attention and a two-layer MLP, both on normalised inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * HEADS, length, WIDTH // HEADS)
+        # By hand: torch's fused CPU attention is seven times slower with bfloat16 products.
+        future = torch.full((length, length), -torch.inf).triu(1)
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=(WIDTH // HEADS) ** -0.5)
+        mixed = (scores.softmax(-1) @ v).view(batch, HEADS, length, -1)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
+        down: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + down
+
+
+class Model(nn.Module):
+    """Word ids ``[batch, length]`` -> features ``[batch, length, 128]``, scored against ``words.weight``."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.norm(x)
+        return features
+
+
+def run(setting: Setting) -> Result:
+    """Train once; perplexities (None if it diverged), state bytes and seconds."""
+    began = time.perf_counter()
+    method, corpus = METHODS[setting.method], _corpus()
+    torch.manual_seed(setting.seed)
+    model = Model(corpus.vocabulary)
+    optimizer = build(method, model, model.words, lr=setting.lr, eps=setting.eps)
+    batches = _sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
+    schedule = quadratic_then_constant if method.family == "adagrad" else linear_up_and_down
+    finite = _train(model, optimizer, batches, lambda step: schedule(step) * setting.lr)
+    trained = time.perf_counter()
+
+    return {
+        "valid": _perplexity(model, corpus.valid, VALID_SEQUENCES) if finite else None,
+        "test": _perplexity(model, corpus.test, TEST_SEQUENCES) if finite and setting.test else None,
+        "state_bytes": state_bytes(optimizer),
+        "seconds": {"train": trained - began, "all": time.perf_counter() - began},
+    }
+
+
+def _train(model: Model, optimizer: torch.optim.Optimizer, batches: Tensor, lr: Callable[[int], float]) -> bool:
+    """All steps; False if the run diverged."""
+    with bfloat16_products():
+        try:
+            for step in range(STEPS):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr(step)
+                _loss(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+        except (FloatingPointError, RuntimeError) as error:
+            if "finite" not in str(error):  # anything but a diverged run is a bug
+                raise
+            return False
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def linear_up_and_down(step: int) -> float:
+    """The usual schedule, as a share of the peak learning rate."""
+    warm_up = WARM_UP * STEPS
+    return min((step + 1) / warm_up, 1 - (1 - LAST_LR) * max(0.0, step - warm_up) / (STEPS - warm_up))
+
+
+def quadratic_then_constant(step: int) -> float:
+    """SM3's schedule: the adaptive sums already make the steps smaller."""
+    return min((step + 1) / (WARM_UP * STEPS), 1.0) ** 2
+
+
+def tune_and_repeat(name: str, seeds: int) -> None:
+    """Search on validation blocks with seed 0; then, with ``seeds`` > 0, that many runs on the test blocks."""
+    cache, method = _cache(), METHODS[name]
+
+    def score(lr: float, eps: float) -> float:
+        return perplexity(cache.run(Setting(name, lr, eps, seed=0), run))
+
+    eps = DEFAULT_EPS[method.family]
+    lr = climb(lambda rate: score(rate, eps), START_LR[method.family])
+    for seed in range(seeds):
+        cache.run(Setting(name, lr, eps, seed, test=True), run)
+
+
+def _loss(model: Model, ids: Tensor) -> Tensor:
+    """Of predicting each of ``ids[:, 1:]`` from the words before it."""
+    return softmax_loss(model(ids[:, :-1]).flatten(0, 1), model.words.weight, ids[:, 1:].flatten())
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus() -> gcide.Corpus:
+    return gcide.load(max_words=WORDS)
+
+
+def _sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
+    """``count`` stretches of 65 words ``[count, 65]``, none across a block, none twice."""
+    length = CONTEXT + 1
+    rows = blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
+    return torch.from_numpy(rows[random.permutation(len(rows))[:count]].astype(np.int64))
+
+
+@torch.no_grad()
+def _perplexity(model: Model, blocks: gcide.Ids, sequences: int) -> float | None:
+    ids = _sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
+    mean = sum(float(_loss(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
+    return math.exp(mean) if mean < 50 else None
+
+
+def _cache() -> Cache:
+    return Cache(gcide.cache_folder() / "tied_transformer.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the selected setting; 0: only tune")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--summarise", action="store_true", help="only write results/tied_transformer.json")
+    arguments: Any = parser.parse_args()
+    names = arguments.methods.split(",")
+    unknown = sorted(set(names) - set(METHODS))
+    if unknown:
+        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
+    if not arguments.summarise:
+        _corpus()  # downloaded and tokenised once, before the workers start
+        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+    labels = {name: (method.label, DEFAULT_EPS[method.family]) for name, method in METHODS.items()}
+    write("tied_transformer", _cache().results(), labels)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
