@@ -1,8 +1,9 @@
-"""Every example runs as its docstring says, and writes nothing."""
+"""Every example runs as its docstring says, and writes nothing; the demo writes its figures and its picture."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -21,3 +22,18 @@ def test_example(path, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "less than dense" in run.stdout, "it prints what the states cost"
     assert list(tmp_path.iterdir()) == [], "working directory"
+
+
+def test_the_demo_compares_two_trainings(tmp_path):
+    script = Path(__file__).parents[1] / "examples/demo/run.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "--fast", "--out", tmp_path / "demo"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "perplexity" in run.stdout
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    plain, compressed = results["as_it_is"], results["compressed"]
+    assert compressed["bytes"]["parameters"] == plain["bytes"]["parameters"]
+    assert compressed["bytes"]["optimizer_state"] < plain["bytes"]["optimizer_state"] / 5
+    assert len(compressed["train_loss"]) == len(plain["train_loss"]) == results["settings"]["steps"]
+    assert (tmp_path / "demo/report.png").read_bytes().startswith(b"\x89PNG")

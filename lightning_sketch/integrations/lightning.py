@@ -103,7 +103,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                     "lightning_sketch.compress on it yourself and remove the callback"
                 )
             if self.log_memory and isinstance(optimizer, CompressedOptimizer):
-                _say(str(plan(pl_module, optimizer, self.policy)))
+                planned = plan(pl_module, optimizer, self.policy)
+                if any(x.layer.compressed for x in planned.layers):
+                    _say(str(planned))
         self._to_log = self.log_memory
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -131,7 +133,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             f"optimizer state: {human_bytes(state)} instead of {human_bytes(dense)}, "
             f"{dense / max(1, state):.1f}x less; "
             f"step temporaries at most {human_bytes(max(r.transient for r in reports))}; "
-            f"process at most {human_bytes(reports[0].process_peak)}"
+            f"process peak so far {human_bytes(reports[0].process_peak)}"
         )
         totals: dict[str, int] = {}
         for r in reports:
