@@ -24,11 +24,13 @@ Rows = dict[str, dict[str, Any]]
 
 def main() -> None:
     text = PAGE.read_text()
-    for name, make in {
+    tables = {
         "sparse_lm": sparse_table,
         "sparse_lm_marks": marks_table,
+        "step_cost": cost_table,
         "tied_transformer": tied_table,
-    }.items():
+    }
+    for name, make in tables.items():
         source = RESULTS / f"{name.removesuffix('_marks')}.json"
         if source.exists():
             text = _replace(text, name, make(json.loads(source.read_text())["methods"]))
