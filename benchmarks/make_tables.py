@@ -12,7 +12,7 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.summary import RESULTS
@@ -84,18 +84,17 @@ def marks_table(rows: Rows) -> str:
 
 
 def tied_table(rows: Rows) -> str:
-    """Every method at its own learning rate."""
-    exact = rows["adamw"]
+    """Every method at its own learning rate; every seed, for their spread is the message."""
     lines = [
-        "| what is compressed | state | valid perplexity, 1 seed | test perplexity (range over seeds) "
-        "| against exact | lr |",
+        "| what is compressed | state | test perplexity, median | seeds 0, 1, 2 | lr | valid by lr, seed 0 |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows.values():
-        best = row["best"]
+        values = list(row["best"]["test"].values()) if row["best"]["test"] else []
+        rates = ", ".join(f"{x['lr']:g}: {x['valid']:.0f}" for x in row["tried"])
         lines.append(
-            f"| {row['label']} | {share(row, exact)} | {best['valid']:.1f} | {perplexity(best)} "
-            f"| {against(best, exact['best'])} | {best['lr']:g} |"
+            f"| {row['label']} | {share(row, rows['adamw'])} | {median(values):.1f} "
+            f"| {', '.join(f'{value:.1f}' for value in values)} | {row['best']['lr']:g} | {rates} |"
         )
     return "\n".join(lines)
 
@@ -121,6 +120,8 @@ def perplexity(chosen: dict[str, Any]) -> str:
     if test is None:
         return "-"
     values = list(test.values())
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
     return f"{mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -141,12 +142,14 @@ def paired(chosen: dict[str, Any], exact: dict[str, Any]) -> list[float]:
 
 def percent(ratios: list[float]) -> str:
     """Mean and range, as percentages above one."""
+    if len(ratios) == 1:
+        return f"{100 * (ratios[0] - 1):+.1f} %"
     low, middle, high = (100 * (value - 1) for value in (min(ratios), mean(ratios), max(ratios)))
     return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
 def plot(rows: Rows, title: str, path: Path) -> None:
-    """Perplexity against state bytes; a star is an exact optimizer."""
+    """Perplexity against state bytes; a star is an exact optimizer, a small dot one seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,13 +158,16 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=110)
     measure = "test" if all(row["best"]["test"] for row in rows.values()) else "valid"
     values = {
-        name: mean(row["best"]["test"].values()) if measure == "test" else row["best"]["valid"]
+        name: median(row["best"]["test"].values()) if measure == "test" else row["best"]["valid"]
         for name, row in rows.items()
     }
     for name, row in rows.items():
         value = values[name]
         exact = "exact" in row["label"]
         axes.plot(row["state_bytes"] / 2**20, value, "*" if exact else "o", color="black" if exact else "tab:blue")
+        if measure == "test":  # every seed, small
+            seeds = list(row["best"]["test"].values())
+            axes.plot([row["state_bytes"] / 2**20] * len(seeds), seeds, ".", color="gray", markersize=3)
         axes.annotate(name, (row["state_bytes"] / 2**20, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.axhline(next(iter(values.values())), color="gray", lw=0.7, ls="--")
     axes.set_xscale("log")
@@ -170,7 +176,7 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.set_xlabel("optimizer state, MiB")
-    axes.set_ylabel(f"{measure} perplexity at the method's own best setting")
+    axes.set_ylabel(f"{measure} perplexity (median of seeds) at the method's own best setting")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.tight_layout()

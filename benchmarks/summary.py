@@ -13,19 +13,26 @@ import torch
 from benchmarks.sweep import Result, over_seeds, perplexity
 
 RESULTS = Path(__file__).parent / "results"
+LEAST_SETTINGS = 3  # tried; a method whose search has hardly begun would look bad for no fault of its own
 Group = list[Result]
 
 
 def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, float]]) -> Path:
-    """Summarise ``results``; ``methods`` gives each method's label and default eps, in table order."""
-    rows = {}
+    """Summarise ``results``; ``methods`` gives each method's label and default eps, in table order.
+
+    A method without runs here keeps the row it has: a new machine adds to the figures and does not wipe them out.
+    """
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text())["methods"] if path.exists() else {}
+    rows: dict[str, Any] = {}
     for method, (label, default_eps) in methods.items():
         own = [result for result in results if result["setting"]["method"] == method]
-        if own:
+        if len({_point(result) for result in own}) >= LEAST_SETTINGS:
             rows[method] = {"label": label} | _summary(own, default_eps)
+        elif method in before:
+            rows[method] = before[method]
     stored = {"environment": _environment(), "methods": rows}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"{len(rows)} methods, {len(results)} runs -> {path.relative_to(RESULTS.parent.parent)}")
     return path
