@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class MemoryReport:
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
         skipped: steps that each layer skipped for a non-finite gradient.
         process: resident memory of this process now, bytes; ``None`` where the system does not say.
-        process_peak: its largest value so far, bytes.
+        process_peak: its largest value so far, bytes; 0 on Windows.
         cuda_peak: largest memory allocated by torch on the current CUDA device, bytes; 0 without one.
     """
 
@@ -102,7 +102,7 @@ def report(optimizer: Any) -> MemoryReport:
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
         process=_resident(),
-        process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        process_peak=_peak(),
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
     )
 
@@ -148,6 +148,14 @@ def _grad_bytes(grad: Tensor | None) -> int:
 def _resident() -> int | None:
     try:
         with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
         return None
+
+
+def _peak() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
