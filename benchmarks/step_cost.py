@@ -47,7 +47,7 @@ def main() -> None:
     milliseconds: dict[str, list[float]] = {name: [] for name in optimizers}
     for i in range(WARM_UP + ROUNDS):
         for name, optimizer in optimizers.items():
-            taken = _step(optimizer, gradients[i % RECORDED])
+            taken = step_time(optimizer, gradients[i % RECORDED])
             if i >= WARM_UP:
                 milliseconds[name].append(taken)
     reference = statistics.median(milliseconds[REFERENCE])
@@ -58,7 +58,7 @@ def main() -> None:
             "label": METHODS[name].label,
             "milliseconds": median,
             "ratio": median / reference,
-            "transient_bytes": _transient(optimizer, gradients[0]),
+            "transient_bytes": transient(optimizer, gradients[0]),
             "state_bytes": state_bytes(optimizer),
         }
         print(f"{name:15} {median:7.2f} ms  {median / reference:5.2f}x  {rows[name]['transient_bytes']:>12,} B")
@@ -83,7 +83,7 @@ def _gradients() -> tuple[list[torch.nn.Embedding], list[Pair]]:
     return [model.words, model.softmax], gradients
 
 
-def _step(optimizer: Optimizer, gradients: Pair) -> float:
+def step_time(optimizer: Optimizer, gradients: tuple[Tensor, ...]) -> float:
     """Milliseconds of one step, of processor time."""
     _give(optimizer, gradients)
     began = time.process_time()  # one thread: the same as wall time, but for other processes
@@ -93,14 +93,14 @@ def _step(optimizer: Optimizer, gradients: Pair) -> float:
     return 1e3 * taken
 
 
-def _give(optimizer: Optimizer, gradients: Pair) -> None:
+def _give(optimizer: Optimizer, gradients: tuple[Tensor, ...]) -> None:
     """Clones: an optimizer may coalesce its gradients in place."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
 
 
-def _transient(optimizer: Optimizer, gradients: Pair) -> int:
+def transient(optimizer: Optimizer, gradients: tuple[Tensor, ...]) -> int:
     """The most bytes allocated beyond what was there before the step."""
     _give(optimizer, gradients)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
