@@ -2,8 +2,8 @@
 
     python -m benchmarks.dense_step_cost
 
-AdamW over one table of 50,000 x 256, float32. Each method steps in turn, round after round, so that a disturbance of the
-machine hits all of them. Processor time of one thread.
+AdamW over one table of 50,000 x 256, float32. Each method steps in turn, round after round, so that a disturbance of
+the machine hits all of them. Processor time of one thread.
 """
 
 from __future__ import annotations
