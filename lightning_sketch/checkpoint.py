@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Drop, decode, encode, relative_error
-from lightning_sketch.layer import FORMAT_VERSION, Layer
+from lightning_sketch.layer import FORMAT_VERSION, RECORDS, Layer
 
 if TYPE_CHECKING:
     from lightning_sketch.optimizer import CompressedOptimizer
-
-_RECORDS = "compression"
 
 
 def prepare_load(
@@ -45,7 +43,7 @@ def prepare_load(
     stock_state = dict(state_dict["state"])
     errors: dict[str, dict[str, float]] = {}
     for saved, live in zip(saved_groups, live_groups, strict=True):
-        records = saved.get(_RECORDS) or [None] * len(saved["params"])
+        records = saved.get(RECORDS) or [None] * len(saved["params"])
         for key, record, live_record, param in zip(
             saved["params"], records, optimizer._records(live), live["params"], strict=True
         ):
@@ -78,7 +76,7 @@ def prepare_load(
         )
     optimizer._compression.errors.update(errors)
     groups = [
-        {**saved, _RECORDS: live[_RECORDS]} for saved, live in zip(saved_groups, live_groups, strict=True)
+        {**saved, RECORDS: live[RECORDS]} for saved, live in zip(saved_groups, live_groups, strict=True)
     ]  # the live policy stays: a dense checkpoint must not switch compression off
     return {**state_dict, "state": stock_state, "param_groups": groups}, restored
 
@@ -148,10 +146,10 @@ def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = to
     """
     state = dict(state_dict["state"])
     groups = [dict(group) for group in state_dict["param_groups"]]
-    if not any(_RECORDS in group for group in groups):
+    if not any(RECORDS in group for group in groups):
         raise ValueError("this state dict holds no compressed states; the plain optimizer can load it as it is")
     for group in groups:
-        for key, record in zip(group["params"], group.pop(_RECORDS), strict=True):
+        for key, record in zip(group["params"], group.pop(RECORDS), strict=True):
             if record is None:
                 continue
             if record["version"] != FORMAT_VERSION:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.checkpoint import decode_layer, encode_layer
+from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import (
-    RECORDS,
     CompressedOptimizer,
     Compression,
     NonFinite,
     compressed_class,
-    model_reference,
     unwrap,
 )
 from lightning_sketch.plan import Plan, as_policy, make_plan
@@ -82,7 +81,7 @@ def compress(
 
     errors: dict[str, dict[str, float]] = {}
     for group, planned in zip(inner.param_groups, made.groups, strict=True):
-        group[RECORDS] = [x.layer.to_record() if x.layer.compressed else None for x in planned]
+        group[RECORDS] = [x.record for x in planned]
         for param, x in zip(group["params"], planned, strict=True):
             if x.layer.compressed and param in inner.state:
                 state = inner.state.pop(param)
@@ -90,7 +89,7 @@ def compress(
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = x.layer.allocate(param, group)
-    inner._compression = Compression(chosen, model_reference(model), nonfinite, errors)  # type: ignore[attr-defined]
+    inner._compression = Compression(chosen, weakref.ref(model), nonfinite, errors)  # type: ignore[attr-defined]
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)
     return optimizer
@@ -169,7 +168,7 @@ def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy |
             f"it anew.\n  now:   {old.policy}\n  asked: {policy}"
         )
     old.policy = old.policy or policy
-    old.model, old.nonfinite = model_reference(model), nonfinite
+    old.model, old.nonfinite = weakref.ref(model), nonfinite
 
 
 def _check_states(optimizer: Optimizer, made: Plan) -> None:

@@ -18,6 +18,10 @@ from lightning_sketch.sharding import Shard, shard_of
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
 
+#: Key in every parameter group: for each parameter its `Layer` record, or None if it is kept. By position, because
+#: trainers replace parameters but keep their order; primitives only, because checkpoints load with weights_only=True.
+RECORDS = "compression"
+
 
 @dataclass(frozen=True)
 class Layer:

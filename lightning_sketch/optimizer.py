@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAda
 
 from lightning_sketch import checkpoint
 from lightning_sketch.gradient import RowGradient, row_gradient
-from lightning_sketch.layer import Layer
+from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.plan import make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
@@ -25,9 +24,6 @@ from lightning_sketch.sharding import shard_of
 logger = logging.getLogger(__name__)
 
 NonFinite = Literal["raise", "skip", "propagate"]
-#: Key in every parameter group: for each parameter its `Layer` record, or None if it is kept. By position, because
-#: trainers replace parameters but keep their order; primitives only, because checkpoints load with weights_only=True.
-RECORDS = "compression"
 
 
 @dataclass
@@ -126,8 +122,7 @@ class CompressedOptimizer(Optimizer):
                 "this optimizer no longer knows its model, so the policy cannot decide new parameters; call "
                 "compress(optimizer, model, policy) again first"
             )
-        made = make_plan(model, [group], self.rule, policy)
-        return [x.layer.to_record() if x.layer.compressed else None for x in made.layers]
+        return [planned.record for planned in make_plan(model, [group], self.rule, policy).layers]
 
     def _layer(self, record: dict[str, Any]) -> Layer:
         # Parsing a record costs more than a small layer's step. The record is the truth; this remembers its meaning.
@@ -295,11 +290,6 @@ def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:
 def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of an optimizer."""
     return compressed_class(optimizer).rule
-
-
-def model_reference(model: nn.Module) -> Callable[[], nn.Module | None]:
-    """A weak reference, so that an optimizer does not keep a model alive."""
-    return weakref.ref(model)
 
 
 def _no_model() -> None:

@@ -35,6 +35,11 @@ class LayerPlan:
     bytes_before: Mapping[str, int]
     bytes_after: Mapping[str, int]
 
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What the parameter group says about this parameter: its layer's record, or None if it is kept."""
+        return self.layer.to_record() if self.layer.compressed else None
+
 
 @dataclass(frozen=True)
 class Plan:

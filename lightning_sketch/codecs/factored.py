@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
-from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block
 
 
@@ -47,7 +47,7 @@ class _Factored(CodecState):
         self.weight = weight / self["scale"]
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.row[block.index] += (x.flatten(1).mean(dim=1) if x.ndim > 1 else x) * self.weight
+        self.row[block.index] += row_mean(x) * self.weight
         self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
 
     def read(self, block: Block, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import decayed
-from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -81,7 +81,7 @@ class _Rows(CodecState):
             self["scale"] = decayed(self["scale"], decay, (self.row,))
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.row[block.index] += _row_mean(x) * (self.weight / self["scale"])
+        self.row[block.index] += row_mean(x) * (self.weight / self["scale"])
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
@@ -99,18 +99,13 @@ class _SketchedRows(CodecState):
         self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.inner.add(block, _row_mean(x))
+        self.inner.add(block, row_mean(x))
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
 
     def estimate(self, block: Block) -> Tensor:
         return over_rows(self.inner.estimate(block), len(self.spec.local_shape))
-
-
-def _row_mean(x: Tensor) -> Tensor:
-    """``[k, ...]`` -> ``[k]``."""
-    return x.flatten(1).mean(dim=1) if x.ndim > 1 else x
 
 
 def _row_scalars(spec: StateSpec) -> StateSpec:

@@ -118,6 +118,11 @@ def gather_median(table: Tensor, buckets: Tensor, signs: Tensor) -> Tensor:
     return rows[middle] if len(rows) % 2 else (rows[middle - 1] + rows[middle]) / 2
 
 
+def row_mean(x: Tensor) -> Tensor:
+    """Mean of each row: ``[k, ...]`` -> ``[k]``; rows of one number are their own mean."""
+    return x.flatten(1).mean(dim=1) if x.ndim > 1 else x
+
+
 def over_rows(vector: Tensor, ndim: int) -> Tensor:
     """View ``[k]`` as ``[k, 1, ..., 1]`` of `ndim` dimensions, to broadcast over rows."""
     return vector.view(-1, *[1] * (ndim - 1))
