@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import tempfile
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # a rank that dies of a signal says where
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
