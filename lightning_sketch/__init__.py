@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_sketch.checkpoint import decompress_state_dict
 from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
 from lightning_sketch.convert import compress, decompress
+from lightning_sketch.dense import decompress_state_dict
 from lightning_sketch.memory import report
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule, default_policy

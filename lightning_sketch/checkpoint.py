@@ -1,19 +1,41 @@
-"""Optimizer checkpoints: compressed to compressed, dense to compressed, compressed to dense."""
+"""What a converted optimizer puts into a state dict, and what it takes from one."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Drop, decode, encode, relative_error
-from lightning_sketch.layer import FORMAT_VERSION, RECORDS, Layer
+from lightning_sketch import dtensor_state
+from lightning_sketch.dense import encode_layer, encode_part
+from lightning_sketch.flat import FlatTensor, is_flat
+from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.reshard import reshard
+from lightning_sketch.sharding import is_dtensor, local, shard_of
 
 if TYPE_CHECKING:
     from lightning_sketch.optimizer import CompressedOptimizer
+
+#: In a flat tensor's entry of a checkpoint: its segments.
+LAYOUT = "layout"
+
+
+def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Make torch's state dict of a converted optimizer fit for checkpoints of sharded parameters."""
+    state, index = dict(state_dict["state"]), 0
+    for group in optimizer.param_groups:
+        flat = is_flat(group)
+        records = [None] * len(group["params"]) if flat or not group["params"] else optimizer._records(group)
+        for record, param in zip(records, group["params"], strict=True):
+            if index in state and flat:
+                state[index] = dict(state[index]) | {LAYOUT: optimizer._flat_tensor(param).to_list()}
+            elif index in state and record is not None and is_dtensor(param):
+                layer = optimizer._layer(record)
+                state[index] = dtensor_state.wrap(LayerShard(layer, shard_of(param, layer.fqn)), param, state[index])
+            index += 1
+    return {**state_dict, "state": state}
 
 
 def prepare_load(
@@ -26,7 +48,7 @@ def prepare_load(
         state_dict: from `CompressedOptimizer.state_dict` or from the uncompressed optimizer's.
 
     Returns:
-        the part that torch loads, and ``(param, optimizer.state[param])`` for every compressed layer.
+        the part that torch loads, and ``(param, optimizer.state[param])`` for every tensor that our rules step.
 
     Raises:
         ValueError: the checkpoint does not fit; the message names every layer and the reason.
@@ -38,136 +60,135 @@ def prepare_load(
             f"the checkpoint has parameter groups of {[len(g['params']) for g in saved_groups]} parameters, "
             f"the optimizer of {[len(g['params']) for g in live_groups]}"
         )
-    problems: list[str] = []
-    restored: list[tuple[Tensor, dict[str, Any]]] = []
-    stock_state = dict(state_dict["state"])
-    errors: dict[str, dict[str, float]] = {}
+    load = _Load(optimizer, dict(state_dict["state"]))
     for saved, live in zip(saved_groups, live_groups, strict=True):
-        records = saved.get(RECORDS) or [None] * len(saved["params"])
-        for key, record, live_record, param in zip(
-            saved["params"], records, optimizer._records(live), live["params"], strict=True
-        ):
-            state = stock_state.get(key)
-            if live_record is None:
-                if record is not None:
-                    problems.append(f"{record.get('fqn')}: compressed in the checkpoint, kept by the policy")
-                continue
-            layer = optimizer._layer(live_record)
-            if record is not None:
-                problem = _mismatch(record, live_record) or _damage(layer, param, live, state)
-            else:
-                problem = _not_dense(layer, param, state)
-            if problem:
-                problems.append(f"{layer.fqn}: {problem}")
-            if problem or not state:
-                continue
-            if record is not None:
-                tensors = _on_device(state, param.device)
-            else:
-                tensors, errors[layer.fqn] = encode_layer(layer, param, live, state)
-            restored.append((param, tensors))
-            stock_state[key] = {"step": tensors["step"]}  # torch's __setstate__ wants one
-    if problems:
+        if is_flat(live):
+            load.flat_group(saved, live)
+        elif live["params"]:
+            load.group(saved, live)
+    if load.problems:
         raise ValueError(
             "this checkpoint does not fit the compressed optimizer; nothing was changed.\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(load.problems)
             + "\nLoad it with the policy and seed it was written under, or make it dense first with "
             "lightning_sketch.decompress_state_dict(state_dict)."
         )
-    optimizer._compression.errors.update(errors)
+    optimizer._compression.errors.update(load.errors)
+    # The live policy stays: a dense checkpoint must not switch compression off.
     groups = [
-        {**saved, RECORDS: live[RECORDS]} for saved, live in zip(saved_groups, live_groups, strict=True)
-    ]  # the live policy stays: a dense checkpoint must not switch compression off
-    return {**state_dict, "state": stock_state, "param_groups": groups}, restored
+        {**saved, RECORDS: live[RECORDS]} if RECORDS in live else saved
+        for saved, live in zip(saved_groups, live_groups, strict=True)
+    ]
+    return {**state_dict, "state": load.stock_state, "param_groups": groups}, load.restored
 
 
-def encode_layer(
-    layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Encode a layer's dense states.
+class _Load:
+    """A checkpoint on its way into an optimizer."""
 
-    Args:
-        state: torch's ``optimizer.state[param]``.
+    def __init__(self, optimizer: CompressedOptimizer, stock_state: dict[Any, Any]) -> None:
+        self.optimizer = optimizer
+        self.stock_state = stock_state  # what torch will load
+        self.restored: list[tuple[Tensor, dict[str, Any]]] = []
+        self.problems: list[str] = []
+        self.errors: dict[str, dict[str, float]] = {}
 
-    Returns:
-        the compressed ``optimizer.state[param]``, and the relative error of every state (1.0 for a dropped one).
-    """
-    # SGD keeps no step count; its buffer exists, so at least one step was made.
-    tensors: dict[str, Any] = {"step": torch.tensor(float(state.get("step", 1.0)))}
-    errors: dict[str, float] = {}
-    for name, codec in layer.codecs.items():
-        dense = state[name].to(param.device)
-        if isinstance(codec, Drop):
-            errors[name] = 1.0 if bool((dense != 0).any()) else 0.0
-            continue
-        spec = layer.spec(name, param, group)
-        tensors |= encode(codec, spec, dense)
-        errors[name] = relative_error(codec, spec, tensors, dense)
-    return tensors, errors
-
-
-def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's dense states as torch keeps them; a dropped first moment is zero.
-
-    Args:
-        param: the parameter, or a meta tensor of its shape and dtype.
-        state: the compressed ``optimizer.state[param]``.
-    """
-    if not state:
-        return _fresh(layer, param, group)
-    device = next((v.device for k, v in state.items() if isinstance(v, Tensor) and k != "step"), torch.device("cpu"))
-    dense: dict[str, Any] = {}
-    for name, codec in layer.codecs.items():
-        spec = dataclasses.replace(layer.spec(name, param, group), device=device)
-        dense[name] = torch.zeros_like(param, device=device)
-        if not isinstance(codec, Drop):
-            # With the parameter's strides (channels_last): torch's fused kernels walk their memory side by side.
-            dense[name].copy_(decode(codec, spec, dict(state)).view(param.shape))
-    if "momentum_buffer" in layer.codecs and len(layer.codecs) == 1:
-        return dense  # SGD counts no steps
-    if "exp_avg" in layer.codecs and "weight_decay" not in group:
-        return {"step": int(state["step"])} | dense  # SparseAdam counts in a Python int
-    on_device = bool(group.get("fused") or group.get("capturable"))
-    return {"step": state["step"].to(param.device if on_device and not param.is_meta else "cpu", copy=True)} | dense
-
-
-def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Turn a compressed optimizer's state dict into one that the plain torch optimizer loads.
-
-    Args:
-        state_dict: from a converted optimizer.
-        dtype: dtype of the parameters, in which torch keeps its states.
-
-    Returns:
-        a new state dict; kept layers are shared with the given one.
-
-    Raises:
-        ValueError: nothing in it is compressed, or its format version is not known.
-    """
-    state = dict(state_dict["state"])
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    if not any(RECORDS in group for group in groups):
-        raise ValueError("this state dict holds no compressed states; the plain optimizer can load it as it is")
-    for group in groups:
-        for key, record in zip(group["params"], group.pop(RECORDS), strict=True):
-            if record is None:
+    def group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
+        """A group of parameters, whole or DTensors."""
+        records = saved.get(RECORDS) or [None] * len(saved["params"])
+        for key, record, live_record, param in zip(
+            saved["params"], records, self.optimizer._records(live), live["params"], strict=True
+        ):
+            state = self.stock_state.get(key)
+            if live_record is None:
+                if record is not None:
+                    self.problems.append(f"{record.get('fqn')}: compressed in the checkpoint, kept by the policy")
                 continue
-            if record["version"] != FORMAT_VERSION:
-                raise ValueError(f"{record['fqn']}: format version {record['version']}, this is {FORMAT_VERSION}")
-            layer = Layer.from_record(record)
-            param = torch.empty(layer.shape, dtype=dtype, device="meta")
-            if dense := decode_layer(layer, param, group, state.get(key, {})):
-                state[key] = dense
-    return {**state_dict, "state": state, "param_groups": groups}
+            layer = self.optimizer._layer(live_record)
+            problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
+            if problem or not state:
+                self.problems += [f"{layer.fqn}: {problem}"] if problem else []
+                continue
+            if record is None:
+                tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
+            else:
+                found = self._layer_state(layer, param, live, state)
+                if isinstance(found, str):
+                    self.problems.append(f"{layer.fqn}: {found}")
+                    continue
+                tensors = found
+            self._restore(key, param, tensors)
 
+    def flat_group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
+        """A group of flat tensors. They load where the layout is the same, as DeepSpeed's own checkpoints do."""
+        for record, live_record in zip(saved.get(RECORDS, ()), live.get(RECORDS, ()), strict=False):
+            if (record is None) != (live_record is None) or (record and _mismatch(record, live_record)):
+                fqn = (record or live_record)["fqn"]
+                self.problems.append(f"{fqn}: {_mismatch(record or {}, live_record or {'version': None})}")
+        for key, param in zip(saved["params"], live["params"], strict=True):
+            flat, state = self.optimizer._flat_tensor(param), self.stock_state.get(key)
+            if not state:
+                continue
+            layout = state.get(LAYOUT)
+            own = {k: v for k, v in state.items() if k != LAYOUT}
+            if layout is not None and [list(segment) for segment in layout] != flat.to_list():
+                self.problems.append(
+                    f"flat tensor {key}: the checkpoint was written with another layout (world size, ZeRO stage or "
+                    "parameter groups); load it with lightning_sketch.restore(engine, directory)"
+                )
+            elif not flat.parts:
+                self.stock_state[key] = own
+            elif layout is not None:
+                problem = _damage(self._expected_flat(flat, live), own)
+                self.problems += [f"flat tensor {key}: {problem}"] if problem else []
+                self._restore(key, param, _on_device(own, param.device))
+            else:
+                self._encode_flat(key, flat, live, own)
 
-def _fresh(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What torch allocates before the first step: nothing, except for Adagrad, which needs its sum from the start."""
-    if "sum" not in layer.codecs:
-        return {}
-    device = torch.device("cpu") if param.is_meta else param.device
-    total = torch.full(layer.shape, float(group["initial_accumulator_value"]), dtype=param.dtype, device=device)
-    return {"step": torch.zeros((), device=device if group.get("fused") else "cpu"), "sum": total}
+    def _layer_state(self, layer: Layer, param: Tensor, group: Mapping[str, Any], state: Any) -> dict[str, Any] | str:
+        """The live form of a compressed layer's entry, or what is wrong with it."""
+        part = LayerShard(layer, shard_of(param, layer.fqn))
+        expected: dict[str, Any] = {"step": torch.tensor(0.0)}
+        expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
+        same = dtensor_state.unwrap_same(part, param, state)
+        if same is not None:
+            return _damage(expected, same) or _on_device(same, param.device)
+        lacking = sorted(key for key in expected if key not in state)
+        if lacking:
+            return f"holds {sorted(map(str, state))}, lacks {lacking}"
+        tensors: dict[str, Any] = {"step": state["step"].to("cpu", copy=True)}
+        for name, codec in layer.stored().items():
+            try:
+                found = list(dtensor_state.sources(layer, name, codec, state, part.shard))
+                encoded, error = reshard(codec, part.spec(name, param, group), found)
+            except (ValueError, RuntimeError, IndexError) as problem:
+                return f"cannot be moved to this layout: {problem}"
+            tensors |= encoded
+            self.errors.setdefault(layer.fqn, {})[name] = error
+        return tensors
+
+    def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        expected: dict[str, Any] = {"step": torch.tensor(0.0)}
+        for part in flat.parts:
+            expected |= part.allocate(flat.tensor.to("meta"), group)
+        return expected
+
+    def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        tensors: dict[str, Any] = {"step": torch.tensor(float(state.get("step", 1.0)))}
+        for part in flat.parts:
+            missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
+            if missing:
+                self.problems.append(f"{part.layer.fqn}: the checkpoint has no dense {', '.join(missing)} of its shape")
+                return
+            dense = {name: part.rows(state[name]) for name in part.layer.codecs}
+            encoded, errors = encode_part(part, flat.tensor, group, dense)
+            tensors |= encoded
+            if part.layer.compressed:
+                self.errors[part.prefix.removesuffix(".")] = errors
+        self._restore(key, flat.tensor, tensors)
+
+    def _restore(self, key: Any, param: Tensor, tensors: dict[str, Any]) -> None:
+        self.restored.append((param, tensors))
+        self.stock_state[key] = {"step": tensors["step"]}  # torch's __setstate__ wants one
 
 
 def _mismatch(saved: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:
@@ -180,11 +201,8 @@ def _mismatch(saved: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _damage(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Any) -> str | None:
+def _damage(expected: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
     """What is missing from, or wrong with, a saved compressed state."""
-    if not state:
-        return None
-    expected = layer.allocate(torch.empty_like(param, device="meta"), group)
     if set(state) != set(expected):
         return f"holds {sorted(map(str, state))}, expected {sorted(expected)}"
     for key, value in expected.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.checkpoint import decode_layer, encode_layer
+from lightning_sketch.dense import decode_layer, encode_layer, fresh_state
 from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import (
     CompressedOptimizer,
@@ -88,8 +88,9 @@ def compress(
                 if _has_history(state):
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
-                    inner.state[param] = x.layer.allocate(param, group)
-    inner._compression = Compression(chosen, weakref.ref(model), nonfinite, errors)  # type: ignore[attr-defined]
+                    inner.state[param] = fresh_state(x.layer, param, group)
+    records = [x.record for x in made.layers if x.record is not None]
+    inner._compression = Compression(chosen, weakref.ref(model), nonfinite, records, errors)  # type: ignore[attr-defined]
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)
     return optimizer

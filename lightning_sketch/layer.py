@@ -13,7 +13,7 @@ from lightning_sketch import codecs as codec_lib
 from lightning_sketch.codecs import SM3, Codec, CodecState, Drop, Keep, StateSpec, codec_from
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules import LayerStep, StateDef, UpdateRule, run
-from lightning_sketch.sharding import Shard, shard_of
+from lightning_sketch.sharding import Shard, global_shape, local
 
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
@@ -43,7 +43,7 @@ class Layer:
 
     @classmethod
     def make(cls, fqn: str, seed: int, param: Tensor, states: Iterable[StateDef], codecs: Mapping[str, Codec]) -> Layer:
-        return cls(fqn, seed, tuple(param.shape), {s.name: s.signed for s in states}, codecs)
+        return cls(fqn, seed, global_shape(param), {s.name: s.signed for s in states}, codecs)
 
     @property
     def compressed(self) -> bool:
@@ -54,58 +54,9 @@ class Layer:
     def lazy(self) -> bool:
         return any(codec.lazy for codec in self.codecs.values())
 
-    def spec(self, state: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
-        """How the state of `param` is to be stored."""
-        return StateSpec(
-            name=state,
-            fqn=self.fqn,
-            signed=self.signed[state],
-            shard=shard_of(param, self.fqn),
-            seed=self.seed,
-            dtype=compute_dtype(param),
-            param_dtype=param.dtype,
-            device=param.device,
-            fill=float(group.get("initial_accumulator_value", 0.0)) if not self.signed[state] else 0.0,
-        )
-
     def stored(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not isinstance(codec, Drop)}
-
-    def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The initial ``optimizer.state[param]``, on the parameter's device."""
-        tensors: dict[str, Any] = {"step": torch.tensor(0.0)}
-        for state, codec in self.stored().items():
-            tensors |= codec_lib.allocate(codec, self.spec(state, param, group))
-        return tensors
-
-    def step(
-        self, rule: UpdateRule, param: Tensor, gradient: RowGradient, group: Mapping[str, Any], tensors: dict[str, Any]
-    ) -> None:
-        """One step (`param` and `tensors` modified in place)."""
-        tensors["step"] += 1
-        states: dict[str, CodecState] = {}
-        momentum, momentum_beta = None, 0.0
-        for state, codec in self.stored().items():
-            spec = self.spec(state, param, group)
-            states[state] = codec.bind(spec, tensors)
-            if isinstance(codec, SM3):
-                momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        shard: Shard = gradient.shard
-        run(
-            rule,
-            LayerStep(
-                param=shard.as_rows(param),
-                gradient=gradient.touched_only() if self.lazy else gradient,
-                states=states,
-                momentum=momentum,
-                momentum_beta=momentum_beta,
-                group=group,
-                step=int(tensors["step"]),
-                dtype=compute_dtype(param),
-            ),
-            self.codecs,
-        )
 
     def to_record(self) -> dict[str, Any]:
         """Primitives for ``param_groups``, so that checkpoints load with ``weights_only=True``."""
@@ -126,6 +77,88 @@ class Layer:
             shape=tuple(record["shape"]),
             signed=dict(record["signed"]),
             codecs={state: codec_from(value) for state, value in record["codecs"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class LayerShard:
+    """The part of a layer that lives in one tensor of the optimizer, with its states.
+
+    Args:
+        layer: what was decided for the whole layer.
+        shard: which part of the layer it is.
+        span: which elements of the optimizer's flat tensor; ``None`` for all of its tensor.
+        prefix: in front of its keys in ``optimizer.state[param]``; empty unless parts share a tensor.
+    """
+
+    layer: Layer
+    shard: Shard
+    span: slice | None = None
+    prefix: str = ""
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """View this part of the optimizer's tensor, or of one like it, as ``[local_rows, *row_shape]``."""
+        held = local(tensor)
+        return self.shard.as_rows(held if self.span is None else held.view(-1)[self.span])
+
+    def spec(self, state: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
+        """How a state is to be stored; `param` gives dtype and device."""
+        signed = self.layer.signed[state]
+        return StateSpec(
+            name=self.prefix + state,
+            fqn=self.layer.fqn,
+            signed=signed,
+            shard=self.shard,
+            seed=self.layer.seed,
+            dtype=compute_dtype(param),
+            param_dtype=param.dtype,
+            device=param.device,
+            fill=float(group.get("initial_accumulator_value", 0.0)) if not signed else 0.0,
+        )
+
+    def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The initial entries of ``optimizer.state[param]``, but its ``step``, on the parameter's device."""
+        tensors: dict[str, Any] = {}
+        for state, codec in self.layer.stored().items():
+            tensors |= codec_lib.allocate(codec, self.spec(state, param, group))
+        return tensors
+
+    def step(
+        self,
+        rule: UpdateRule,
+        param: Tensor,
+        gradient: RowGradient,
+        group: Mapping[str, Any],
+        tensors: dict[str, Any],
+        step: int,
+    ) -> None:
+        """One step (`param` and `tensors` modified in place).
+
+        Args:
+            gradient: of this part.
+            tensors: ``optimizer.state[param]``.
+            step: number of this step, from 1.
+        """
+        states: dict[str, CodecState] = {}
+        momentum, momentum_beta = None, 0.0
+        for state, codec in self.layer.stored().items():
+            spec = self.spec(state, param, group)
+            states[state] = codec.bind(spec, tensors)
+            if isinstance(codec, SM3):
+                momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
+        run(
+            rule,
+            LayerStep(
+                param=self.rows(param),
+                gradient=gradient.touched_only() if self.layer.lazy else gradient,
+                states=states,
+                momentum=momentum,
+                momentum_beta=momentum_beta,
+                group=group,
+                step=step,
+                dtype=compute_dtype(param),
+            ),
+            self.layer.codecs,
         )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.layer import Layer, compute_dtype
+from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
 # Block-sized tensors that are alive at once in the hungriest reference step (Adam over a depth-3 signed sketch: the
@@ -25,7 +26,8 @@ class MemoryReport:
     """Bytes held for training by one optimizer; ``str(report)`` is the table.
 
     Args:
-        parameters: bytes of all parameters in the optimizer.
+        parameters: bytes of all parameters in the optimizer. Of what is sharded, this rank's part counts, here and
+            everywhere below.
         gradients: bytes of the gradients that exist now; a sparse one counts its indices and values.
         state_by_codec: bytes of the states that exist now, by codec name.
         dense_state: bytes of those layers' states as torch would keep them.
@@ -75,24 +77,27 @@ def report(optimizer: Any) -> MemoryReport:
     inner = unwrap(optimizer)
     by_codec: dict[str, int] = {}
     dense_state = transient = parameters = gradients = 0
-    layers: dict[int, Layer] = {}
+    compressed: dict[int, tuple[LayerShard, ...]] = {}
     if isinstance(inner, CompressedOptimizer):
-        layers = {id(p): layer for _, layer, p in inner.compressed_layers()}
+        compressed = {id(tensor): parts for _, tensor, parts in inner.compressed_tensors()}
     for group in inner.param_groups:
         for param in group["params"]:
-            parameters += param.nbytes
+            held = local(param)
+            parameters += held.nbytes
             gradients += _grad_bytes(param.grad)
             state = inner.state.get(param, {})
-            if id(param) not in layers:
-                kept = sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
+            if id(param) not in compressed:
+                kept = sum(local(v).nbytes for v in state.values() if isinstance(v, Tensor))
                 by_codec["Keep"] = by_codec.get("Keep", 0) + kept
                 dense_state += kept
                 continue
-            layer = layers[id(param)]
+            for part in compressed[id(param)]:
+                if state:
+                    _count_part(part, state, by_codec)
+                    dense_state += part.rows(param).nbytes * len(part.layer.codecs)
+                transient = max(transient, transient_bytes(part, param))
             if state:
-                _count_layer(layer, state, by_codec)
-                dense_state += param.nbytes * len(layer.codecs)
-            transient = max(transient, transient_bytes(layer, param))
+                by_codec["Keep"] = by_codec.get("Keep", 0) + state["step"].nbytes
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,
@@ -107,13 +112,14 @@ def report(optimizer: Any) -> MemoryReport:
     )
 
 
-def transient_bytes(layer: Layer, param: Tensor) -> int:
+def transient_bytes(part: LayerShard, param: Tensor) -> int:
     """Upper bound of the temporaries of one step of a compressed layer, bytes.
 
     Blocks of `BLOCK_NUMEL` elements and, for a sparse gradient, its coalesced copy with the hashes of its rows.
     """
-    row = max(1, param.numel() // max(1, param.shape[0] if param.ndim else 1))
-    numel = min(param.numel(), max(BLOCK_NUMEL, row))
+    layer, row = part.layer, max(1, part.shard.row_numel)
+    rows = part.shard.local_rows
+    numel = min(rows * row, max(BLOCK_NUMEL, row))
     # Row ids, buckets and signs: more than the values where rows are narrow.
     depth = max((getattr(codec, "depth", 0) for codec in layer.codecs.values()), default=0)
     hashes = 8 * (4 + 3 * depth)
@@ -123,18 +129,17 @@ def transient_bytes(layer: Layer, param: Tensor) -> int:
         total += 3 * _grad_bytes(param.grad) + param.grad._values().shape[0] * hashes
     elif param.grad is not None and layer.lazy:
         # the mask of non-zero elements, the touched rows and their hashes
-        total += 2 * param.grad.nbytes + param.numel() // row * hashes
+        total += 2 * rows * row * param.grad.element_size() + rows * hashes
     return total
 
 
-def _count_layer(layer: Layer, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
-    names = sorted(layer.codecs, key=len, reverse=True)  # exp_avg_sq before exp_avg: one is a prefix of the other
+def _count_part(part: LayerShard, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
+    names = sorted(part.layer.codecs, key=len, reverse=True)  # exp_avg_sq before exp_avg: one is a prefix of the other
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        owner = next((n for n in names if key.startswith(n)), None)
-        codec = type(layer.codecs[owner]).__name__ if owner else "Keep"
-        by_codec[codec] = by_codec.get(codec, 0) + value.nbytes
+        owner = next((n for n in names if key.startswith(part.prefix + n)), None)
+        if owner is not None and isinstance(value, Tensor):
+            codec = type(part.layer.codecs[owner]).__name__
+            by_codec[codec] = by_codec.get(codec, 0) + value.nbytes
 
 
 def _grad_bytes(grad: Tensor | None) -> int:
@@ -142,7 +147,7 @@ def _grad_bytes(grad: Tensor | None) -> int:
         return 0
     if grad.is_sparse:
         return grad._indices().nbytes + grad._values().nbytes
-    return grad.nbytes
+    return local(grad).nbytes
 
 
 def _resident() -> int | None:

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from lightning_sketch import checkpoint
+from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
 from lightning_sketch.gradient import RowGradient, row_gradient
-from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.plan import make_plan
 from lightning_sketch.policy import Policy
+from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
-from lightning_sketch.sharding import shard_of
+from lightning_sketch.sharding import local, shard_of
+from lightning_sketch.sharding.agree import all_agree, shard_group
+from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ class Compression:
         policy: the policy that decided.
         model: weak reference to the model, to resolve parameters that are added later.
         nonfinite: what to do about NaN and inf gradients of compressed layers.
+        records: the record of every compressed layer. Groups hold them too, but under DeepSpeed not all groups are to
+            be seen at all times.
         errors: relative error of each state that was encoded from a dense one, by FQN and state.
         skipped: how many steps each layer skipped for a non-finite gradient.
     """
@@ -41,16 +47,20 @@ class Compression:
     policy: Policy | None
     model: Callable[[], nn.Module | None]
     nonfinite: NonFinite
+    records: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
-        return Compression(self.policy, self.model, self.nonfinite, dict(self.errors), self.skipped.copy())
+        return Compression(
+            self.policy, self.model, self.nonfinite, list(self.records), dict(self.errors), self.skipped.copy()
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model cannot travel by weak reference, nor a policy with a lambda; only add_param_group needs them.
         portable = self.policy is not None and all(rule.match is None for rule in self.policy.rules)
-        return Compression, (self.policy if portable else None, _no_model, self.nonfinite, self.errors, self.skipped)
+        policy = self.policy if portable else None
+        return Compression, (policy, _no_model, self.nonfinite, self.records, self.errors, self.skipped)
 
 
 class CompressedOptimizer(Optimizer):
@@ -59,6 +69,7 @@ class CompressedOptimizer(Optimizer):
     stock: ClassVar[type[Optimizer]]
     rule: ClassVar[UpdateRule]
     _compression: Compression
+    _flat_tensors: FlatTensors | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
@@ -78,8 +89,10 @@ class CompressedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._bind_if_flat():
+            return loss
         with torch.no_grad():
-            hidden = [(p, p.grad) for _, _, p in self.compressed_layers() if p.grad is not None]
+            hidden = [(p, p.grad) for _, p, _ in self.compressed_tensors() if p.grad is not None]
             gradients = self._read_gradients()
             try:
                 for param, _ in hidden:
@@ -88,18 +101,79 @@ class CompressedOptimizer(Optimizer):
             finally:
                 for param, grad in hidden:
                     param.grad = grad
-            for group, layer, param, gradient in gradients:
-                if param not in self.state or not self.state[param]:
-                    self.state[param] = layer.allocate(param, group)
-                layer.step(self.rule, param, gradient, group, self.state[param])
+            for group, param, parts in gradients:
+                self._step_tensor(group, param, parts)
         return loss
 
-    def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
-        """Every compressed layer as ``(group, layer, param)``."""
+    def _step_tensor(self, group: dict[str, Any], param: Tensor, parts: list[tuple[LayerShard, RowGradient]]) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for part, _ in parts:
+                state.update(part.allocate(param, group))
+        state["step"] += 1
+        step = int(state["step"])
+        for part, gradient in parts:
+            part.step(self.rule, param, gradient, group, state, step)
+
+    def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
+        """Every tensor that our rules step, as ``(group, tensor, parts)``.
+
+        A parameter, whole or DTensor, is one part; a flat tensor of DeepSpeed has several, some of kept layers.
+        """
         for group in self.param_groups:
-            for record, param in zip(self._records(group), group["params"], strict=True):
-                if record is not None:
-                    yield group, self._layer(record), param
+            if is_flat(group):
+                for tensor in group["params"]:
+                    if parts := self._flat_tensor(tensor).parts:
+                        yield group, tensor, parts
+            elif group["params"]:
+                for record, param in zip(self._records(group), group["params"], strict=True):
+                    if record is not None:
+                        layer = self._layer(record)
+                        yield group, param, (LayerShard(layer, shard_of(param, layer.fqn)),)
+
+    def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
+        """Every compressed layer as ``(group, layer, tensor)``; once for each tensor that holds a part of it."""
+        for group, tensor, parts in self.compressed_tensors():
+            for layer in {part.layer.fqn: part.layer for part in parts if part.layer.compressed}.values():
+                yield group, layer, tensor
+
+    def _flat_tensor(self, tensor: Tensor) -> FlatTensor:
+        flat = self._flat_tensors
+        found = None if flat is None else flat.find(tensor)
+        if found is None:
+            raise RuntimeError(
+                f"the optimizer was given a tensor of shape {list(tensor.shape)} that is no parameter of the model, as "
+                "DeepSpeed does; where DeepSpeed's engine cannot be found from the calling code, call "
+                "lightning_sketch.attach(engine) after deepspeed.initialize"
+            )
+        return found
+
+    def _bind_if_flat(self) -> bool:
+        """Find out which layers lie in flat tensors; whether this is only DeepSpeed trying out the step."""
+        flat = self._flat_tensors
+        tensors = [t for group in self.param_groups if is_flat(group) for t in group["params"]]
+        if all(flat is not None and flat.find(tensor) is not None for tensor in tensors):
+            return False
+        wrapper, trial = find_wrapper(self)
+        if not trial and wrapper is not None:
+            self.bind(wrapper)
+        return trial
+
+    def bind(self, wrapper: Any) -> None:
+        """Take the layout of the flat tensors from DeepSpeed's optimizer wrapper.
+
+        Raises:
+            RuntimeError: the layout cannot be read reliably, or is not the model's.
+        """
+        model, policy = self._compression.model(), self._compression.policy
+        if model is None or policy is None:
+            raise RuntimeError(
+                "this optimizer no longer knows its model; call compress(optimizer, model, policy) again first"
+            )
+        layers = [Layer.from_record(record) for record in self._compression.records]
+        named = named_layers(model, policy.role_hints)
+        self._flat_tensors = FlatTensors(read_layout(wrapper), named, {layer.fqn: layer for layer in layers})
 
     def _records(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:
         """A live group's layer records. A group without any is decided now."""
@@ -110,7 +184,7 @@ class CompressedOptimizer(Optimizer):
         if len(records) != len(group["params"]):
             raise RuntimeError(
                 f"a group of {len(records)} parameters was compressed, and now holds {len(group['params'])}: something "
-                "replaced its parameters, as DeepSpeed does by flat partitions, which are not supported"
+                "changed its parameters; call decompress(optimizer) before, and compress it again after"
             )
         return records
 
@@ -132,39 +206,63 @@ class CompressedOptimizer(Optimizer):
             found = cache[id(record)] = (record, Layer.from_record(record))
         return found[1]
 
-    def _read_gradients(self) -> list[tuple[dict[str, Any], Layer, Tensor, RowGradient]]:
-        """All compressed layers' gradients, checked before anything changes."""
+    def _read_gradients(self) -> list[tuple[dict[str, Any], Tensor, list[tuple[LayerShard, RowGradient]]]]:
+        """All our tensors' gradients, part by part, checked before anything changes."""
         found = []
-        for group, layer, param in self.compressed_layers():
+        for group, param, parts in self.compressed_tensors():
             if param.grad is None:
                 continue
-            self.rule.check(group, layer.fqn)
-            lacking = [state.name for state in self.rule.states(group) if state.name not in layer.codecs]
-            if lacking:
-                raise ValueError(
-                    f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
-                    "ask for; call decompress(optimizer) and compress it again"
-                )
-            if tuple(param.shape) != layer.shape:
-                raise ValueError(
-                    f"{layer.fqn} now has shape {list(param.shape)}, but its states were laid out for "
-                    f"{list(layer.shape)}; compress the new optimizer again"
-                )
-            found.append((group, layer, param, row_gradient(param.grad, shard_of(param, layer.fqn), layer.fqn)))
+            for part in parts:
+                self._check(group, part, param)
+            found.append((group, param, [(part, _part_gradient(part, param)) for part in parts]))
         if self._compression.nonfinite == "propagate" or not found:
             return found
-        finite = _finite([gradient.values for *_, gradient in found])
-        bad = [layer.fqn for (_, layer, _, _), ok in zip(found, finite, strict=True) if not ok]
-        if bad and self._compression.nonfinite == "raise":
+        values = [[gradient.values for _, gradient in parts] for _, _, parts in found]
+        finite_parts = iter(_finite([value for tensors in values for value in tensors]))
+        finite = [[next(finite_parts) for _ in tensors] for tensors in values]
+        groups = [self._process_group(param, parts[0][0]) for _, param, parts in found]
+        usable = all_agree([all(ok) for ok in finite], groups, found[0][1].device)
+        if not all(usable):
+            self._refuse(found, finite, usable)
+        return [item for item, ok in zip(found, usable, strict=True) if ok]
+
+    def _check(self, group: dict[str, Any], part: LayerShard, param: Tensor) -> None:
+        layer = part.layer
+        self.rule.check(group, layer.fqn)
+        lacking = [state.name for state in self.rule.states(group) if state.name not in layer.codecs]
+        if lacking:
+            raise ValueError(
+                f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
+                "ask for; call decompress(optimizer) and compress it again"
+            )
+        if part.span is None and tuple(param.shape) != layer.shape:
+            raise ValueError(
+                f"{layer.fqn} now has shape {list(param.shape)}, but its states were laid out for "
+                f"{list(layer.shape)}; compress the new optimizer again"
+            )
+
+    def _process_group(self, param: Tensor, part: LayerShard) -> Any | None:
+        if part.span is None:
+            return shard_group(param, part.layer.fqn)
+        return self._flat_tensors.group if self._flat_tensors is not None else None
+
+    def _refuse(self, found: list[Any], finite: list[list[bool]], usable: list[bool]) -> None:
+        """Raise for non-finite gradients, or warn and count."""
+        bad: list[str] = []
+        for (_, _, parts), oks, tensor_ok in zip(found, finite, usable, strict=True):
+            here = [part.layer.fqn for (part, _), ok in zip(parts, oks, strict=True) if not ok]
+            if not tensor_ok:
+                # A shard whose counterpart on another rank is bad must be skipped with it: states would drift apart.
+                bad += here or [f"{parts[0][0].layer.fqn} on another rank"]
+        if self._compression.nonfinite == "raise":
             raise FloatingPointError(
                 f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
                 'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step'
             )
         for fqn in bad:
             if not self._compression.skipped[fqn]:
-                warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=4)
+                warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=5)
             self._compression.skipped[fqn] += 1
-        return [item for item, ok in zip(found, finite, strict=True) if ok]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; the policy decides its layers.
@@ -182,6 +280,11 @@ class CompressedOptimizer(Optimizer):
         records = self._decide({**self.defaults, **param_group, "params": tensors})
         super().add_param_group(param_group)
         self.param_groups[-1][RECORDS] = records
+        self._compression.records += [record for record in records if record is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors."""
+        return checkpoint.finish_state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # DCP passes `state_dict` by name
         """Load a checkpoint of this optimizer, or of the same optimizer uncompressed, whose states are then encoded.
@@ -190,6 +293,7 @@ class CompressedOptimizer(Optimizer):
             ValueError: the checkpoint was written under another policy, seed, shape or format version, or is damaged.
                 Nothing was changed then.
         """
+        self._bind_if_flat()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = state_dict.copy()
         for pre_hook in before.values():
@@ -290,6 +394,14 @@ def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:
 def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of an optimizer."""
     return compressed_class(optimizer).rule
+
+
+def _part_gradient(part: LayerShard, param: Tensor) -> RowGradient:
+    grad = param.grad
+    assert grad is not None
+    if part.span is None:
+        return row_gradient(local(grad), part.shard, part.layer.fqn)
+    return RowGradient(part.shard, None, part.rows(grad))
 
 
 def _no_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_sketch.codecs import SM3, Drop, Keep
 from lightning_sketch.kernels.reference import layer_seed
-from lightning_sketch.layer import Layer
+from lightning_sketch.layer import Layer, LayerShard
 from lightning_sketch.policy import STATE_NAMES, Policy, default_policy
 from lightning_sketch.roles import NamedLayer, named_layers
 from lightning_sketch.rules import UpdateRule
+from lightning_sketch.sharding import Shard, shard_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LayerPlan:
         layer: names, codecs and seed.
         roles: the parameter's roles.
         rule: number of the deciding policy rule, from 1; ``None`` if no rule matched.
-        bytes_before: bytes of the states as torch keeps them, by state.
+        bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together.
         bytes_after: bytes under the policy, by state.
     """
 
@@ -128,6 +130,7 @@ def _plan_layer(
     chosen = policy.rules[index] if index is not None else None
     codecs = {s.name: chosen.codec_for(s.name, signed=s.signed) if chosen else Keep() for s in states}
     layer = Layer.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs)
+    whole = LayerShard(layer, Shard.whole(layer.shape))
     before: dict[str, int] = {}
     after: dict[str, int] = {}
     if layer.compressed:
@@ -137,12 +140,13 @@ def _plan_layer(
                 "torch.view_as_real of it"
             )
         rule.check(group, layer.fqn)
+        shard_of(named.param, layer.fqn)  # refuses placements that no codec can serve
         _check_one_momentum(layer)
     for state in states:
-        dense = named.param.numel() * named.param.element_size()
+        dense = math.prod(layer.shape) * named.param.element_size()
         before[state.name] = after[state.name] = dense
         if layer.compressed:
-            spec = layer.spec(state.name, named.param, group)
+            spec = whole.spec(state.name, named.param, group)
             codecs[state.name].check(spec)
             after[state.name] = codecs[state.name].nbytes(spec)
     return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +111,13 @@ class Rule:
 
     def misses(self, layer: NamedLayer) -> list[str]:
         """The selectors that do not match a layer; empty if the rule does."""
-        shape = layer.param.shape
+        shape = layer.shape
         passed = {
             "role": not self.role or any(role in layer.roles for role in _listed(self.role)),
             "name": not self.name or any(matches_name(p, n) for p in _listed(self.name) for n in layer.names),
             "module": self.module is None or _is_module(layer.module, self.module),
             "min_rows": (shape[0] if shape else 1) >= self.min_rows,
-            "min_numel": shape.numel() >= self.min_numel,
+            "min_numel": math.prod(shape) >= self.min_numel,
         }
         missed = [selector for selector, ok in passed.items() if not ok]
         if self.match is not None and not missed and not self.match(layer.fqn, layer.module, layer.param):
@@ -295,15 +296,15 @@ def _nearest(rule: Rule, layers: Mapping[int, NamedLayer]) -> str:
     if not layers:
         return "the model has no parameters"
     # Fewest missed selectors first, then the largest.
-    layer = min(layers.values(), key=lambda x: (len(rule.misses(x)), -x.param.numel()))
+    layer = min(layers.values(), key=lambda x: (len(rule.misses(x)), -math.prod(x.shape)))
     missed = rule.misses(layer)
-    shape = tuple(layer.param.shape)
+    shape = layer.shape
     if not missed:
         return f"nearest is {layer.fqn!r}, which an earlier rule takes first"
     if "min_rows" in missed:
         fact = f"with {shape[0] if shape else 1:_} rows"
     elif "min_numel" in missed:
-        fact = f"with {layer.param.numel():_} elements"
+        fact = f"with {math.prod(shape):_} elements"
     else:
         fact = f"of role {'/'.join(sorted(layer.roles))}, {type(layer.module).__name__}, shape {list(shape)}"
     return f"nearest is {layer.fqn!r} {fact} (missed: {', '.join(missed)})"

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lightning_sketch.sharding import global_shape
+
 Role = Literal["embedding", "softmax", "hidden", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -38,6 +40,11 @@ class NamedLayer:
     module: nn.Module
     roles: set[str] = field(default_factory=set)
     aliases: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logical parameter, however little of it is held here."""
+        return global_shape(self.param)
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +108,7 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
     _apply_hints(layers, role_hints)
     for layer in layers.values():
         if not layer.roles:
-            layer.roles.add("hidden" if layer.param.ndim >= 2 else "other")
+            layer.roles.add("hidden" if len(layer.shape) >= 2 else "other")
     return layers
 
 
@@ -131,9 +138,9 @@ def _hf_weight(module: nn.Module, getter: str) -> Any:
 
 def _apply_hints(layers: Mapping[int, NamedLayer], hints: RoleHints) -> None:
     if hints == "last_linear":
-        linears = [x for x in layers.values() if isinstance(x.module, nn.Linear) and x.param.ndim == 2]
-        most = max((x.param.shape[0] for x in linears), default=0)
-        if not linears or linears[-1].param.shape[0] < most:
+        linears = [x for x in layers.values() if isinstance(x.module, nn.Linear) and len(x.shape) == 2]
+        most = max((x.shape[0] for x in linears), default=0)
+        if not linears or linears[-1].shape[0] < most:
             raise ValueError(
                 "role_hints='last_linear': the last nn.Linear must have the most outputs of all; name the softmax "
                 "layer instead, e.g. role_hints={'head.weight': 'softmax'}"

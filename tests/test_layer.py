@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Keep, RowWise
-from lightning_sketch.layer import FORMAT_VERSION, Layer, compute_dtype
+from lightning_sketch.dense import fresh_state
+from lightning_sketch.layer import FORMAT_VERSION, Layer, LayerShard, compute_dtype
 from lightning_sketch.rules import StateDef
+from lightning_sketch.sharding import Shard
 from tests.tiny import CODECS
 
 STATES = (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
+
+
+def allocate(layer, param, group=None):
+    return LayerShard(layer, Shard.whole((30, 4))).allocate(param, group or {})
 
 
 def make(first, second, shape=(30, 4)):
@@ -52,17 +58,17 @@ def test_what_it_is_follows_from_its_codecs(first, second, compressed, lazy):
 def test_a_dropped_state_stores_nothing():
     layer = make(Drop(), RowWise())
     assert layer.stored().keys() == {"exp_avg_sq"}
-    assert set(layer.allocate(torch.empty(30, 4), {})) == {"step", "exp_avg_sq_row", "exp_avg_sq_scale"}
+    assert set(allocate(layer, torch.empty(30, 4))) == {"exp_avg_sq_row", "exp_avg_sq_scale"}
 
 
 def test_both_moments_of_a_layer_share_their_hash():
-    layer = make(CountSketch(), CountSketch())
+    part = LayerShard(make(CountSketch(), CountSketch()), Shard.whole((30, 4)))
     param = torch.empty(30, 4)
-    assert layer.spec("exp_avg", param, {}).seed == layer.spec("exp_avg_sq", param, {}).seed == 7
+    assert part.spec("exp_avg", param, {}).seed == part.spec("exp_avg_sq", param, {}).seed == 7
 
 
 def test_the_initial_value_is_that_of_the_second_moment():
-    tensors = make(BFloat16(), RowWise()).allocate(torch.empty(30, 4), {"initial_accumulator_value": 0.5})
+    tensors = allocate(make(BFloat16(), RowWise()), torch.empty(30, 4), {"initial_accumulator_value": 0.5})
     assert (tensors["exp_avg_sq_row"] == 0.5).all()
     assert not tensors["exp_avg"].any()
 
@@ -74,13 +80,12 @@ def test_the_initial_value_is_that_of_the_second_moment():
 def test_arithmetic_is_at_least_float32(dtype, computed):
     param = torch.empty(30, 4, dtype=dtype)
     assert compute_dtype(param) == computed
-    tensors = make(Keep(), RowWise()).allocate(param, {})
+    tensors = allocate(make(Keep(), RowWise()), param)
     assert tensors["exp_avg"].dtype == dtype  # as torch keeps it
     assert tensors["exp_avg_sq_row"].dtype == computed
-    assert tensors["step"].dtype == torch.float32
 
 
 def test_the_step_counter_lives_on_the_cpu():
-    tensors = make(Keep(), RowWise()).allocate(torch.empty(30, 4, device="meta"), {})
+    tensors = fresh_state(make(Keep(), RowWise()), torch.empty(30, 4, device="meta"), {})
     assert tensors["step"].device.type == "cpu"  # where reading it costs no synchronisation
     assert tensors["exp_avg_sq_row"].device.type == "meta"

@@ -149,8 +149,8 @@ def test_temporaries_do_not_grow_with_the_table(name):
     for rows in (BLOCK_NUMEL // 4, 3 * BLOCK_NUMEL // 4):  # one block of rows of 4 elements, and three
         model = Tiny(rows=rows)
         optimizer = compress(Adam(model.parameters()), model, on_table(**CODECS[name]))
-        layer = next(iter(optimizer.compressed_layers()))[1]
-        bounds.append(transient_bytes(layer, model.table.weight))
+        (part,) = next(iter(optimizer.compressed_tensors()))[2]
+        bounds.append(transient_bytes(part, model.table.weight))
         assert report(optimizer).transient == bounds[-1]
     assert bounds[0] == bounds[1]
 
@@ -160,10 +160,10 @@ def test_lazy_dense_gradients_cost_a_copy():
     costs = []
     for lazy in (False, True):
         optimizer = compress(Adam(model.parameters()), model, on_table(second_moment=RowWise(lazy=lazy)))
-        layer = next(iter(optimizer.compressed_layers()))[1]
+        (part,) = next(iter(optimizer.compressed_tensors()))[2]
         model.table.weight.grad = None
-        without = transient_bytes(layer, model.table.weight)
+        without = transient_bytes(part, model.table.weight)
         model.table.weight.grad = torch.zeros(30, 4)
-        costs.append(transient_bytes(layer, model.table.weight) - without)
+        costs.append(transient_bytes(part, model.table.weight) - without)
     assert costs[0] == 0
     assert costs[1] > 4 * TABLE

@@ -8,12 +8,15 @@ from typing import Any
 from lightning_sketch.codecs.base import (
     Codec,
     CodecState,
+    Rows,
     StateSpec,
     Tensors,
     allocate,
     decode,
     encode,
+    key_of,
     relative_error,
+    rows_of,
 )
 from lightning_sketch.codecs.bfloat16 import BFloat16
 from lightning_sketch.codecs.count_sketch import CountSketch
@@ -33,13 +36,16 @@ __all__ = [
     "Factored",
     "Keep",
     "RowWise",
+    "Rows",
     "StateSpec",
     "Tensors",
     "allocate",
     "codec_from",
     "decode",
     "encode",
+    "key_of",
     "relative_error",
+    "rows_of",
 ]
 
 _CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored)}

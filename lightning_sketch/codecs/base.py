@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -132,6 +132,17 @@ class Codec(ABC):
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         """The operations over ``optimizer.state[param]``."""
 
+    @abstractmethod
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        """For each stored tensor, by suffix, which dimension of the parameter each of its dimensions runs along.
+
+        ``None`` for a dimension that runs along none. Where a parameter is sharded along a dimension that a tensor
+        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank.
+
+        Args:
+            ndim: number of dimensions of the parameter, a scalar counting as one row.
+        """
+
     def nbytes(self, spec: StateSpec) -> int:
         """Bytes of the stored tensors. Nothing is allocated."""
         meta = dataclasses.replace(spec, device=torch.device("meta"))
@@ -155,22 +166,34 @@ def allocate(codec: Codec, spec: StateSpec) -> dict[str, Any]:
     return {key_of(spec.name, suffix): value for suffix, value in codec.allocate(spec).items()}
 
 
-def encode(codec: Codec, spec: StateSpec, dense: Tensor) -> dict[str, Any]:
+#: A dense state asked for block by block: ``[k, *row_shape]``, any floating dtype, not modified.
+Rows = Callable[[Block], Tensor]
+
+
+def rows_of(dense: Tensor | Rows, shard: Shard) -> Rows:
+    """A dense state ``[local_rows, *row_shape]`` (or 0-d), block by block."""
+    if not isinstance(dense, Tensor):
+        return dense
+    rows = shard.as_rows(dense)
+    return lambda block: rows[block.index]
+
+
+def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> dict[str, Any]:
     """Store a dense state, block by block.
 
     Args:
-        dense: ``[local_rows, *row_shape]`` (or 0-d), any floating dtype.
+        dense: ``[local_rows, *row_shape]`` (or 0-d), or a function that is asked twice for every block.
 
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
     """
     tensors = allocate(codec, spec)
     state = codec.bind(spec, tensors)
-    rows = spec.shard.as_rows(dense)
+    rows = rows_of(dense, spec.shard)
 
     def values(block: Block) -> Tensor:
         # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
-        return rows[block.index].to(spec.dtype) - spec.fill if spec.fill else rows[block.index].to(spec.dtype)
+        return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
     state.begin(decay=1.0, weight=1.0, step=1, rows=None)
     for block in spec.shard.blocks():
@@ -190,12 +213,12 @@ def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
     return dense
 
 
-def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor) -> float:
+def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor | Rows) -> float:
     """``||decoded - dense|| / ||dense||`` in the Frobenius norm; 0 for an all-zero state that is stored exactly."""
-    rows = spec.shard.as_rows(dense)
+    rows = rows_of(dense, spec.shard)
     error = norm = 0.0
     for block, values in _estimates(codec, spec, tensors):
-        true = rows[block.index].to(spec.dtype)
+        true = rows(block).to(spec.dtype)
         error += float((values - true).square().sum(dtype=torch.float64))
         norm += float(true.square().sum(dtype=torch.float64))
     if norm == 0.0:

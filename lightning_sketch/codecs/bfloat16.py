@@ -32,6 +32,9 @@ class BFloat16(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=torch.bfloat16)}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"": tuple(range(ndim))}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return _BFloat16State(spec, tensors) if self.stochastic else DenseState(spec, tensors)
 
@@ -41,7 +44,8 @@ class _BFloat16State(DenseState):
         # signed and unsigned states of a layer share the seed, so tell them apart: else m and v round alike
         salt = self.spec.seed + self.step * 2 + self.spec.signed
         rows = mix64(block.row_ids(values.device), salt).to(torch.int32)  # [k]
-        columns = mix64(torch.arange(self.spec.shard.row_numel, device=values.device), ~salt).to(torch.int32)
+        places = torch.arange(self.spec.shard.row_numel, device=values.device) + self.spec.shard.column_offset
+        columns = mix64(places, ~salt).to(torch.int32)
         noise = _noise16(rows[:, None] ^ columns[None, :]).view(values.shape)
         return stochastic_round(values.float(), noise)
 

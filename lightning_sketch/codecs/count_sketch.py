@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
-from lightning_sketch.sharding import Block
+from lightning_sketch.sharding import Block, Shard
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,23 @@ class CountSketch(Codec):
         if not 0 < self.cleaning_factor <= 1:
             raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
 
-    def table_shape(self, rows: int) -> tuple[int, int]:
-        """``(depth, width)`` of the table for a parameter of `rows` rows."""
-        width = self.width or math.ceil(rows / (self.compression * self.depth))
+    def table_shape(self, shard: Shard) -> tuple[int, int]:
+        """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`."""
+        rows = shard.table_rows
+        if self.width is None:
+            width = math.ceil(rows / (self.compression * self.depth))
+        else:
+            width = math.ceil(self.width * rows / max(1, shard.global_rows))
         if width >= 1 << 31:
             raise ValueError(f"CountSketch: {rows} rows at compression {self.compression} need a width below 2**31")
         return (1, rows) if width >= rows else (self.depth, width)
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
-        table = spec.zeros(*self.table_shape(spec.shard.global_rows), *spec.shard.row_shape)
+        table = spec.zeros(*self.table_shape(spec.shard), *spec.shard.row_shape)
         return {"table": table, "scale": 1.0}
+
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"table": (None, None, *range(1, ndim))}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_PaperSketch if self.update == "paper" else _LinearSketch)(self, spec, tensors)
@@ -94,7 +101,7 @@ class _Sketch(CodecState):
         self.codec = codec
         self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by self["scale"]
         self.depth, self.width = self.table.shape[:2]
-        self.exact = self.width >= spec.shard.global_rows
+        self.exact = self.width >= spec.shard.table_rows
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.decay, self.weight = decay, weight
@@ -103,7 +110,7 @@ class _Sketch(CodecState):
 
     def insert(self, block: Block, x: Tensor, weight: float) -> None:
         if self.exact and isinstance(block.index, slice):
-            self.table[0, self.own(block.index)].add_(x, alpha=weight)
+            self.table[0, block.index].add_(x, alpha=weight)
             return
         buckets, signs = self.hashes(block)
         x = x * weight  # once; index_add_ is three times slower with an alpha
@@ -113,7 +120,7 @@ class _Sketch(CodecState):
 
     def estimate(self, block: Block) -> Tensor:
         if self.exact and isinstance(block.index, slice):
-            exact: Tensor = self.table[0, self.own(block.index)] * self["scale"]
+            exact: Tensor = self.table[0, block.index] * self["scale"]
             return exact
         buckets, signs = self.hashes(block)
         if self.spec.signed and not self.exact:
@@ -126,16 +133,11 @@ class _Sketch(CodecState):
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
 
-    def own(self, rows: slice) -> slice:
-        """Contiguous local rows in an exact table, which has a place for every global row."""
-        offset = self.spec.shard.row_offset
-        return slice(rows.start + offset, rows.stop + offset)
-
     def hashes(self, block: Block) -> tuple[Tensor, Tensor]:
         """Buckets and signs of the block's rows, int64 and int8 ``[depth, k]``."""
         if self.exact:
-            ids = block.row_ids(self.table.device)[None]
-            return ids, ids
+            rows = block.local_ids(self.table.device)[None]
+            return rows, rows
 
         def make() -> tuple[Tensor, Tensor]:
             return hash_rows(block.row_ids(self.table.device), self.spec.seed, self.depth, self.width)

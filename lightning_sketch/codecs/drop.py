@@ -23,5 +23,8 @@ class Drop(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         raise AssertionError("update rules skip a dropped state")

@@ -32,6 +32,9 @@ class Factored(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"row": spec.zeros(spec.shard.local_rows), "col": spec.zeros(*spec.shard.row_shape), "scale": 1.0}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"row": (0,), "col": tuple(range(1, ndim))}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return _Factored(spec, tensors)
 

@@ -23,6 +23,9 @@ class Keep(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=spec.param_dtype)}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"": tuple(range(ndim))}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return DenseState(spec, tensors)
 

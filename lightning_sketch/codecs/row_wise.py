@@ -61,6 +61,9 @@ class RowWise(Codec):
             return self.sketch().allocate(_row_scalars(spec))
         return {"row": spec.zeros(spec.shard.local_rows), "scale": 1.0}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"table": (None, None)} if self.compression > 1 else {"row": (0,)}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         if self.compression > 1:
             return _SketchedRows(spec, tensors, self.sketch().bind(_row_scalars(spec), tensors))
@@ -111,4 +114,5 @@ class _SketchedRows(CodecState):
 def _row_scalars(spec: StateSpec) -> StateSpec:
     """The spec of the column of row scalars."""
     shard = spec.shard
-    return replace(spec, shard=Shard((shard.global_rows,), shard.row_offset, shard.local_rows))
+    scalars = Shard((shard.global_rows,), shard.row_offset, shard.local_rows, even_rows=shard.even_rows)
+    return replace(spec, shard=scalars)

@@ -63,6 +63,10 @@ class SM3(Codec):
             tensors["momentum"] = torch.zeros(shape, dtype=spec.param_dtype, device=spec.device)
         return tensors | {"scale": 1.0}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        vectors: dict[str, tuple[int | None, ...]] = {f"dim{d}": (d,) for d in range(ndim)}
+        return vectors | ({"momentum": tuple(range(ndim))} if self.momentum else {})
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_SM3I if self.variant == "I" else _SM3II)(spec, tensors)
 
@@ -86,7 +90,7 @@ class _SM3(CodecState):
         self["scale"] = decayed(self["scale"], decay, (self.row,))
         for accumulator in self.others:
             accumulator.mul_(decay)
-        self.all_rows = rows is None or rows.numel() == self.spec.shard.global_rows
+        self.all_rows = rows is None or rows.numel() == self.spec.shard.local_rows
 
     def estimate(self, block: Block) -> Tensor:
         ndim = len(self.spec.local_shape)

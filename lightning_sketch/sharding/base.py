@@ -1,4 +1,4 @@
-"""`Shard`: the rows of the logical parameter that live here. `Block`: a part of them small enough to stay in cache."""
+"""`Shard`: the part of a logical parameter that lives here. `Block`: some of its rows, few enough to stay in cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a logical parameter that the local tensor holds, as rows along dimension 0.
+    """The part of a logical parameter that a local tensor holds: rows along dimension 0, of all or some columns.
 
     Codecs see only ``(row ids, values, shard)``; they never ask which engine made the shard.
 
@@ -27,20 +27,37 @@ class Shard:
         global_shape: shape of the logical parameter. 0-d parameters count as one row of shape ``()``.
         row_offset: global id of the first local row.
         local_rows: number of rows held here.
+        part_shape: shape of what is held of each row; ``None`` for whole rows.
+        column_offset: how many elements of the flattened row come before those held here.
+        even_rows: `local_rows` of the fullest shard, when shards are of unequal size: tables are laid out for it, so
+            that all ranks' tables have one shape. ``None`` for `local_rows`.
     """
 
     global_shape: tuple[int, ...]
     row_offset: int
     local_rows: int
+    part_shape: tuple[int, ...] | None = None
+    column_offset: int = 0
+    even_rows: int | None = None
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Shard:
+        """All of a parameter."""
+        return cls(shape, row_offset=0, local_rows=shape[0] if shape else 1)
 
     @property
     def global_rows(self) -> int:
         return self.global_shape[0] if self.global_shape else 1
 
     @property
+    def table_rows(self) -> int:
+        """Number of rows that tables are laid out for."""
+        return self.local_rows if self.even_rows is None else self.even_rows
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: the trailing dimensions."""
-        return self.global_shape[1:]
+        """Shape of one local row: the trailing dimensions, or the part of them that is held here."""
+        return self.global_shape[1:] if self.part_shape is None else self.part_shape
 
     @property
     def row_numel(self) -> int:
@@ -48,8 +65,9 @@ class Shard:
         return numel
 
     def as_rows(self, tensor: Tensor) -> Tensor:
-        """View the local parameter (or a tensor shaped like it) as ``[local_rows, *row_shape]``."""
-        return tensor if tensor.ndim else tensor.view(1)
+        """View the local parameter (or a tensor of as many elements) as ``[local_rows, *row_shape]``."""
+        shape = (self.local_rows, *self.row_shape)
+        return tensor if tensor.shape == shape else tensor.view(shape)
 
     def blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
         """Cut all local rows, or the given ones, into blocks.
@@ -85,11 +103,15 @@ class Block:
     def size(self) -> int:
         return int(self.span.stop) - int(self.span.start)
 
+    def local_ids(self, device: torch.device) -> Tensor:
+        """Local ids of the rows, int64 ``[k]``."""
+        if isinstance(self.index, slice):
+            return torch.arange(self.index.start, self.index.stop, device=device)
+        return self.index
+
     def row_ids(self, device: torch.device) -> Tensor:
         """Global ids of the rows, int64 ``[k]``."""
-        if isinstance(self.index, slice):
-            return torch.arange(self.index.start, self.index.stop, device=device) + self.shard.row_offset
-        return self.index + self.shard.row_offset
+        return self.local_ids(device) + self.shard.row_offset
 
     def memo(self, key: object, make: Callable[[], T]) -> T:
         """Remember `make()` under `key` for sparse blocks, whose hashes are asked for two to four times a step.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_sketch.sharding import dtensor
 from lightning_sketch.sharding.base import Shard
 
 
+def global_shape(param: Tensor) -> tuple[int, ...]:
+    """Shape of the logical parameter, however little of it is held here."""
+    # DeepSpeed's zero.Init and ZeRO-3 leave an empty tensor behind and keep the shape beside it.
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def shard_of(param: Tensor, fqn: str) -> Shard:
-    """The shard that `param` is.
+    """The shard that an optimizer's `param` is: a DTensor's local part, or all of it.
 
     Raises:
-        TypeError: `param` is a DTensor; sharded parameters are not supported.
+        TypeError: `param` is a DTensor of placements that are not supported.
     """
-    # By name: importing torch.distributed.tensor costs half a second that a single process need not pay.
-    if any(cls.__name__ == "DTensor" for cls in type(param).__mro__):
-        raise TypeError(
-            f"{fqn} is a DTensor (FSDP2 or tensor parallel). lightning_sketch compresses whole parameters only: "
-            "use DDP, or keep this layer with a policy that does not match it"
-        )
-    shape = tuple(param.shape)
-    return Shard(global_shape=shape, row_offset=0, local_rows=shape[0] if shape else 1)
+    return dtensor.shard_of(param, fqn) if dtensor.is_dtensor(param) else Shard.whole(tuple(param.shape))
 
 
 def refuse_flattened(model: nn.Module) -> None:
@@ -32,5 +32,6 @@ def refuse_flattened(model: nn.Module) -> None:
     if any(cls.__name__ == "FullyShardedDataParallel" for module in model.modules() for cls in type(module).__mro__):
         raise TypeError(
             "the model is under FullyShardedDataParallel (FSDP1), which flattens parameters into one-dimensional "
-            "shards. lightning_sketch compresses whole parameters only: use DDP"
+            "shards, and whose checkpoints hold states of the parameters' own shape only. Use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard), which shards by rows, or DDP"
         )

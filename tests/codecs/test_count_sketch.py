@@ -56,19 +56,38 @@ def test_the_table_is_the_sketch_of_the_dense_ema(width, depth, signed, seed):
     torch.testing.assert_close(_table(driver.tensors, spec), _table(encode(codec, spec, dense), spec))
 
 
-@pytest.mark.parametrize("width", [10, 40, 1000])
 @pytest.mark.parametrize("signed", [False, True])
-def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(signed, width):
-    codec, whole = CountSketch(width=width), torch.rand(40, 3)
+def test_sketches_of_shards_add_up_to_the_sketch_of_the_whole(signed):
+    codec, whole = CountSketch(width=10), torch.rand(40, 3)
     spec = make_spec((40, 3), signed=signed)
     total = torch.zeros_like(_table(allocate(codec, spec), spec))
     for start, stop in [(0, 13), (13, 13), (13, 39), (39, 40)]:
-        part = make_spec((40, 3), signed=signed, shard=Shard((40, 3), start, stop - start))
-        tensors = encode(codec, part, whole[start:stop])
-        total += _table(tensors, part)
-        if width >= 40:
-            assert torch.equal(decode(codec, part, tensors), whole[start:stop])
+        # laid out for all rows, so that widths agree
+        part = make_spec((40, 3), signed=signed, shard=Shard((40, 3), start, stop - start, even_rows=40))
+        total += _table(encode(codec, part, whole[start:stop]), part)
     torch.testing.assert_close(total, _table(encode(codec, spec, whole), spec))
+
+
+@pytest.mark.parametrize("width", [40, 1000])
+@pytest.mark.parametrize(("start", "stop", "even_rows"), [(0, 13, 13), (13, 13, 13), (13, 20, 13), (39, 40, None)])
+def test_a_shard_of_an_exact_table_holds_its_own_rows_only(width, start, stop, even_rows):
+    codec, whole = CountSketch(width=width), torch.rand(40, 3)
+    spec = make_spec((40, 3), signed=True, shard=Shard((40, 3), start, stop - start, even_rows=even_rows))
+    tensors = encode(codec, spec, whole[start:stop])
+    assert tensors["exp_avg_table"].shape == (1, even_rows or stop - start, 3)
+    assert torch.equal(decode(codec, spec, tensors), whole[start:stop])
+    rows = torch.arange(0, stop - start, 2)
+    state = codec.bind(spec, tensors)
+    for block in spec.shard.blocks(rows):
+        assert torch.equal(state.estimate(block), whole[start:stop][rows])
+
+
+@pytest.mark.parametrize(
+    ("codec", "width"), [(CountSketch(compression=2), 3), (CountSketch(width=9), 5), (CountSketch(width=9, depth=1), 5)]
+)
+def test_a_shard_gets_its_share_of_the_width(codec, width):
+    shard = Shard((30, 3), 15, 11, even_rows=15)  # the last and smaller of two
+    assert codec.table_shape(shard) == (codec.depth, width)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -188,7 +207,7 @@ def test_whole_rows_are_hashed():
     ],
 )
 def test_the_size_of_the_table(codec, rows, shape):
-    assert codec.table_shape(rows) == shape
+    assert codec.table_shape(Shard.whole((rows, 3))) == shape
     assert allocate(codec, make_spec((rows, 3)))["exp_avg_sq_table"].shape == (*shape, 3)
 
 

@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from lightning_sketch.sharding import Block, Shard, shard_of
 from lightning_sketch.sharding.base import BLOCK_NUMEL
@@ -80,13 +77,3 @@ def test_sparse_blocks_remember_and_contiguous_ones_recompute():
     assert [sparse.memo("key", make), sparse.memo("key", make), sparse.memo("other", make)] == [1, 1, 2]
     whole = Block(shard, slice(0, 9), slice(0, 9))
     assert [whole.memo("key", make), whole.memo("key", make)] == [3, 4]
-
-
-def test_a_dtensor_is_refused_by_name():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        param = distribute_tensor(torch.zeros(8, 2), init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(TypeError, match=r"emb.weight is a DTensor"):
-            shard_of(nn.Parameter(param), "emb.weight")
-    finally:
-        dist.destroy_process_group()

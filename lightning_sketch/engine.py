@@ -1,0 +1,33 @@
+"""Bind a converted optimizer to a DeepSpeed engine by hand, where it cannot find the engine itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.sharding.deepspeed import wrapper_of
+
+
+def attach(engine: Any) -> None:
+    """Tell a converted optimizer which layers lie where in DeepSpeed's flat tensors.
+
+    Seldom needed: the first ``step``, ``state_dict`` or ``load_state_dict`` finds its engine among its callers.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned first or second, or Accelerate's or Lightning's wrapper of it.
+
+    Raises:
+        TypeError: there is no DeepSpeed engine in it, or its optimizer is not a converted one: DeepSpeed or Accelerate
+            replaced it.
+        RuntimeError: DeepSpeed's layout cannot be read reliably.
+    """
+    wrapper = wrapper_of(engine)
+    inner = unwrap(engine if wrapper is None else wrapper)
+    if not isinstance(inner, CompressedOptimizer):
+        raise TypeError(
+            f"the engine optimizes with {type(inner).__name__}, not with a converted optimizer. Convert it with "
+            "compress() before the engine is made; with optimizer offload, set zero_force_ds_cpu_optimizer=false in "
+            "DeepSpeed's configuration, or DeepSpeedCPUAdam takes its place"
+        )
+    if wrapper is not None:
+        inner.bind(wrapper)

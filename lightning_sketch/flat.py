@@ -1,0 +1,162 @@
+"""Layers inside the flat tensors that DeepSpeed gives an optimizer instead of the model's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_sketch.codecs import Keep
+from lightning_sketch.layer import Layer, LayerShard
+from lightning_sketch.roles import NamedLayer
+from lightning_sketch.sharding import Shard
+from lightning_sketch.sharding.deepspeed import FlatLayout, Segment
+
+
+@dataclass(frozen=True)
+class NamedSegment:
+    """A run of elements of one parameter in a flat tensor, as checkpoints record it.
+
+    Args:
+        fqn: the parameter's name.
+        shape: its logical shape.
+        start: first element in the flat tensor.
+        length: number of elements.
+        offset: first element within the flattened parameter.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    offset: int
+
+    def to_list(self) -> list[Any]:
+        """Primitives, for checkpoints."""
+        return [self.fqn, list(self.shape), self.start, self.length, self.offset]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> NamedSegment:
+        fqn, shape, start, length, offset = values
+        return cls(fqn, tuple(shape), start, length, offset)
+
+
+@dataclass(frozen=True)
+class FlatTensor:
+    """One flat tensor of the optimizer.
+
+    Args:
+        tensor: the tensor, ``[numel]``.
+        segments: the parameters in it, in order; gaps are padding.
+        parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept: then
+            torch's own step has the tensor.
+    """
+
+    tensor: Tensor
+    segments: tuple[NamedSegment, ...]
+    parts: tuple[LayerShard, ...]
+
+    def to_list(self) -> list[list[Any]]:
+        """The segments as primitives, for checkpoints."""
+        return [segment.to_list() for segment in self.segments]
+
+
+class FlatTensors:
+    """All flat tensors of this rank, bound once to the engine's layout.
+
+    Args:
+        layout: from `lightning_sketch.sharding.deepspeed.read_layout`.
+        layers: the model's parameters by id.
+        records: compressed layers by FQN.
+
+    Raises:
+        RuntimeError: a parameter in the layout is not the model's, or has another shape than was planned.
+    """
+
+    def __init__(self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, Layer]) -> None:
+        self.engine, self.group = layout.engine, layout.group
+        self._by_id: dict[int, FlatTensor] = {}
+        for tensor, found in layout.tensors:
+            segments = tuple(_named(segment, layers, layout.engine) for segment in found)
+            for segment in segments:
+                if segment.fqn in records and records[segment.fqn].shape != segment.shape:
+                    raise RuntimeError(
+                        f"{segment.fqn} was planned with shape {list(records[segment.fqn].shape)}, but "
+                        f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
+                    )
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, tuple(_parts(segments, records)))
+
+    def find(self, tensor: Tensor) -> FlatTensor | None:
+        """The flat tensor that is `tensor`."""
+        return self._by_id.get(id(tensor))
+
+    def __iter__(self) -> Iterator[FlatTensor]:
+        return iter(self._by_id.values())
+
+
+def is_flat(group: Mapping[str, Any]) -> bool:
+    """Whether an engine replaced the group's parameters by tensors of its own."""
+    return any(not isinstance(param, nn.Parameter) for param in group["params"])
+
+
+def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> NamedSegment:
+    named = layers.get(id(segment.param))
+    if named is None:
+        raise RuntimeError(
+            f"{engine} optimizes a parameter of shape {list(segment.shape)} that is not a parameter of the model given "
+            "to compress(); compress the optimizer with the model that the engine trains"
+        )
+    return NamedSegment(named.fqn, segment.shape, segment.start, segment.length, segment.offset)
+
+
+def _parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
+    """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all."""
+    if not any(segment.fqn in records for segment in segments):
+        return
+    kept: list[NamedSegment] = []
+    for segment in segments:
+        if segment.fqn in records:
+            yield from _kept_run(kept, records)
+            kept = []
+            yield from layer_shards(records[segment.fqn], segment)
+        else:
+            kept.append(segment)
+    yield from _kept_run(kept, records)
+
+
+def _kept_run(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
+    if not segments:
+        return
+    start, stop = segments[0].start, segments[-1].start + segments[-1].length  # padding in between has zero gradient
+    signed = next(iter(records.values())).signed
+    layer = Layer("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
+    yield LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), kept_prefix(start, stop))
+
+
+def kept_prefix(start: int, stop: int) -> str:
+    """In front of the state keys of the kept elements ``[start, stop)`` of a flat tensor."""
+    return f"[{start}:{stop}]."
+
+
+def layer_shards(layer: Layer, segment: NamedSegment) -> Iterator[LayerShard]:
+    """A compressed layer's segment as shards: whole rows, and before and after them a row that the border cuts.
+
+    A cut row is a row of fewer columns, with states of its own: nothing has to be communicated.
+    """
+    columns = math.prod(layer.shape[1:])
+    position, stop = segment.offset, segment.offset + segment.length
+    while position < stop:
+        row, column = divmod(position, columns)
+        if column == 0 and stop - position >= columns:
+            rows = (stop - position) // columns
+            shard, length = Shard(layer.shape, row, rows), rows * columns
+        else:
+            length = min(columns - column, stop - position)
+            shard = Shard(layer.shape, row, 1, part_shape=(length,), column_offset=column)
+        start = segment.start + position - segment.offset
+        prefix = f"{layer.fqn}[{position}:{position + length}]."
+        yield LayerShard(layer, shard, slice(start, start + length), prefix)
+        position += length

@@ -1,0 +1,184 @@
+"""Move compressed states from one set of shards to another: other ranks, other engines, or one process.
+
+Rows are asked for in blocks from the shards that hold them and encoded anew, so nothing the size of the parameter is
+ever made. Where old and new shards agree, tensors are taken as they are. Otherwise the codecs that keep a number per
+row or per element come out as they were, up to rounding; sketches are queried and filled again, which adds the collisions
+of the new table to those of the old, and the relative error says how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs import Codec, CountSketch, Rows, StateSpec, encode, key_of, relative_error, rows_of
+from lightning_sketch.sharding import Block, Shard
+
+
+@dataclass(frozen=True)
+class Source:
+    """A state as one old shard holds it.
+
+    Args:
+        shard: which part of the layer.
+        tensors: the codec's tensors under their keys without prefix, e.g. ``exp_avg_sq_row``; a dense state under the
+            state's own name alone.
+        codec: how it is stored; ``None`` for a dense state, ``[local_rows, *row_shape]``.
+    """
+
+    shard: Shard
+    tensors: Mapping[str, Any]
+    codec: Codec | None
+
+
+def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[dict[str, Any], float]:
+    """The state of a new shard from those of old ones.
+
+    Args:
+        codec: of the new state.
+        spec: of the new state; its name may have a prefix.
+        sources: parts that cover the new shard; more is welcome, and less is an error.
+
+    Returns:
+        tensors under their keys in ``optimizer.state[param]``, and the relative error against the sources' estimates.
+
+    Raises:
+        ValueError: an element of the new shard is in no source, or in two.
+    """
+    plain = replace(spec, name=spec.name.rpartition(".")[2])
+    useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
+    check_coverage(spec, [source.shard for source in useful])
+
+    def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
+
+    for source in useful:
+        if source.shard == spec.shard and source.codec == codec and _fits(codec, plain, source.tensors):
+            return rename({key: _copy(value, spec.device) for key, value in source.tensors.items()}), 0.0
+    if isinstance(codec, CountSketch) and all(_same_rows(codec, source, spec.shard) for source in useful):
+        return rename(_join_columns(codec, plain, useful)), 0.0
+    estimates = _Estimates(plain, useful)
+    tensors = encode(codec, plain, estimates)
+    return rename(tensors), relative_error(codec, plain, tensors, estimates)
+
+
+def check_coverage(spec: StateSpec, shards: Sequence[Shard]) -> None:
+    """Every element of the spec's shard must be in exactly one of the others.
+
+    Raises:
+        ValueError: naming layer and state.
+    """
+    wanted = spec.shard.local_rows * spec.shard.row_numel
+    found = 0
+    for shard in shards:
+        overlap = _overlap(shard, spec.shard)
+        if overlap is not None:
+            rows, columns = overlap
+            found += (rows.stop - rows.start) * (columns.stop - columns.start)
+    if found != wanted:
+        raise ValueError(
+            f"{spec.name} of {spec.fqn}: the checkpoint's parts hold {found} of the {wanted} elements wanted here; "
+            "ranks' files are missing, or of different checkpoints"
+        )
+
+
+class _Estimates:
+    """Rows of the new shard, put together from the old ones' estimates."""
+
+    def __init__(self, spec: StateSpec, sources: Sequence[Source]) -> None:
+        self.spec = spec
+        self.parts: list[tuple[Shard, Rows]] = []
+        for source in sources:
+            if source.codec is None:
+                self.parts.append((source.shard, rows_of(source.tensors[spec.name], source.shard)))
+            else:
+                old = replace(spec, shard=source.shard, device=_device(source.tensors, spec.device))
+                state = source.codec.bind(old, dict(source.tensors))
+                self.parts.append((source.shard, state.estimate))
+
+    def __call__(self, block: Block) -> Tensor:
+        shard = self.spec.shard
+        assert isinstance(block.index, slice)
+        found = torch.empty(block.size, shard.row_numel, dtype=self.spec.dtype, device=self.spec.device)
+        wanted = replace(shard, row_offset=shard.row_offset + block.index.start, local_rows=block.size, even_rows=None)
+        for old, rows in self.parts:
+            overlap = _overlap(old, wanted)
+            if overlap is None:
+                continue
+            ids, columns = overlap  # global rows and columns
+            here = slice(ids.start - old.row_offset, ids.stop - old.row_offset)
+            values = rows(Block(old, here, slice(0, here.stop - here.start)))
+            values = values.expand(here.stop - here.start, *old.row_shape).reshape(-1, old.row_numel)
+            first = columns.start - old.column_offset
+            found[
+                ids.start - wanted.row_offset : ids.stop - wanted.row_offset,
+                columns.start - shard.column_offset : columns.stop - shard.column_offset,
+            ] = values[:, first : first + columns.stop - columns.start].to(found)
+        return found.view(block.size, *shard.row_shape)
+
+
+def _overlap(a: Shard, b: Shard) -> tuple[slice, slice] | None:
+    """Global rows and columns that two shards of one layer share."""
+    rows = slice(max(a.row_offset, b.row_offset), min(a.row_offset + a.local_rows, b.row_offset + b.local_rows))
+    columns = slice(
+        max(a.column_offset, b.column_offset),
+        min(a.column_offset + a.row_numel, b.column_offset + b.row_numel),
+    )
+    return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
+
+
+def _same_rows(codec: CountSketch, source: Source, shard: Shard) -> bool:
+    """Whether an old sketch differs in columns only."""
+    old, new = ((x.row_offset, x.local_rows, x.table_rows) for x in (source.shard, shard))
+    return source.codec == codec and old == new
+
+
+def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]) -> dict[str, Any]:
+    """A sketch is linear and column by column: cut and join the tables."""
+    key, scale_key = key_of(spec.name, "table"), key_of(spec.name, "scale")
+    fresh = codec.allocate(spec)
+    table = fresh["table"]
+    flat = table.view(*table.shape[:2], math.prod(table.shape[2:]))
+    scale = float(sources[0].tensors[scale_key]) if sources else 1.0
+    for source in sources:
+        overlap = _overlap(source.shard, spec.shard)
+        assert overlap is not None
+        columns, old, own = overlap[1], source.shard.column_offset, spec.shard.column_offset
+        values = source.tensors[key].flatten(2)[..., columns.start - old : columns.stop - old]
+        part = flat[..., columns.start - own : columns.stop - own]
+        part.copy_(values).mul_(float(source.tensors[scale_key]) / scale)
+    return {key: table, scale_key: scale}
+
+
+def _fits(codec: Codec, spec: StateSpec, tensors: Mapping[str, Any]) -> bool:
+    meta = replace(spec, device=torch.device("meta"))
+    expected = {key_of(spec.name, suffix): value for suffix, value in codec.allocate(meta).items()}
+    return expected.keys() == tensors.keys() and all(
+        tensors[key].shape == value.shape and tensors[key].dtype == value.dtype
+        for key, value in expected.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def _copy(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _device(tensors: Mapping[str, Any], default: torch.device) -> torch.device:
+    return next((value.device for value in tensors.values() if isinstance(value, Tensor)), default)
+
+
+def dense_of(spec: StateSpec, sources: Sequence[Source]) -> Tensor:
+    """The dense state of the spec's shard, ``[local_rows, *row_shape]`` in the parameter's dtype."""
+    useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
+    check_coverage(spec, [source.shard for source in useful])
+    dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
+    estimates = _Estimates(replace(spec, name=spec.name.rpartition(".")[2]), useful)
+    for block in spec.shard.blocks():
+        dense[block.index] = estimates(block).to(dense.dtype)
+    return dense
