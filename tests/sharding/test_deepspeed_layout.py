@@ -111,8 +111,8 @@ class Cells(nn.Module):
         return of
 
     def groups(self, case: Case) -> list[dict[str, Any]]:
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p]} for p in trainable] if case.per_layer else [{"params": trainable}]
+        params = list(self.parameters())  # the frozen one too, as most people do
+        return [{"params": [p]} for p in params] if case.per_layer else [{"params": params}]
 
 
 def distinct(dtype: str) -> list[Tensor]:
