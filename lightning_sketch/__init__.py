@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
 from lightning_sketch.convert import compress, decompress
 from lightning_sketch.dense import decompress_state_dict
+from lightning_sketch.engine import attach
 from lightning_sketch.memory import report
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule, default_policy
+from lightning_sketch.portable import restore
 
 if TYPE_CHECKING:
     from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression
@@ -31,12 +33,14 @@ __all__ = [
     "Policy",
     "RowWise",
     "Rule",
+    "attach",
     "compress",
     "decompress",
     "decompress_state_dict",
     "default_policy",
     "plan",
     "report",
+    "restore",
 ]
 
 

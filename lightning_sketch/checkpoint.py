@@ -32,7 +32,7 @@ def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]
             if index in state and flat:
                 state[index] = dict(state[index]) | {LAYOUT: optimizer._flat_tensor(param).to_list()}
             elif index in state and record is not None and is_dtensor(param):
-                layer = optimizer._layer(record)
+                layer = Layer.from_record(record)
                 state[index] = dtensor_state.wrap(LayerShard(layer, shard_of(param, layer.fqn)), param, state[index])
             index += 1
     return {**state_dict, "state": state}
@@ -101,9 +101,9 @@ class _Load:
             state = self.stock_state.get(key)
             if live_record is None:
                 if record is not None:
-                    self.problems.append(f"{record.get('fqn')}: compressed in the checkpoint, kept by the policy")
+                    self.problems.append(f"{_fqn_of(record)}: compressed in the checkpoint, kept by the policy")
                 continue
-            layer = self.optimizer._layer(live_record)
+            layer = Layer.from_record(live_record)
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
             if problem or not state:
                 self.problems += [f"{layer.fqn}: {problem}"] if problem else []
@@ -121,9 +121,10 @@ class _Load:
     def flat_group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
         """A group of flat tensors. They load where the layout is the same, as DeepSpeed's own checkpoints do."""
         for record, live_record in zip(saved.get(RECORDS, ()), live.get(RECORDS, ()), strict=False):
-            if (record is None) != (live_record is None) or (record and _mismatch(record, live_record)):
-                fqn = (record or live_record)["fqn"]
-                self.problems.append(f"{fqn}: {_mismatch(record or {}, live_record or {'version': None})}")
+            if record is not None and live_record is None:
+                self.problems.append(f"{_fqn_of(record)}: compressed in the checkpoint, kept by the policy")
+            elif live_record is not None and (problem := _mismatch(record, live_record)):
+                self.problems.append(f"{_fqn_of(live_record)}: {problem}")
         for key, param in zip(saved["params"], live["params"], strict=True):
             flat, state = self.optimizer._flat_tensor(param), self.stock_state.get(key)
             if not state:
@@ -191,14 +192,28 @@ class _Load:
         self.stock_state[key] = {"step": tensors["step"]}  # torch's __setstate__ wants one
 
 
-def _mismatch(saved: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:
+def _mismatch(saved: str | None, live: str) -> str | None:
     """Why a saved layer record does not fit the live one."""
-    if saved.get("version") != live["version"]:
-        return f"written by format version {saved.get('version')}, this is {live['version']}"
+    if saved == live:
+        return None
+    if saved is None:
+        return "kept in the checkpoint, compressed by the policy"
+    try:
+        old, new = Layer.from_record(saved), Layer.from_record(live)
+    except ValueError as error:
+        return str(error)
     for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
-        if saved.get(field) != live[field]:
-            return f"its {word} in the checkpoint is {saved.get(field)}, here {live[field]}"
-    return None
+        if getattr(old, field) != getattr(new, field):
+            was, now = (list(x) if isinstance(x, tuple) else x for x in (getattr(old, field), getattr(new, field)))
+            return f"its {word} in the checkpoint is {was}, here {now}"
+    return None if old.fqn == new.fqn else f"it is {old.fqn} in the checkpoint"
+
+
+def _fqn_of(record: str) -> str:
+    try:
+        return Layer.from_record(record).fqn
+    except ValueError as error:
+        return str(error)
 
 
 def _damage(expected: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.dense import decode_layer, encode_layer, fresh_state
+from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import (
     CompressedOptimizer,
@@ -90,8 +91,11 @@ def compress(
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
     records = [x.record for x in made.layers if x.record is not None]
-    inner._compression = Compression(chosen, weakref.ref(model), nonfinite, records, errors)  # type: ignore[attr-defined]
+    names = [[x.layer.fqn for x in group] for group in made.groups]
+    compression = Compression(chosen, weakref.ref(model), nonfinite, records, names, errors)
+    inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, cls)
+    guard_foreign_steps()
     _refresh_wrapper(optimizer)
     return optimizer
 
@@ -116,7 +120,6 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     for group in inner.param_groups:
         del group[RECORDS]
     del inner._compression
-    inner.__dict__.pop("_layer_cache", None)
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]

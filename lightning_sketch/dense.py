@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Drop, decode, encode, relative_error
 from lightning_sketch.dtensor_state import SHARDS, dense_like, sources
-from lightning_sketch.layer import FORMAT_VERSION, RECORDS, Layer, LayerShard
+from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
 
@@ -101,8 +101,6 @@ def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = to
         for key, record in zip(group["params"], group.pop(RECORDS), strict=True):
             if record is None:
                 continue
-            if record["version"] != FORMAT_VERSION:
-                raise ValueError(f"{record['fqn']}: format version {record['version']}, this is {FORMAT_VERSION}")
             layer = Layer.from_record(record)
             param = torch.empty(layer.shape, dtype=dtype, device="meta")
             if dense := gathered_to_dense(layer, param, group, state.get(key, {})):

@@ -37,8 +37,13 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
     if not is_dtensor(param) or shards == 1:
         return dict(state)
     axes = tensor_axes(part.layer)
-    wrapped = {key: _wrap(value, axes[key], param, dim) if key in axes else value for key, value in state.items()}
-    return wrapped | {SHARDS: shards, SHARD_DIM: dim}
+    wrapped: dict[str, Any] = {SHARDS: shards, SHARD_DIM: dim}
+    for key, value in state.items():
+        if isinstance(value, float):
+            # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
+            value = torch.tensor(value, dtype=torch.float64, device=param.device)
+        wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim)
+    return wrapped
 
 
 def dense_like(param: Any, held: Tensor) -> Tensor:
@@ -63,7 +68,8 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
         return None
     if shards == 1:
         return dict(saved)
-    axes, state = tensor_axes(part.layer), {}
+    axes = tensor_axes(part.layer)
+    state: dict[str, Any] = {}
     for key, value in saved.items():
         if key in (SHARDS, SHARD_DIM):
             continue
@@ -73,7 +79,7 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
             held = local(value)
             state[key] = held if dim in axes[key] else held[0]
         else:
-            state[key] = value
+            state[key] = float(local(value)[0]) if is_dtensor(value) else value
     return state
 
 
@@ -95,7 +101,8 @@ def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], li
             continue
         tensors: dict[str, Any] = {}
         if key_of(state, "scale") in saved:
-            tensors[key_of(state, "scale")] = saved[key_of(state, "scale")]
+            scale = saved[key_of(state, "scale")]
+            tensors[key_of(state, "scale")] = float(scale[index]) if isinstance(scale, Tensor) else scale
         for key, along in axes.items():
             value = local(saved[key])
             if dim not in along:
@@ -104,7 +111,7 @@ def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], li
                 start, length = _extent(here, dim)
                 first = _extent(live, dim)[0] if is_dtensor(saved[key]) else 0
                 tensors[key] = value.narrow(along.index(dim), start - first, length)
-        yield Source(here, tensors, codec)
+        yield Source(here, tensors, codec, layer.seed, layer.signed[state])
 
 
 def _extent(shard: Shard, dim: int) -> tuple[int, int]:

@@ -87,7 +87,7 @@ class FlatTensors:
                         f"{segment.fqn} was planned with shape {list(records[segment.fqn].shape)}, but "
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
-            self._by_id[id(tensor)] = FlatTensor(tensor, segments, tuple(_parts(segments, records)))
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, tuple(flat_parts(segments, records)))
 
     def find(self, tensor: Tensor) -> FlatTensor | None:
         """The flat tensor that is `tensor`."""
@@ -112,15 +112,17 @@ def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> N
     return NamedSegment(named.fqn, segment.shape, segment.start, segment.length, segment.offset)
 
 
-def _parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
+def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
     """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all."""
     if not any(segment.fqn in records for segment in segments):
         return
     kept: list[NamedSegment] = []
     for segment in segments:
-        if segment.fqn in records:
+        # Padding between segments is uninitialized memory under ZeRO-3: a run that crossed it would keep NaN as states.
+        if kept and (segment.fqn in records or segment.start != kept[-1].start + kept[-1].length):
             yield from _kept_run(kept, records)
             kept = []
+        if segment.fqn in records:
             yield from layer_shards(records[segment.fqn], segment)
         else:
             kept.append(segment)
@@ -130,7 +132,7 @@ def _parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> It
 def _kept_run(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
     if not segments:
         return
-    start, stop = segments[0].start, segments[-1].start + segments[-1].length  # padding in between has zero gradient
+    start, stop = segments[0].start, segments[-1].start + segments[-1].length
     signed = next(iter(records.values())).signed
     layer = Layer("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
     yield LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), kept_prefix(start, stop))

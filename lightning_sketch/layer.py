@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +20,14 @@ from lightning_sketch.sharding import Shard, global_shape, local
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
 
-#: Key in every parameter group: for each parameter its `Layer` record, or None if it is kept. By position, because
-#: trainers replace parameters but keep their order; primitives only, because checkpoints load with weights_only=True.
+#: Key in every parameter group: for each parameter the record of its `Layer`, or None if it is kept. By position,
+#: because trainers replace parameters but keep their order; strings, because checkpoints load with weights_only=True.
 RECORDS = "compression"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the policy decided for one parameter. Immutable, and nothing but primitives once written as a record.
+    """What the policy decided for one parameter. Immutable; a string once written as a record.
 
     Args:
         fqn: the parameter's name.
@@ -58,26 +60,48 @@ class Layer:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not isinstance(codec, Drop)}
 
-    def to_record(self) -> dict[str, Any]:
-        """Primitives for ``param_groups``, so that checkpoints load with ``weights_only=True``."""
-        return {
-            "version": FORMAT_VERSION,
-            "fqn": self.fqn,
-            "seed": self.seed,
-            "shape": list(self.shape),
-            "signed": dict(self.signed),
-            "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
-        }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Layer:
-        return cls(
-            fqn=record["fqn"],
-            seed=record["seed"],
-            shape=tuple(record["shape"]),
-            signed=dict(record["signed"]),
-            codecs={state: codec_from(value) for state, value in record["codecs"].items()},
+    def to_record(self) -> str:
+        """JSON for ``param_groups``: one string, because torch.distributed.checkpoint stores every primitive apart."""
+        return json.dumps(
+            {
+                "version": FORMAT_VERSION,
+                "fqn": self.fqn,
+                "seed": self.seed,
+                "shape": list(self.shape),
+                "signed": dict(self.signed),
+                "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
+            }
         )
+
+    @staticmethod
+    def from_record(record: str) -> Layer:
+        """The layer of a record.
+
+        Raises:
+            ValueError: the record is damaged, or of another format version.
+        """
+        return _parse(record)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # asked for at every step
+def _parse(record: str) -> Layer:
+    try:
+        fields = json.loads(record)
+        version = fields.get("version")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"not a record of a compressed layer: {record!r:.200}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{fields.get('fqn')}: written by format version {version}, this is {FORMAT_VERSION}")
+    try:
+        return Layer(
+            fqn=str(fields["fqn"]),
+            seed=int(fields["seed"]),
+            shape=tuple(map(int, fields["shape"])),
+            signed={str(state): bool(signed) for state, signed in fields["signed"].items()},
+            codecs={str(state): codec_from(value) for state, value in fields["codecs"].items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the record of {fields.get('fqn')} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -77,27 +77,26 @@ def report(optimizer: Any) -> MemoryReport:
     inner = unwrap(optimizer)
     by_codec: dict[str, int] = {}
     dense_state = transient = parameters = gradients = 0
-    compressed: dict[int, tuple[LayerShard, ...]] = {}
     if isinstance(inner, CompressedOptimizer):
-        compressed = {id(tensor): parts for _, tensor, parts in inner.compressed_tensors()}
-    for group in inner.param_groups:
-        for param in group["params"]:
-            held = local(param)
-            parameters += held.nbytes
-            gradients += _grad_bytes(param.grad)
-            state = inner.state.get(param, {})
-            if id(param) not in compressed:
-                kept = sum(local(v).nbytes for v in state.values() if isinstance(v, Tensor))
-                by_codec["Keep"] = by_codec.get("Keep", 0) + kept
-                dense_state += kept
-                continue
-            for part in compressed[id(param)]:
-                if state:
-                    _count_part(part, state, by_codec)
-                    dense_state += part.rows(param).nbytes * len(part.layer.codecs)
-                transient = max(transient, transient_bytes(part, param))
+        tensors = inner.all_tensors()
+    else:
+        tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
+    for param, parts in tensors:
+        parameters += local(param).nbytes
+        gradients += _grad_bytes(param.grad)
+        state = inner.state.get(param, {})
+        if not parts:
+            kept = sum(local(v).nbytes for v in state.values() if isinstance(v, Tensor))
+            by_codec["Keep"] = by_codec.get("Keep", 0) + kept
+            dense_state += kept
+            continue
+        for part in parts:
             if state:
-                by_codec["Keep"] = by_codec.get("Keep", 0) + state["step"].nbytes
+                _count_part(part, state, by_codec)
+                dense_state += part.rows(param).nbytes * len(part.layer.codecs)
+            transient = max(transient, transient_bytes(part, param))
+        if state:
+            by_codec["Keep"] = by_codec.get("Keep", 0) + state["step"].nbytes
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,

@@ -17,7 +17,7 @@ from lightning_sketch import checkpoint
 from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
 from lightning_sketch.gradient import RowGradient, row_gradient
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
-from lightning_sketch.plan import make_plan
+from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
@@ -40,6 +40,7 @@ class Compression:
         nonfinite: what to do about NaN and inf gradients of compressed layers.
         records: the record of every compressed layer. Groups hold them too, but under DeepSpeed not all groups are to
             be seen at all times.
+        names: for each group the FQNs of all its parameters, in order.
         errors: relative error of each state that was encoded from a dense one, by FQN and state.
         skipped: how many steps each layer skipped for a non-finite gradient.
     """
@@ -47,20 +48,20 @@ class Compression:
     policy: Policy | None
     model: Callable[[], nn.Module | None]
     nonfinite: NonFinite
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+    names: list[list[str]] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
-        return Compression(
-            self.policy, self.model, self.nonfinite, list(self.records), dict(self.errors), self.skipped.copy()
-        )
+        copies = list(self.records), [list(names) for names in self.names], dict(self.errors), self.skipped.copy()
+        return Compression(self.policy, self.model, self.nonfinite, *copies)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model cannot travel by weak reference, nor a policy with a lambda; only add_param_group needs them.
         portable = self.policy is not None and all(rule.match is None for rule in self.policy.rules)
         policy = self.policy if portable else None
-        return Compression, (policy, _no_model, self.nonfinite, self.records, self.errors, self.skipped)
+        return Compression, (policy, _no_model, self.nonfinite, self.records, self.names, self.errors, self.skipped)
 
 
 class CompressedOptimizer(Optimizer):
@@ -129,7 +130,7 @@ class CompressedOptimizer(Optimizer):
             elif group["params"]:
                 for record, param in zip(self._records(group), group["params"], strict=True):
                     if record is not None:
-                        layer = self._layer(record)
+                        layer = Layer.from_record(record)
                         yield group, param, (LayerShard(layer, shard_of(param, layer.fqn)),)
 
     def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
@@ -137,6 +138,17 @@ class CompressedOptimizer(Optimizer):
         for group, tensor, parts in self.compressed_tensors():
             for layer in {part.layer.fqn: part.layer for part in parts if part.layer.compressed}.values():
                 yield group, layer, tensor
+
+    def all_tensors(self) -> list[tuple[Tensor, tuple[LayerShard, ...]]]:
+        """Every tensor that may have a state, with the parts that our rules step.
+
+        Under DeepSpeed that includes those that no group shows at the moment.
+        """
+        ours = {id(tensor): parts for _, tensor, parts in self.compressed_tensors()}
+        ours |= {id(flat.tensor): flat.parts for flat in self._flat_tensors or ()}
+        shown = {id(tensor): tensor for group in self.param_groups for tensor in group["params"]}
+        shown |= {id(flat.tensor): flat.tensor for flat in self._flat_tensors or ()}
+        return [(tensor, ours.get(key, ())) for key, tensor in shown.items()]
 
     def _flat_tensor(self, tensor: Tensor) -> FlatTensor:
         flat = self._flat_tensors
@@ -174,13 +186,16 @@ class CompressedOptimizer(Optimizer):
         layers = [Layer.from_record(record) for record in self._compression.records]
         named = named_layers(model, policy.role_hints)
         self._flat_tensors = FlatTensors(read_layout(wrapper), named, {layer.fqn: layer for layer in layers})
+        # Adagrad allocates in its constructor, for parameters that are in no group any more.
+        for param in [p for p in self.state if isinstance(p, nn.Parameter)]:
+            del self.state[param]
 
-    def _records(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:
+    def _records(self, group: dict[str, Any]) -> list[str | None]:
         """A live group's layer records. A group without any is decided now."""
         # Lightning's BaseFinetuning, when it resumes, replaces param_groups by those of the (dense) checkpoint.
         if RECORDS not in group:
-            group[RECORDS] = self._decide(group)
-        records: list[dict[str, Any] | None] = group[RECORDS]
+            group[RECORDS] = [planned.record for planned in self._decide(group)]
+        records: list[str | None] = group[RECORDS]
         if len(records) != len(group["params"]):
             raise RuntimeError(
                 f"a group of {len(records)} parameters was compressed, and now holds {len(group['params'])}: something "
@@ -188,7 +203,7 @@ class CompressedOptimizer(Optimizer):
             )
         return records
 
-    def _decide(self, group: dict[str, Any]) -> list[dict[str, Any] | None]:
+    def _decide(self, group: dict[str, Any]) -> list[LayerPlan]:
         """What the policy says about a group, by position."""
         model, policy = self._compression.model(), self._compression.policy
         if model is None or policy is None:
@@ -196,15 +211,7 @@ class CompressedOptimizer(Optimizer):
                 "this optimizer no longer knows its model, so the policy cannot decide new parameters; call "
                 "compress(optimizer, model, policy) again first"
             )
-        return [planned.record for planned in make_plan(model, [group], self.rule, policy).layers]
-
-    def _layer(self, record: dict[str, Any]) -> Layer:
-        # Parsing a record costs more than a small layer's step. The record is the truth; this remembers its meaning.
-        cache: dict[int, tuple[dict[str, Any], Layer]] = self.__dict__.setdefault("_layer_cache", {})
-        found = cache.get(id(record))
-        if found is None or found[0] is not record:
-            found = cache[id(record)] = (record, Layer.from_record(record))
-        return found[1]
+        return make_plan(model, [group], self.rule, policy).layers
 
     def _read_gradients(self) -> list[tuple[dict[str, Any], Tensor, list[tuple[LayerShard, RowGradient]]]]:
         """All our tensors' gradients, part by part, checked before anything changes."""
@@ -277,10 +284,11 @@ class CompressedOptimizer(Optimizer):
         listed = [params] if isinstance(params, Tensor) else list(params)
         param_group["params"] = listed
         tensors = [p[1] if isinstance(p, tuple) else p for p in listed]
-        records = self._decide({**self.defaults, **param_group, "params": tensors})
+        decided = self._decide({**self.defaults, **param_group, "params": tensors})
         super().add_param_group(param_group)
-        self.param_groups[-1][RECORDS] = records
-        self._compression.records += [record for record in records if record is not None]
+        self.param_groups[-1][RECORDS] = [planned.record for planned in decided]
+        self._compression.records += [planned.record for planned in decided if planned.record is not None]
+        self._compression.names.append([planned.layer.fqn for planned in decided])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors."""
@@ -339,10 +347,24 @@ class CompressedSparseAdam(CompressedOptimizer, SparseAdam):
     stock, rule = SparseAdam, SparseAdamRule()
 
 
-class CompressedAdagrad(CompressedOptimizer, Adagrad):
-    """``torch.optim.Adagrad`` with compressed states."""
+class CompressedAdagrad(CompressedOptimizer):
+    """``torch.optim.Adagrad`` with compressed states.
+
+    Not a subclass of it, alone of all: DeepSpeed silently replaces every instance of Adagrad by a plain one of its own.
+    """
 
     stock, rule = Adagrad, AdagradRule()
+    _init_group = Adagrad._init_group  # which the stock step calls
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What the stock method does; its call of super() wants an instance.
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in (("foreach", None), ("maximize", False), ("differentiable", False), ("fused", None)):
+                group.setdefault(name, default)
+        for values in self.state.values():
+            if values and not isinstance(values["step"], Tensor):
+                values["step"] = torch.tensor(float(values["step"]))
 
 
 class CompressedRMSprop(CompressedOptimizer, RMSprop):

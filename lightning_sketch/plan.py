@@ -38,7 +38,7 @@ class LayerPlan:
     bytes_after: Mapping[str, int]
 
     @property
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> str | None:
         """What the parameter group says about this parameter: its layer's record, or None if it is kept."""
         return self.layer.to_record() if self.layer.compressed else None
 

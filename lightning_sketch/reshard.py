@@ -2,8 +2,8 @@
 
 Rows are asked for in blocks from the shards that hold them and encoded anew, so nothing the size of the parameter is
 ever made. Where old and new shards agree, tensors are taken as they are. Otherwise the codecs that keep a number per
-row or per element come out as they were, up to rounding; sketches are queried and filled again, which adds the collisions
-of the new table to those of the old, and the relative error says how much.
+row or per element come out as they were, up to rounding; sketches are queried and filled again, which adds the
+collisions of the new table to those of the old, and the relative error says how much.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ class Source:
         tensors: the codec's tensors under their keys without prefix, e.g. ``exp_avg_sq_row``; a dense state under the
             state's own name alone.
         codec: how it is stored; ``None`` for a dense state, ``[local_rows, *row_shape]``.
+        seed: hash seed it was stored under.
+        signed: whether its values may be negative.
     """
 
     shard: Shard
     tensors: Mapping[str, Any]
     codec: Codec | None
+    seed: int = 0
+    signed: bool = False
+
+    def stored_like(self, codec: Codec, spec: StateSpec) -> bool:
+        """Whether codec and hashes are those of another."""
+        return (self.codec, self.seed, self.signed) == (codec, spec.seed, spec.signed)
 
 
 def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[dict[str, Any], float]:
@@ -58,9 +66,9 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
         return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
 
     for source in useful:
-        if source.shard == spec.shard and source.codec == codec and _fits(codec, plain, source.tensors):
+        if source.shard == spec.shard and source.stored_like(codec, spec) and _fits(codec, plain, source.tensors):
             return rename({key: _copy(value, spec.device) for key, value in source.tensors.items()}), 0.0
-    if isinstance(codec, CountSketch) and all(_same_rows(codec, source, spec.shard) for source in useful):
+    if isinstance(codec, CountSketch) and all(_same_rows(codec, source, spec) for source in useful):
         return rename(_join_columns(codec, plain, useful)), 0.0
     estimates = _Estimates(plain, useful)
     tensors = encode(codec, plain, estimates)
@@ -97,7 +105,8 @@ class _Estimates:
             if source.codec is None:
                 self.parts.append((source.shard, rows_of(source.tensors[spec.name], source.shard)))
             else:
-                old = replace(spec, shard=source.shard, device=_device(source.tensors, spec.device))
+                device = _device(source.tensors, spec.device)
+                old = replace(spec, shard=source.shard, device=device, seed=source.seed, signed=source.signed)
                 state = source.codec.bind(old, dict(source.tensors))
                 self.parts.append((source.shard, state.estimate))
 
@@ -132,10 +141,10 @@ def _overlap(a: Shard, b: Shard) -> tuple[slice, slice] | None:
     return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
 
 
-def _same_rows(codec: CountSketch, source: Source, shard: Shard) -> bool:
+def _same_rows(codec: CountSketch, source: Source, spec: StateSpec) -> bool:
     """Whether an old sketch differs in columns only."""
-    old, new = ((x.row_offset, x.local_rows, x.table_rows) for x in (source.shard, shard))
-    return source.codec == codec and old == new
+    old, new = ((x.row_offset, x.local_rows, x.table_rows) for x in (source.shard, spec.shard))
+    return source.stored_like(codec, spec) and old == new
 
 
 def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]) -> dict[str, Any]:

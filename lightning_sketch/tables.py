@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from lightning_sketch.memory import MemoryReport
     from lightning_sketch.plan import LayerPlan, Plan
+    from lightning_sketch.portable.convert import Conversion
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -82,6 +83,18 @@ def short(codec: object) -> str:
         if getattr(codec, f.name) != f.default
     ]
     return f"{type(codec).__name__}({', '.join(given)})"
+
+
+def conversion_table(done: Conversion) -> str:
+    """Bytes, and the relative error of every state that was encoded anew."""
+    table = Table(title="converted checkpoint", title_justify="left")
+    table.add_column("layer")
+    table.add_column("relative error of its states")
+    for fqn, errors in done.errors.items():
+        table.add_row(fqn, ", ".join(f"{state} {error:.3g}" for state, error in errors.items()))
+    table.add_section()
+    table.add_row("optimizer states", f"{human_bytes(done.bytes_before)} -> {human_bytes(done.bytes_after)}")
+    return render(table)
 
 
 def memory_table(report: MemoryReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -226,7 +227,10 @@ def damage(change):
     def make():
         optimizer = started(ADAM, LOSSY)[1]
         checkpoint = saved(optimizer.state_dict())
-        change(checkpoint["param_groups"][0]["compression"][0], checkpoint["state"][0])
+        records = checkpoint["param_groups"][0]["compression"]
+        record = json.loads(records[0])
+        change(record, checkpoint["state"][0])
+        records[0] = json.dumps(record)
         return checkpoint
 
     return make
@@ -297,7 +301,7 @@ def test_other_groups_are_refused(policy):
 
 def test_a_state_dict_of_another_version_is_not_decompressed():
     checkpoint, _ = DAMAGED["version"]
-    with pytest.raises(ValueError, match=r"table.weight: format version 2, this is 1"):
+    with pytest.raises(ValueError, match=r"table.weight: written by format version 2, this is 1"):
         decompress_state_dict(checkpoint())
 
 

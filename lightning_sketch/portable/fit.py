@@ -1,0 +1,58 @@
+"""Whether an engine's own loading will do for a checkpoint of sharded parameters, or its states must be moved."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_sketch.dtensor_state import sharding_of
+from lightning_sketch.layer import Layer
+from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer
+
+
+def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
+    """Whether `restore` has to load a checkpoint: it is plain, or of another number of shards.
+
+    torch.distributed.checkpoint fails there, because it reads into tensors of the live optimizer's names and shapes.
+
+    Args:
+        optimizer: converted, of whole or DTensor parameters.
+
+    Raises:
+        ValueError: the checkpoint was written under another policy; the message names every layer and the reason.
+    """
+    problems: list[str] = []
+    plain = False
+    sharded: list[tuple[SavedLayer, int]] = []  # what was compressed then and is now, and into how many shards now
+    for group, names in zip(optimizer.param_groups, optimizer._compression.names, strict=True):
+        for param, fqn, record in zip(group["params"], names, optimizer._records(group), strict=True):
+            found, live = saved.layers.get(fqn), None if record is None else Layer.from_record(record)
+            if found is None or found.layer is live is None:
+                continue
+            if found.layer is None:
+                plain = True
+            elif found.layer == live:
+                sharded.append((found, sharding_of(param, fqn)[0]))
+            else:
+                problems.append(f"{fqn}: {_difference(found.layer, live)}")
+    if problems:
+        raise ValueError(
+            "this checkpoint was written under another policy; nothing was changed.\n  "
+            + "\n  ".join(problems)
+            + "\nLoad it with the policy and seed it was written under."
+        )
+    if plain or not sharded:
+        return plain
+    # All layers were sharded over as many ranks: one of the smallest says it, and costs least to read.
+    most = max(shards for _, shards in sharded)
+    smallest = min((found for found, shards in sharded if shards == most), key=lambda found: math.prod(found.shape))
+    return any(len(sources) != most for sources in smallest.states().values())
+
+
+def _difference(saved: Layer, live: Layer | None) -> str:
+    if live is None:
+        return "compressed in the checkpoint, kept by the policy"
+    for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
+        if getattr(saved, field) != getattr(live, field):
+            return f"its {word} in the checkpoint is {getattr(saved, field)}, here {getattr(live, field)}"
+    return f"it is {saved.fqn} in the checkpoint"

@@ -1,0 +1,200 @@
+"""Load a checkpoint of any engine and world size into a live optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs import Drop
+from lightning_sketch.dtensor_state import dense_like
+from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
+from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.portable.read import read_checkpoint
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor
+from lightning_sketch.reshard import dense_of, reshard
+from lightning_sketch.sharding import global_shape, local, shard_of
+from lightning_sketch.sharding.deepspeed import wrapper_of
+
+#: Relative error of each state that was not moved exactly, by layer and state.
+Errors = dict[str, dict[str, float]]
+
+
+def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
+    """Load optimizer states and hyperparameters from a checkpoint of another engine, world size or policy.
+
+    Works between a single process, DDP, FSDP2 and DeepSpeed ZeRO-1/2/3, and between plain and compressed states. Every
+    rank calls it. Weights are not touched: load them first, from DeepSpeed's checkpoints with its
+    ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``. Where the layout is the same, the engine's own loading is
+    exact and faster.
+
+    Args:
+        target: a converted optimizer, a trainer's wrapper of one, or a DeepSpeed engine that trains with one.
+        path: see `read_checkpoint`. A checkpoint of plain states that numbers its parameters must have them in the
+            optimizer's order.
+        optimizer: which one, where a Lightning file holds several.
+
+    Returns:
+        the relative error of every state that was encoded anew, by layer and state; of this rank's part.
+
+    Raises:
+        TypeError: `target` is no converted optimizer.
+        ValueError: the checkpoint does not fit. Nothing was changed then.
+    """
+    wrapper = wrapper_of(target)
+    inner = unwrap(target if wrapper is None else wrapper)
+    if not isinstance(inner, CompressedOptimizer):
+        raise TypeError(f"restore() needs a converted optimizer, got {type(inner).__name__}; call compress() first")
+    if wrapper is not None:
+        inner.bind(wrapper)
+    saved = read_checkpoint(path, inner._compression.names, optimizer=optimizer)
+    loaded = _Restored(inner, saved)
+    loaded.commit(wrapper)
+    return loaded.errors
+
+
+class _Restored:
+    """New states, complete before any is put in place."""
+
+    def __init__(self, optimizer: CompressedOptimizer, saved: SavedOptimizer) -> None:
+        self.optimizer, self.saved = optimizer, saved
+        self.errors: Errors = {}
+        self.states: list[tuple[Tensor, dict[str, Any]]] = []
+        names = {fqn for group in optimizer._compression.names for fqn in group}
+        unknown, absent = sorted(set(saved.layers) - names), sorted(names - set(saved.layers))
+        if unknown:
+            raise ValueError(f"the checkpoint holds states of {', '.join(unknown)}, which the optimizer does not train")
+        self.absent = set(absent)  # never stepped
+        if optimizer._flat_tensors is not None:
+            for flat in optimizer._flat_tensors:
+                self.states.append((flat.tensor, self._flat(flat)))
+        else:
+            self._parameters()
+
+    def commit(self, wrapper: Any | None) -> None:
+        """Put everything in place."""
+        for tensor, state in self.states:
+            if state:
+                self.optimizer.state[tensor] = state
+            else:
+                self.optimizer.state.pop(tensor, None)
+        groups = self.optimizer.param_groups if wrapper is None else wrapper.param_groups
+        for live, names in zip(groups, self.optimizer._compression.names, strict=True):
+            options = next((group for group in self.saved.groups if set(group["params"]) & set(names)), {})
+            live.update({k: v for k, v in options.items() if k in live and k not in ("params", RECORDS)})
+        self.optimizer._compression.errors.update(self.errors)
+
+    def _parameters(self) -> None:
+        optimizer = self.optimizer
+        for group, names in zip(optimizer.param_groups, optimizer._compression.names, strict=True):
+            for param, fqn, record in zip(group["params"], names, optimizer._records(group), strict=True):
+                found = self.saved.layers.get(fqn)
+                if found is None:
+                    self.states.append((param, {}))
+                    continue
+                self._check_shape(found, global_shape(param))
+                if record is None:
+                    self.states.append((param, self._kept(found, param, group)))
+                else:
+                    part = LayerShard(Layer.from_record(record), shard_of(param, fqn))
+                    state = {"step": as_float_tensor(found.step)} | self._part(found, part, param, group)
+                    self.states.append((param, state))
+
+    def _flat(self, flat: FlatTensor) -> dict[str, Any]:
+        """The state of one of DeepSpeed's flat tensors."""
+        found = {segment.fqn: self.saved.layers.get(segment.fqn) for segment in flat.segments}
+        present = [layer for layer in found.values() if layer is not None]
+        if not present:
+            return {}
+        state: dict[str, Any] = {"step": as_float_tensor(present[0].step)}
+        group = self.saved.group_of(present[0].fqn)
+        if not flat.parts:
+            return state | self._kept_run(flat, flat.segments, 0, flat.tensor.numel(), "")
+        for part in flat.parts:
+            if part.layer.compressed:
+                layer = found[part.layer.fqn]
+                if layer is None:
+                    state |= part.allocate(flat.tensor, group)
+                else:
+                    self._check_shape(layer, part.layer.shape)
+                    state |= self._part(layer, part, flat.tensor, group)
+            else:
+                assert part.span is not None
+                start, stop = part.span.start, part.span.stop
+                inside = [segment for segment in flat.segments if start <= segment.start < stop]
+                state |= self._kept_run(flat, inside, start, stop, part.prefix)
+        return state
+
+    def _part(self, found: SavedLayer, part: LayerShard, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The states of one part of a compressed layer."""
+        tensors: dict[str, Any] = {}
+        sources = found.states()
+        for state, codec in part.layer.stored().items():
+            spec = part.spec(state, param, group)
+            if state in sources:
+                encoded, error = reshard(codec, spec, sources[state])
+            elif found.layer is not None and isinstance(found.layer.codecs.get(state), Drop):
+                fresh = codec.allocate(spec)  # it was dropped, and starts at zero
+                encoded = {f"{spec.name}_{suffix}" if suffix else spec.name: value for suffix, value in fresh.items()}
+                error = 1.0
+            else:
+                raise ValueError(f"{found.fqn} has no {state} in the checkpoint (it holds {sorted(sources)})")
+            tensors |= encoded
+            if error:
+                self.errors.setdefault(found.fqn, {})[state] = error
+        return tensors
+
+    def _kept(self, found: SavedLayer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """torch's own state of a kept parameter."""
+        layer = Layer.make(found.fqn, 0, param, self.optimizer.rule.states(group), {})
+        part = LayerShard(layer, shard_of(param, found.fqn))
+        sources = found.states()
+        state: dict[str, Any] = {}
+        if found.step is not None:
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            state["step"] = torch.tensor(found.step, device=param.device if on_device else "cpu")
+            if "weight_decay" not in group:
+                state["step"] = int(found.step)  # SparseAdam counts in a Python int
+        for name in layer.signed:
+            spec = part.spec(name, param, group)
+            held = torch.zeros_like(local(param))
+            if name in sources:
+                held.copy_(dense_of(spec, sources[name]).view(held.shape))
+            state[name] = dense_like(param, held)
+        return state
+
+    def _kept_run(self, flat: FlatTensor, segments: Any, start: int, stop: int, prefix: str) -> dict[str, Any]:
+        """Dense states of kept elements ``[start, stop)`` of a flat tensor."""
+        first = next((x for x in (self.saved.layers.get(s.fqn) for s in segments) if x is not None), None)
+        if first is None:
+            return {}
+        names = [state.name for state in self.optimizer.rule.states(self.saved.group_of(first.fqn))]
+        state = {name: torch.zeros(stop - start, dtype=flat.tensor.dtype, device=flat.tensor.device) for name in names}
+        for segment in segments:
+            found = self.saved.layers.get(segment.fqn)
+            if found is not None:
+                self._check_shape(found, segment.shape)
+                self._fill(state, found, segment, start, flat.tensor)
+        return {prefix + name: value for name, value in state.items()}
+
+    def _fill(
+        self, state: dict[str, Tensor], found: SavedLayer, segment: NamedSegment, origin: int, param: Tensor
+    ) -> None:
+        sources, group = found.states(), self.saved.group_of(found.fqn)
+        signed = {s.name: s.signed for s in self.optimizer.rule.states(group)}
+        for part in layer_shards(Layer(found.fqn, 0, found.shape, signed, {}), segment):
+            assert part.span is not None
+            start, stop = part.span.start - origin, part.span.stop - origin
+            for name, flat in state.items():
+                if name in sources:
+                    spec = dataclasses.replace(part, prefix="").spec(name, param, group)
+                    flat[start:stop] = dense_of(spec, sources[name]).flatten()
+
+    def _check_shape(self, found: SavedLayer, shape: tuple[int, ...]) -> None:
+        if found.shape != shape:
+            raise ValueError(f"{found.fqn} has shape {list(found.shape)} in the checkpoint, {list(shape)} here")

@@ -1,0 +1,141 @@
+"""An optimizer's checkpoint by parameter name, whoever wrote it: each state as the shards that held it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs import Codec
+from lightning_sketch.dtensor_state import SHARDS, sources
+from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.reshard import Source
+from lightning_sketch.sharding import Shard, is_dtensor
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One parameter's states in a checkpoint.
+
+    Args:
+        fqn: the parameter's name.
+        shape: its logical shape.
+        step: how many steps it has made; ``None`` if its optimizer does not count (SGD).
+        layer: what the policy had decided; ``None`` if the parameter was kept.
+        states: called when they are wanted: the shards of each state, by torch's name. A dropped state is absent.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    step: float | None
+    layer: Layer | None
+    states: Callable[[], dict[str, list[Source]]]
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """A checkpoint of an optimizer.
+
+    Args:
+        layers: the parameters that have states, by name.
+        groups: hyperparameters of each group, with ``params``, the names of its parameters.
+    """
+
+    layers: Mapping[str, SavedLayer]
+    groups: Sequence[Mapping[str, Any]]
+
+    def group_of(self, fqn: str) -> Mapping[str, Any]:
+        """The group of a parameter."""
+        return next(group for group in self.groups if fqn in group["params"])
+
+
+def from_state_dict(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]] | None = None) -> SavedOptimizer:
+    """Read an optimizer's state dict, keyed by number or by name, without DTensors.
+
+    Args:
+        names: for each group the names of its parameters; needed where parameters are numbered.
+
+    Raises:
+        ValueError: it is no optimizer's state dict, holds DTensors, does not fit `names`, or is of another format
+            version.
+    """
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, Sequence) or not isinstance(state_dict.get("state"), Mapping):
+        raise ValueError("not an optimizer's state dict: it has no 'state' and 'param_groups'")
+    layers: dict[str, SavedLayer] = {}
+    named_groups: list[dict[str, Any]] = []
+    for number, group in enumerate(groups):
+        keys = list(group["params"])
+        fqns = keys if all(isinstance(key, str) for key in keys) else _names_of(names, number, len(keys), len(groups))
+        decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
+        compressed = {layer.fqn: layer for layer in decided}
+        for key, fqn in zip(keys, fqns, strict=True):
+            if entry := state_dict["state"].get(key):
+                layers[fqn] = from_entry(fqn, entry, compressed.get(fqn))
+        unknown = sorted(set(compressed) - set(fqns))
+        if unknown:
+            raise ValueError(
+                f"the checkpoint's group {number} holds {', '.join(unknown)}, which the optimizer's does not"
+            )
+        options = {key: value for key, value in group.items() if key not in ("params", RECORDS)}
+        named_groups.append(options | {"params": fqns})
+    return SavedOptimizer(layers, named_groups)
+
+
+def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> SavedLayer:
+    """Read one parameter's entry of a state dict; see `from_state_dict`."""
+    if any(isinstance(value, Tensor) and is_dtensor(value) for value in entry.values()):
+        raise ValueError(f"{fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
+    step = entry.get("step")
+    step = None if step is None else float(step)
+    if layer is not None:
+        return SavedLayer(fqn, layer.shape, step, layer, lambda: dict(_compressed(layer, entry)))
+    dense = {key: value for key, value in entry.items() if isinstance(value, Tensor) and key != "step"}
+    shape = next((tuple(value.shape) for value in dense.values()), ())
+    whole = Shard.whole(shape)
+    return SavedLayer(
+        fqn, shape, step, None, lambda: {key: [Source(whole, {key: value}, None)] for key, value in dense.items()}
+    )
+
+
+def tensors_of(codec: Codec, state: str, ndim: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a layer's state dict that belong to one state.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    keys = [f"{state}_{suffix}" if suffix else state for suffix in codec.axes(ndim)]
+    missing = [key for key in keys if not isinstance(entry.get(key), Tensor)]
+    if missing:
+        raise ValueError(f"the checkpoint has no {', '.join(missing)} (it holds {sorted(map(str, entry))})")
+    scale = f"{state}_scale"
+    return {key: entry[key] for key in keys} | ({scale: entry[scale]} if scale in entry else {})
+
+
+def _compressed(layer: Layer, entry: Mapping[str, Any]) -> Iterator[tuple[str, list[Source]]]:
+    whole = Shard.whole(layer.shape)
+    for state, codec in layer.stored().items():
+        found = tensors_of(codec, state, max(1, len(layer.shape)), entry)
+        if SHARDS in entry:
+            yield state, list(sources(layer, state, codec, entry, whole))
+        else:
+            yield state, [Source(whole, found, codec, layer.seed, layer.signed[state])]
+
+
+def _names_of(names: Sequence[Sequence[str]] | None, number: int, count: int, groups: int) -> list[str]:
+    if names is None:
+        raise ValueError("the checkpoint numbers its parameters; their names are needed to move it")
+    if len(names) != groups or len(names[number]) != count:
+        raise ValueError(
+            f"group {number} of the checkpoint's {groups} has {count} parameters; the optimizer has groups of "
+            f"{[len(group) for group in names]}"
+        )
+    return list(names[number])
+
+
+def as_float_tensor(step: float | None) -> Tensor:
+    """A step count as converted optimizers keep it. SGD counts none; its buffer exists, so one step was made."""
+    return torch.tensor(1.0 if step is None else step)

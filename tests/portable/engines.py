@@ -1,0 +1,134 @@
+"""The same small training under every engine, with checkpoints written by each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.optim import AdamW
+
+from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
+from tests.deepspeed_tools import engine
+
+ROWS, DIM, STEPS = 37, 6, 4
+
+#: A codec pair for each of the tables; the head and the vectors are kept.
+TABLES: dict[str, dict[str, Any]] = {
+    "sketch": {"exp_avg": CountSketch(compression=3), "exp_avg_sq": CountSketch(compression=3)},
+    "exact": {"exp_avg": CountSketch(width=1 << 20), "exp_avg_sq": CountSketch(width=1 << 20)},
+    "rows": {"exp_avg": Drop(), "exp_avg_sq": RowWise()},
+    "sketched_rows": {"exp_avg": Keep(), "exp_avg_sq": RowWise(compression=4)},
+    "rounded": {"exp_avg": BFloat16(), "exp_avg_sq": BFloat16()},
+    "sm3": {"exp_avg": Keep(), "exp_avg_sq": SM3()},
+    "factored": {"exp_avg": BFloat16(), "exp_avg_sq": Factored()},
+}
+POLICY = Policy([Rule(name=f"{name}.*", **codecs) for name, codecs in TABLES.items()])
+
+
+class Prescribed(nn.Module):
+    """Parameters whose part of the loss is linear in them, so that their gradients are prescribed."""
+
+    def __init__(self, first: int, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first = first  # position of the first parameter in the model
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, step: int) -> Tensor:
+        terms = [
+            (param * gradient(param.shape, step, self.first + i)).sum() for i, param in enumerate(self.parameters())
+        ]
+        return torch.stack(terms).sum()
+
+
+class Model(nn.Module):
+    """Tables and a kept layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for position, name in enumerate(TABLES):
+            self.add_module(name, Prescribed(position, weight=(ROWS, DIM)))
+        self.head = Prescribed(len(TABLES), weight=(5, DIM), bias=(5,))
+
+    def forward(self, step: int) -> Tensor:
+        return torch.stack([part(step) for part in self.children()]).sum()
+
+
+def gradient(shape: Any, step: int, position: int) -> Tensor:
+    """The gradient of a parameter at a step, on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + position)
+    rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) ** 3  # some rows are frequent
+    return torch.randn(shape, generator=generator) * rows
+
+
+def fresh_model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def optimizer_of(model: nn.Module, policy: Policy | None = POLICY) -> AdamW:
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    return optimizer if policy is None else compress(optimizer, model, policy)
+
+
+@dataclass
+class Run:
+    """A training under one engine."""
+
+    kind: str  # "single", "rows", "columns", "zero1" ...
+    model: Model
+    optimizer: Any
+    engine: Any = None
+
+    @property
+    def target(self) -> Any:
+        """What `restore` is given."""
+        return self.optimizer if self.engine is None else self.engine
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            if self.engine is not None:
+                self.engine.backward(self.engine(step))
+                self.engine.step()
+                continue
+            for position, param in enumerate(self.model.parameters()):
+                full = gradient(param.shape, step, position)
+                sharded = isinstance(param, DTensor)
+                param.grad = distribute_tensor(full, param.device_mesh, param.placements) if sharded else full
+            self.optimizer.step()
+
+    def save(self, path: Path) -> None:
+        """By the engine's own means."""
+        if self.engine is not None:
+            self.engine.save_checkpoint(str(path), tag="step")
+        elif self.kind == "single":
+            torch.save(self.optimizer.state_dict(), path)
+        else:
+            dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
+
+
+def make(kind: str, policy: Policy | None = POLICY) -> Run:
+    """A fresh training under an engine; DeepSpeed must have been initialised for "zero1", "zero2" and "zero3"."""
+    model = fresh_model()
+    if kind in ("rows", "columns"):
+        dim = 0 if kind == "rows" else 1
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: ShardPlacement(dim if p.ndim > 1 else 0))
+    optimizer = optimizer_of(model, policy)
+    if kind.startswith("zero"):
+        return Run(kind, model, optimizer, engine(model, optimizer, int(kind[-1])))
+    return Run(kind, model, optimizer)
+
+
+def kinds(world_size: int) -> list[str]:
+    return ["rows", "columns", "zero1", "zero2", "zero3"] if world_size > 1 else ["single"]
