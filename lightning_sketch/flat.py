@@ -45,6 +45,23 @@ class NamedSegment:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Elements side by side in a flat tensor whose states are kept alike.
+
+    Args:
+        fqns: the layers; several only if they are kept.
+        start: first element in the flat tensor.
+        length: number of elements.
+        part: the part of a compressed layer, or ``None`` for kept ones.
+    """
+
+    fqns: tuple[str, ...]
+    start: int
+    length: int
+    part: LayerShard | None
+
+
+@dataclass(frozen=True)
 class FlatTensor:
     """One flat tensor of the optimizer.
 
@@ -62,6 +79,31 @@ class FlatTensor:
     def to_list(self) -> list[list[Any]]:
         """The segments as primitives, for checkpoints."""
         return [segment.to_list() for segment in self.segments]
+
+    @property
+    def padding(self) -> int:
+        """Number of elements that belong to no parameter."""
+        return self.tensor.numel() - sum(segment.length for segment in self.segments)
+
+    def places(self) -> list[Place]:
+        """What lies in it, in order."""
+        found = [
+            Place((p.layer.fqn,), p.span.start, p.shard.local_rows * p.shard.row_numel, p)
+            for p in self.parts
+            if p.layer.compressed and p.span is not None
+        ]
+        compressed = {place.fqns[0] for place in found}
+        for segment in self.segments:
+            if segment.fqn not in compressed:
+                found.append(Place((segment.fqn,), segment.start, segment.length, None))
+        joined: list[Place] = []
+        for place in sorted(found, key=lambda place: place.start):
+            last = joined[-1] if joined else None
+            if last and last.part is place.part is None and last.start + last.length == place.start:
+                joined[-1] = Place(last.fqns + place.fqns, last.start, last.length + place.length, None)
+            else:
+                joined.append(place)
+        return joined
 
 
 class FlatTensors:
@@ -95,6 +137,11 @@ class FlatTensors:
 
     def __iter__(self) -> Iterator[FlatTensor]:
         return iter(self._by_id.values())
+
+    def __str__(self) -> str:
+        from lightning_sketch.tables import flat_table  # rich is slow to import
+
+        return flat_table(self)
 
 
 def is_flat(group: Mapping[str, Any]) -> bool:

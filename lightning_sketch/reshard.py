@@ -61,6 +61,7 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
     plain = replace(spec, name=spec.name.rpartition(".")[2])
     useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
     check_coverage(spec, [source.shard for source in useful])
+    _check_shapes(plain, useful)
 
     def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
@@ -93,6 +94,18 @@ def check_coverage(spec: StateSpec, shards: Sequence[Shard]) -> None:
             f"{spec.name} of {spec.fqn}: the checkpoint's parts hold {found} of the {wanted} elements wanted here; "
             "ranks' files are missing, or of different checkpoints"
         )
+
+
+def _check_shapes(spec: StateSpec, sources: Sequence[Source]) -> None:
+    for source in sources:
+        expected = replace(spec, shard=source.shard, seed=source.seed, signed=source.signed)
+        if source.codec is None:
+            fits = source.tensors[spec.name].shape.numel() == math.prod(expected.local_shape)
+        else:
+            fits = _fits(source.codec, expected, source.tensors, any_dtype=True)
+        if not fits:
+            found = {key: list(value.shape) for key, value in source.tensors.items() if isinstance(value, Tensor)}
+            raise ValueError(f"{spec.name} of {spec.fqn}: {found} is not what {source.codec or 'torch'} keeps of it")
 
 
 class _Estimates:
@@ -164,11 +177,12 @@ def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]
     return {key: table, scale_key: scale}
 
 
-def _fits(codec: Codec, spec: StateSpec, tensors: Mapping[str, Any]) -> bool:
+def _fits(codec: Codec, spec: StateSpec, tensors: Mapping[str, Any], any_dtype: bool = False) -> bool:
+    """Whether tensors are what a codec would allocate."""
     meta = replace(spec, device=torch.device("meta"))
     expected = {key_of(spec.name, suffix): value for suffix, value in codec.allocate(meta).items()}
     return expected.keys() == tensors.keys() and all(
-        tensors[key].shape == value.shape and tensors[key].dtype == value.dtype
+        tensors[key].shape == value.shape and (any_dtype or tensors[key].dtype == value.dtype)
         for key, value in expected.items()
         if isinstance(value, Tensor)
     )
@@ -186,8 +200,10 @@ def dense_of(spec: StateSpec, sources: Sequence[Source]) -> Tensor:
     """The dense state of the spec's shard, ``[local_rows, *row_shape]`` in the parameter's dtype."""
     useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
     check_coverage(spec, [source.shard for source in useful])
+    plain = replace(spec, name=spec.name.rpartition(".")[2])
+    _check_shapes(plain, useful)
     dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
-    estimates = _Estimates(replace(spec, name=spec.name.rpartition(".")[2]), useful)
+    estimates = _Estimates(plain, useful)
     for block in spec.shard.blocks():
         dense[block.index] = estimates(block).to(dense.dtype)
     return dense

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from lightning_sketch.flat import FlatTensors
     from lightning_sketch.memory import MemoryReport
     from lightning_sketch.plan import LayerPlan, Plan
     from lightning_sketch.portable.convert import Conversion
@@ -94,6 +95,40 @@ def conversion_table(done: Conversion) -> str:
         table.add_row(fqn, ", ".join(f"{state} {error:.3g}" for state, error in errors.items()))
     table.add_section()
     table.add_row("optimizer states", f"{human_bytes(done.bytes_before)} -> {human_bytes(done.bytes_after)}")
+    return render(table)
+
+
+def flat_table(flats: FlatTensors) -> str:
+    """Which rows of which layers lie in DeepSpeed's flat tensors on this rank, and how their states are kept."""
+    table = Table(title=f"{flats.engine}: what this rank's flat tensors hold", title_justify="left")
+    table.add_column("flat tensor")
+    table.add_column("elements", justify="right")
+    table.add_column("layer")
+    table.add_column("rows")
+    table.add_column("columns")
+    table.add_column("state: codec")
+    for number, flat in enumerate(flats):
+        for place in flat.places():
+            span = f"{place.start:,}:{place.start + place.length:,}"
+            if place.part is None:
+                first, last, count = place.fqns[0], place.fqns[-1], len(place.fqns)
+                names = first if count == 1 else f"{first} ... {last} ({count} layers)"
+                table.add_row(str(number), span, names, "", "", "kept as they are")
+                continue
+            shard, codecs = place.part.shard, place.part.layer.codecs
+            rows = f"{shard.row_offset:,}:{shard.row_offset + shard.local_rows:,} of {shard.global_rows:,}"
+            cut = f"{shard.column_offset:,}:{shard.column_offset + shard.row_numel:,}"
+            table.add_row(
+                str(number),
+                span,
+                place.fqns[0],
+                rows,
+                "all" if shard.part_shape is None else cut,
+                "\n".join(f"{state}: {short(codec)}" for state, codec in codecs.items()),
+            )
+        if flat.padding:
+            table.add_row(str(number), "", f"padding, {flat.padding:,} elements", "", "", "")
+        table.add_section()
     return render(table)
 
 

@@ -16,7 +16,8 @@ from lightning_sketch.dtensor_state import SHARD_DIM, SHARDS, tensor_axes
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.policy import Policy
-from lightning_sketch.portable.read import find_state_dict, load_file, read_checkpoint
+from lightning_sketch.portable.read import find_state_dict, read_checkpoint
+from lightning_sketch.portable.safe import load_file
 from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor, from_state_dict
 from lightning_sketch.reshard import dense_of, reshard
 from lightning_sketch.roles import named_layers
@@ -135,7 +136,7 @@ class _Rewrite:
             names = list(old.codecs) if old is not None else list(sources)
             layer = Layer(saved.fqn, 0, saved.shape, dict.fromkeys(names, True), dict.fromkeys(names, Keep()))
             part = LayerShard(layer, Shard.whole(saved.shape))
-            entry = {name: torch.zeros(saved.shape, dtype=self.dtype) for name in names}
+            entry: dict[str, Any] = {name: torch.zeros(saved.shape, dtype=self.dtype) for name in names}
             for name, found in sources.items():
                 spec = dataclasses.replace(part.spec(name, param, {}), device=torch.device("cpu"))
                 entry[name] = dense_of(spec, found).view(saved.shape)

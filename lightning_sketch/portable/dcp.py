@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.portable.safe import check_metadata
 from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, from_entry
 from lightning_sketch.reshard import Source
 
@@ -36,7 +38,7 @@ def read_dcp(directory: Path) -> SavedOptimizer:
     Raises:
         ValueError: it holds no optimizer, or more than one.
     """
-    metadata: Metadata = FileSystemReader(directory).read_metadata()
+    metadata = _metadata(directory)
     paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
     root = _root(paths)
     entries: dict[str, dict[str, str]] = {}
@@ -58,7 +60,7 @@ def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) ->
     Args:
         state_dict: of the optimizer, keyed by name.
     """
-    metadata: Metadata = FileSystemReader(source).read_metadata()
+    metadata = _metadata(source)
     paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
     root = _root(paths)
     others = {path: key for path, key in paths.items() if path[: len(root)] != root or path[len(root)] not in _OWN}
@@ -72,6 +74,11 @@ def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) ->
     partial = destination.with_name(destination.name + ".partial")
     save(copy, storage_writer=FileSystemWriter(partial), no_dist=True)
     partial.replace(destination)
+
+
+def _metadata(directory: Path) -> Metadata:
+    check_metadata(directory / ".metadata")
+    return FileSystemReader(directory).read_metadata()
 
 
 _OWN = ("state", "param_groups")
@@ -143,7 +150,11 @@ def _load(directory: Path, metadata: Metadata, keys: Sequence[str]) -> dict[str,
         wanted[key] = None
         if isinstance(stored, TensorStorageMetadata):
             wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    load(wanted, storage_reader=FileSystemReader(directory), planner=_SafePlanner(), no_dist=True)
+    try:
+        load(wanted, storage_reader=FileSystemReader(directory), planner=_SafePlanner(), no_dist=True)
+    except CheckpointException as error:  # a BaseException
+        first = next(iter(error.failures.values()))[0]
+        raise ValueError(f"cannot be read: {str(first).splitlines()[0]}") from error
     return wanted
 
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
 from lightning_sketch.flat import NamedSegment, flat_parts, layer_shards
 from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.portable.safe import load_file
 from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, tensors_of
 from lightning_sketch.reshard import Source
 
@@ -123,8 +123,7 @@ def _add_kept(layer: _Collected, state: str, flat: Tensor, segment: NamedSegment
 
 def _client_state(path: Path) -> dict[str, Any]:
     """The state dict of the optimizer that DeepSpeed wrapped."""
-    with torch.serialization.safe_globals(_harmless_globals()):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = load_file(path, _harmless_globals())
     wrapper = saved.get("optimizer_state_dict") or {}
     client = wrapper.get("base_optimizer_state") or wrapper.get("optimizer_state_dict")
     if not isinstance(client, Mapping) or "param_groups" not in client:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_sketch.portable.deepspeed import rank_files, read_deepspeed
+from lightning_sketch.portable.safe import load_file
 from lightning_sketch.portable.saved import SavedOptimizer, from_state_dict
 
 
@@ -46,18 +45,6 @@ def read_checkpoint(
         f"{path} is neither a torch.distributed.checkpoint directory (it has no .metadata) nor one of DeepSpeed's "
         "(it has no zero_pp_rank files)"
     )
-
-
-def load_file(path: Path) -> Any:
-    """``torch.load`` of a file, memory-mapped, without unpickling objects.
-
-    Raises:
-        ValueError: it is damaged, or holds other objects.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds
-        raise ValueError(f"cannot be read with weights_only=True: {str(error).splitlines()[0]}") from error
 
 
 def find_state_dict(saved: Any, number: int = 0) -> Mapping[str, Any]:

@@ -65,11 +65,14 @@ def from_state_dict(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, Sequence) or not isinstance(state_dict.get("state"), Mapping):
         raise ValueError("not an optimizer's state dict: it has no 'state' and 'param_groups'")
+    if not groups or (names is not None and len(names) != len(groups)):
+        wanted = "" if names is None else f", not {len(names)}"
+        raise ValueError(f"the checkpoint has {len(groups)} parameter groups{wanted}")
     layers: dict[str, SavedLayer] = {}
     named_groups: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
         keys = list(group["params"])
-        fqns = keys if all(isinstance(key, str) for key in keys) else _names_of(names, number, len(keys), len(groups))
+        fqns = keys if all(isinstance(key, str) for key in keys) else _names_of(names, number, len(keys))
         decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
         compressed = {layer.fqn: layer for layer in decided}
         for key, fqn in zip(keys, fqns, strict=True):
@@ -125,14 +128,11 @@ def _compressed(layer: Layer, entry: Mapping[str, Any]) -> Iterator[tuple[str, l
             yield state, [Source(whole, found, codec, layer.seed, layer.signed[state])]
 
 
-def _names_of(names: Sequence[Sequence[str]] | None, number: int, count: int, groups: int) -> list[str]:
+def _names_of(names: Sequence[Sequence[str]] | None, number: int, count: int) -> list[str]:
     if names is None:
         raise ValueError("the checkpoint numbers its parameters; their names are needed to move it")
-    if len(names) != groups or len(names[number]) != count:
-        raise ValueError(
-            f"group {number} of the checkpoint's {groups} has {count} parameters; the optimizer has groups of "
-            f"{[len(group) for group in names]}"
-        )
+    if len(names[number]) != count:
+        raise ValueError(f"group {number} of the checkpoint has {count} parameters, not {len(names[number])}")
     return list(names[number])
 
 
