@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from tests.deepspeed_tools import engine
 
-ROWS, DIM, STEPS = 37, 6, 4
+ROWS, DIM, STEPS = 37, 12, 4
 
 #: A codec pair for each of the tables; the head and the vectors are kept.
 TABLES: dict[str, dict[str, Any]] = {
@@ -76,8 +76,10 @@ def fresh_model() -> Model:
     return Model()
 
 
-def optimizer_of(model: nn.Module, policy: Policy | None = POLICY) -> AdamW:
-    optimizer = AdamW(model.parameters(), lr=0.01)
+def optimizer_of(model: nn.Module, policy: Policy | None = POLICY, separate: bool = False) -> AdamW:
+    """AdamW, with one group or, if `separate`, one for each layer."""
+    groups = [{"params": list(layer.parameters())} for layer in model.children()]
+    optimizer = AdamW(groups if separate else model.parameters(), lr=0.01)
     return optimizer if policy is None else compress(optimizer, model, policy)
 
 
@@ -117,14 +119,14 @@ class Run:
             dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
 
 
-def make(kind: str, policy: Policy | None = POLICY) -> Run:
+def make(kind: str, policy: Policy | None = POLICY, separate: bool = False) -> Run:
     """A fresh training under an engine; DeepSpeed must have been initialised for "zero1", "zero2" and "zero3"."""
     model = fresh_model()
     if kind in ("rows", "columns"):
         dim = 0 if kind == "rows" else 1
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: ShardPlacement(dim if p.ndim > 1 else 0))
-    optimizer = optimizer_of(model, policy)
+    optimizer = optimizer_of(model, policy, separate)
     if kind.startswith("zero"):
         return Run(kind, model, optimizer, engine(model, optimizer, int(kind[-1])))
     return Run(kind, model, optimizer)
