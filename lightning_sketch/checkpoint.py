@@ -102,6 +102,8 @@ class _Load:
             if live_record is None:
                 if record is not None:
                     self.problems.append(f"{_fqn_of(record)}: compressed in the checkpoint, kept by the policy")
+                elif state and is_dtensor(param):
+                    self.stock_state[key] = {k: dtensor_state.sharded_like(param, v) for k, v in state.items()}
                 continue
             layer = Layer.from_record(live_record)
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.dense import decode_layer, encode_layer, fresh_state
+from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
+from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import (
@@ -76,6 +77,7 @@ def compress(
         _reattach(inner, model, chosen if policy is not None else None, nonfinite)
         return optimizer
     refuse_flattened(model)
+    _refuse_replaced(inner)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
     _announce(made)
@@ -114,17 +116,31 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
-    for group, layer, param in list(inner.compressed_layers()):
+    for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
+    for flat in inner._flat_tensors or ():
+        if flat.parts and (state := inner.state.get(flat.tensor)):
+            inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.param_groups[0], state)
     for group in inner.param_groups:
         del group[RECORDS]
     del inner._compression
+    inner.__dict__.pop("_flat_tensors", None)
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     return optimizer
+
+
+def _refuse_replaced(optimizer: Optimizer) -> None:
+    # ZeRO-3 shows its tensors during a step only: before and after, all groups are empty.
+    groups = optimizer.param_groups
+    if any(is_flat(group) for group in groups) or not any(group["params"] for group in groups):
+        raise ValueError(
+            "the optimizer holds no parameters of the model: an engine replaced them by tensors of its own, as "
+            "DeepSpeed does. Convert the optimizer before it is given to deepspeed.initialize"
+        )
 
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,23 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
             held.copy_(decode(codec, spec, dict(state)).view(held.shape))
         dense[name] = dense_like(param, held)
     return _with_step(layer, param, group, state) | dense
+
+
+def decode_flat(
+    parts: Sequence[LayerShard], tensor: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The dense states of a flat tensor of DeepSpeed; padding and dropped first moments are zero.
+
+    Args:
+        parts: all that our rules step in `tensor`.
+        state: its ``optimizer.state[tensor]``.
+    """
+    dense = {name: torch.zeros_like(tensor) for name in parts[0].layer.codecs}
+    for part in parts:
+        for name, codec in part.layer.codecs.items():
+            if not isinstance(codec, Drop):
+                part.rows(dense[name]).copy_(decode(codec, part.spec(name, tensor, group), dict(state)))
+    return _with_step(parts[0].layer, tensor, group, state) | dense
 
 
 def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:

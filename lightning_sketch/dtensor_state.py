@@ -26,9 +26,10 @@ SHARDS, SHARD_DIM = "shards", "shard_dim"
 
 
 def sharding_of(param: Any, fqn: str) -> tuple[int, int]:
-    """Number of shards of a parameter, and the dimension they are cut along."""
+    """Number of shards of a parameter, and the dimension they are cut along; ``(1, 0)`` if it is whole."""
     mesh_dim = sharded_mesh_dim(param, fqn) if is_dtensor(param) else None
-    return (1, 0) if mesh_dim is None else (param.device_mesh.size(mesh_dim), param.placements[mesh_dim].dim)
+    shards = 1 if mesh_dim is None else param.device_mesh.size(mesh_dim)
+    return (1, 0) if shards == 1 else (shards, param.placements[mesh_dim].dim)
 
 
 def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,16 @@ def dense_like(param: Any, held: Tensor) -> Tensor:
     return _from_local(held, param, list(param.placements), tuple(param.shape)) if is_dtensor(param) else held
 
 
+def sharded_like(param: Any, value: Any) -> Any:
+    """A kept DTensor parameter's state from a gathered checkpoint, cut like the parameter; anything else as it is."""
+    if not isinstance(value, Tensor) or is_dtensor(value) or value.shape != param.shape or value.ndim == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # src_data_rank=None: every rank has the whole and takes its part; nothing is sent
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+
+
 def tensor_axes(layer: Layer) -> dict[str, tuple[int | None, ...]]:
     """For every tensor of a layer, by key, the parameter's dimensions along which its own run; see `Codec.axes`."""
     ndim = max(1, len(layer.shape))
@@ -64,7 +75,9 @@ def tensor_axes(layer: Layer) -> dict[str, tuple[int | None, ...]]:
 def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[str, Any] | None:
     """The states of a checkpoint in which every tensor is sharded as it is here; ``None`` if that is not so."""
     shards, dim = sharding_of(param, part.layer.fqn)
-    if (saved.get(SHARDS, 1), saved.get(SHARD_DIM, 0)) != (shards, dim):
+    # flatten_optimizer_state_dict=True loses what is not in optimizer.state; of DTensors the stacks say it, too.
+    stated = SHARDS in saved or not any(isinstance(value, Tensor) and is_dtensor(value) for value in saved.values())
+    if stated and (saved.get(SHARDS, 1), saved.get(SHARD_DIM, 0)) != (shards, dim):
         return None
     if shards == 1:
         return dict(saved)
@@ -74,7 +87,7 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
         if key in (SHARDS, SHARD_DIM):
             continue
         if key in axes:
-            if not is_dtensor(value):
+            if not is_dtensor(value) or (dim not in axes[key] and value.shape[0] != shards):
                 return None
             held = local(value)
             state[key] = held if dim in axes[key] else held[0]

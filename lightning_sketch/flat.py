@@ -68,8 +68,8 @@ class FlatTensor:
     Args:
         tensor: the tensor, ``[numel]``.
         segments: the parameters in it, in order; gaps are padding.
-        parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept: then
-            torch's own step has the tensor.
+        parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept, here
+            and on all other ranks: then torch's own step has the tensor.
     """
 
     tensor: Tensor
@@ -121,7 +121,7 @@ class FlatTensors:
     def __init__(self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, Layer]) -> None:
         self.engine, self.group = layout.engine, layout.group
         self._by_id: dict[int, FlatTensor] = {}
-        for tensor, found in layout.tensors:
+        for (tensor, found), anywhere in zip(layout.tensors, layout.anywhere, strict=True):
             segments = tuple(_named(segment, layers, layout.engine) for segment in found)
             for segment in segments:
                 if segment.fqn in records and records[segment.fqn].shape != segment.shape:
@@ -129,7 +129,9 @@ class FlatTensors:
                         f"{segment.fqn} was planned with shape {list(records[segment.fqn].shape)}, but "
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
-            self._by_id[id(tensor)] = FlatTensor(tensor, segments, tuple(flat_parts(segments, records)))
+            # All ranks must step it alike, because they vote on whether its gradient is finite.
+            ours = any(layers[id(param)].fqn in records for param in anywhere if id(param) in layers)
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, records) if ours else ())
 
     def find(self, tensor: Tensor) -> FlatTensor | None:
         """The flat tensor that is `tensor`."""
@@ -159,30 +161,35 @@ def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> N
     return NamedSegment(named.fqn, segment.shape, segment.start, segment.length, segment.offset)
 
 
-def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
-    """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all."""
-    if not any(segment.fqn in records for segment in segments):
-        return
-    kept: list[NamedSegment] = []
+def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> tuple[LayerShard, ...]:
+    """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all.
+
+    Where nothing but padding is here, there is one empty part.
+    """
+    parts = tuple(_flat_parts(segments, records))
+    return parts or (_kept_run(0, 0, records),)
+
+
+def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
+    start = stop = 0  # of the kept run
     for segment in segments:
         # Padding between segments is uninitialized memory under ZeRO-3: a run that crossed it would keep NaN as states.
-        if kept and (segment.fqn in records or segment.start != kept[-1].start + kept[-1].length):
-            yield from _kept_run(kept, records)
-            kept = []
+        if stop > start and (segment.fqn in records or segment.start != stop):
+            yield _kept_run(start, stop, records)
+            start = stop
         if segment.fqn in records:
             yield from layer_shards(records[segment.fqn], segment)
         else:
-            kept.append(segment)
-    yield from _kept_run(kept, records)
+            start = start if stop > start else segment.start
+            stop = segment.start + segment.length
+    if stop > start:
+        yield _kept_run(start, stop, records)
 
 
-def _kept_run(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
-    if not segments:
-        return
-    start, stop = segments[0].start, segments[-1].start + segments[-1].length
+def _kept_run(start: int, stop: int, records: Mapping[str, Layer]) -> LayerShard:
     signed = next(iter(records.values())).signed
     layer = Layer("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
-    yield LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), kept_prefix(start, stop))
+    return LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), kept_prefix(start, stop))
 
 
 def kept_prefix(start: int, stop: int) -> str:

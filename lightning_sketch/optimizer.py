@@ -23,7 +23,7 @@ from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
 from lightning_sketch.sharding import local, shard_of
 from lightning_sketch.sharding.agree import all_agree, shard_group
-from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout
+from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout, wrapper_of
 
 logger = logging.getLogger(__name__)
 
@@ -388,7 +388,9 @@ COMPRESSED: dict[type[Optimizer], type[CompressedOptimizer]] = {
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside an AcceleratedOptimizer or a LightningOptimizer."""
+    """The torch optimizer inside an AcceleratedOptimizer, a LightningOptimizer, or what DeepSpeed makes of one."""
+    found = wrapper_of(optimizer)  # is no Optimizer, and Accelerate's wrapper may hide it
+    optimizer = optimizer if found is None else found
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lightning_sketch.sharding import global_shape
+from lightning_sketch.sharding import global_shape, show_shards
 
 Role = Literal["embedding", "softmax", "hidden", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -92,6 +92,7 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
     Raises:
         ValueError: a hint names an unknown role or matches nothing.
     """
+    show_shards(model)
     layers: dict[int, NamedLayer] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, param in module._parameters.items():

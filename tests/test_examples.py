@@ -5,23 +5,39 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+SHARDED = ("accelerate_fsdp2", "fsdp2_lightning")
 EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(launch(path), env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "less than dense" in run.stdout, "it prints what the states cost"
+    if path.stem in SHARDED:
+        lines = re.findall(r"^rank [01]: ([\d,]+) bytes of states", run.stdout, re.MULTILINE)
+        held = [int(number.replace(",", "")) for number in lines]
+        assert len(held) == 2, "every rank says what it holds"
+        assert max(held) < 1.1 * min(held)
     assert list(tmp_path.iterdir()) == [], "working directory"
+
+
+def launch(path: Path) -> list[Any]:
+    """The command on a line of its own in the docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    found = re.search(rf"^(python|torchrun .*) examples/{path.name}((?: --\w+ \w+)*)", docstring, re.MULTILINE)
+    assert found, "the docstring says how to launch it"
+    launcher = found[1].replace("torchrun", "-m torch.distributed.run").removeprefix("python").split()
+    return [sys.executable, *launcher, path, *found[2].split()]
 
 
 def test_the_demo_compares_two_trainings(tmp_path):

@@ -88,7 +88,8 @@ def _collect(
     step = float(entry["step"]) if "step" in entry else None
     for segment in segments:
         layers.setdefault(segment.fqn, _Collected(segment.shape, step, records.get(segment.fqn)))
-    parts = list(flat_parts(segments, records))
+    ours = any("]." in key for key in entry)  # some rank had a compressed layer in this tensor
+    parts = flat_parts(segments, records) if ours else ()
     for part in parts:
         if part.layer.compressed:
             for state, codec in part.layer.stored().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sketch.sharding.base import Shard
 
@@ -19,6 +19,17 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds: the local part of a DTensor, or the tensor itself. Shares memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def show_shards(model: nn.Module) -> None:
+    """Have every parameter of a model under ``fully_shard`` be the shard that its optimizer steps.
+
+    After a forward pass without a backward one, such as validation, FSDP2 leaves the gathered parameters of its root in
+    their place.
+    """
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
