@@ -21,7 +21,7 @@ from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
-from lightning_sketch.sharding import local, shard_of
+from lightning_sketch.sharding import local, shard_of, show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
 from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout, wrapper_of
 
@@ -222,6 +222,8 @@ class CompressedOptimizer(Optimizer):
             for part in parts:
                 self._check(group, part, param)
             found.append((group, param, [(part, _part_gradient(part, param)) for part in parts]))
+        if not found:
+            self._refuse_replaced()
         if self._compression.nonfinite == "propagate" or not found:
             return found
         values = [[gradient.values for _, gradient in parts] for _, _, parts in found]
@@ -232,6 +234,21 @@ class CompressedOptimizer(Optimizer):
         if not all(usable):
             self._refuse(found, finite, usable)
         return [item for item, ok in zip(found, usable, strict=True) if ok]
+
+    def _refuse_replaced(self) -> None:
+        """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
+        model = self._compression.model()
+        ours = [param for group in self.param_groups if not is_flat(group) for param in group["params"]]
+        if model is None or not ours or any(param.grad is not None for param in ours):
+            return
+        show_shards(model)
+        theirs = {id(param) for param in model.parameters()}
+        if not any(id(param) in theirs for param in ours):
+            raise RuntimeError(
+                "none of the optimizer's parameters is the model's any more, so nothing would be trained: something "
+                "replaced them, as fully_shard does. Call fully_shard(model) before constructing the optimizer, and "
+                "compress it after"
+            )
 
     def _check(self, group: dict[str, Any], part: LayerShard, param: Tensor) -> None:
         layer = part.layer

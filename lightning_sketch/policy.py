@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from torch import nn
 
-from lightning_sketch.codecs import BFloat16, Codec, CountSketch, Drop, Keep, codec_from
+from lightning_sketch.codecs import BFloat16, Codec, Drop, Keep, RowWise, codec_from
 from lightning_sketch.roles import ROLES, NamedLayer, RoleHints, check_pattern, matches_name
 
 FIRST, SECOND = "first_moment", "second_moment"
@@ -162,7 +162,7 @@ class Policy:
     Raises:
         ValueError: no rules, two default rules, or rules behind the default one.
 
-    >>> Policy([Rule(role="embedding", min_rows=10_000, exp_avg=Drop(), exp_avg_sq=CountSketch())]).seed
+    >>> Policy([Rule(role="embedding", min_rows=10_000, exp_avg=Drop(), exp_avg_sq=RowWise())]).seed
     0
     """
 
@@ -266,9 +266,8 @@ class Policy:
 def default_policy() -> Policy:
     """What ``compress(optimizer, model)`` does: docs/quality.md has the measurements that led to it.
 
-    Embedding and softmax tables of 10,000 rows or more lose Adam's first moment (``beta1 = 0``) and keep the second one
-    in a count-min sketch of a twentieth of its size. SGD's and RMSprop's momentum is kept in bfloat16. Everything else
-    is kept exactly.
+    Embedding and softmax tables of 10,000 rows or more lose Adam's first moment (``beta1 = 0``) and keep one number per
+    row of the second. SGD's and RMSprop's momentum is kept in bfloat16. Everything else is kept exactly.
     """
     return Policy(
         [
@@ -277,7 +276,7 @@ def default_policy() -> Policy:
                 min_rows=10_000,
                 exp_avg=Drop(),
                 first_moment=BFloat16(),
-                second_moment=CountSketch(compression=20),
+                second_moment=RowWise(),
             )
         ]
     )

@@ -86,8 +86,8 @@ def batches(rank: int) -> Tensor:
 def make(policy: str | None) -> tuple[nn.Module, Any, StepLR]:
     model = Words()
     groups = [
-        {"params": [model.first.weight, model.second.weight], "weight_decay": 0.0},
-        {"params": [*model.head.parameters()], "lr": 1e-2},
+        {"params": [model.first.weight, model.second.weight, model.head.bias], "weight_decay": 0.0},
+        {"params": [model.head.weight], "lr": 1e-2},
     ]
     if policy == "Adagrad":
         plain = torch.optim.Adagrad(groups, lr=2e-2, initial_accumulator_value=1e-3)

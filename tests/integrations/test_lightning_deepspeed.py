@@ -97,8 +97,8 @@ def configure(policy: str) -> Any:
     def configure_optimizers(module: Any) -> Any:
         cls = torch.optim.Adagrad if policy == "Adagrad" else torch.optim.AdamW
         groups = [
-            {"params": [module.table.weight], "weight_decay": 0.0},
-            {"params": [*module.head.parameters()], "lr": 1e-2},
+            {"params": [module.table.weight, module.head.bias], "weight_decay": 0.0},
+            {"params": [module.head.weight], "lr": 1e-2},
         ]
         optimizer = cls(groups, lr=2e-2, weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, gamma=0.5)

@@ -1,0 +1,36 @@
+"""The DeepSpeed example on two processes, started as its docstring says."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples/deepspeed_zero.py"
+
+
+@pytest.mark.distributed
+def test_two_processes_hold_half_of_each_table_and_resume_exactly():
+    assert "torchrun --standalone --nproc_per_node 2 examples/deepspeed_zero.py" in ast.get_docstring(
+        ast.parse(EXAMPLE.read_text())
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, EXAMPLE, "--stage", "3"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    ranges = re.findall(r"(\S+): rows (\S+) to (\S+)", run.stdout.replace(",", ""))
+    assert [name for name, *_ in ranges] == ["table.weight", "head.weight"] * 2, "on each rank"
+    for (_, first, last), (_, following, _) in (ranges[::2], ranges[1::2]):
+        assert first == "0"
+        assert int(following) - int(last) in (1, 2), "next to each other, or with a row between that the border cuts"
+    assert run.stdout.count(" less than dense") == 2, "of each rank"
+    found = re.search(r"next 20 steps (\S+), and from the checkpoint (\S+)", run.stdout)
+    assert found[1] == found[2]
+    before = [float(loss) for loss in re.findall(r"steps \d+ to \d+: loss (\S+)", run.stdout)]
+    assert before[0] > before[1] > float(found[1])
