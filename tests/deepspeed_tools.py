@@ -62,9 +62,13 @@ def engine(
     stage: int,
     dtype: str = "fp32",
     more: dict[str, Any] | None = None,
+    lr_scheduler: Any = None,
     **zero_options: Any,
 ) -> Any:
-    """The ``DeepSpeedEngine`` that trains `model`; the arguments are those of `config`.
+    """The ``DeepSpeedEngine`` that trains `model`; the other arguments are those of `config`.
+
+    Args:
+        lr_scheduler: of torch, over `optimizer`.
 
     Returns:
         the engine. ``engine.optimizer`` is DeepSpeed's wrapper, whose client is `optimizer`.
@@ -74,4 +78,4 @@ def engine(
     if dtype == "fp16":  # which DeepSpeed refuses on CPUs without the instructions for it; torch emulates them
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     settings = config(stage, dtype, more, **zero_options)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, lr_scheduler=lr_scheduler)[0]

@@ -45,24 +45,26 @@ FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # what selects
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 ALL, SOME = range(len(SHAPES)), range(3, 7)
 CASES = [
-    *[Case(stage, dtype, groups) for stage in (1, 2, 3) for dtype in ("fp32", "bf16") for groups in (False, True)],
-    *[Case(stage, "fp16") for stage in (0, 1, 2, 3)],
-    *[Case(0, "bf16", groups) for groups in (False, True)],
-    *[Case(1, "bf16", groups, more=FP32_ACCUMULATION) for groups in (False, True)],
-    *[Case(stage, zero={"round_robin_gradients": True}) for stage in (1, 2)],
-    *[Case(2, dtype, zero={"parameter_alignment": True}) for dtype in ("fp32", "bf16")],
-    *[Case(s, "bf16", zero={"parameter_alignment": True, "round_robin_gradients": True}) for s in (1, 2)],
-    *[Case(3, "bf16", zero={"sub_group_size": size}) for size in (50, 200)],
-    *[Case(3, zero={"stage3_param_persistence_threshold": size}) for size in (50, 10**6)],
-    *[Case(3, dtype, zero_init=ALL) for dtype in ("fp32", "bf16")],
+    *[Case(stage) for stage in (1, 2, 3)],
+    *[Case(stage, "bf16", per_layer=True) for stage in (0, 1, 2, 3)],
+    *[Case(stage, "fp16") for stage in (0, 2, 3)],
+    Case(1, "bf16", per_layer=True, more=FP32_ACCUMULATION),
+    Case(2, zero={"round_robin_gradients": True}),
+    Case(2, zero={"parameter_alignment": True}),
+    Case(1, "bf16", zero={"parameter_alignment": True, "round_robin_gradients": True}),
+    Case(3, "bf16", zero={"sub_group_size": 50}),
+    Case(3, zero={"stage3_param_persistence_threshold": 10**6}),
+    Case(3, "bf16", zero_init=ALL),
     Case(3, zero_init=SOME),
     Case(3, per_layer=True, zero_init=ALL, zero={"stage3_param_persistence_threshold": 50, "sub_group_size": 200}),
-    *[Case(stage, zero=OFFLOAD) for stage in (1, 2, 3)],
+    *[Case(stage, zero=OFFLOAD) for stage in (2, 3)],
     Case(3, "bf16", zero=OFFLOAD | {"offload_param": {"device": "cpu", "pin_memory": False}}),
-    *[Case(stage, frozen=True, tied=True) for stage in (1, 2, 3)],
+    *[Case(stage, frozen=True, tied=True) for stage in (2, 3)],
     Case(0, "bf16", frozen=True, tied=True),
     Case(1, "bf16", frozen=True, tied=True, more=FP32_ACCUMULATION),
 ]
+#: By the number of ranks. Where elements lie does not depend on the dtype.
+CASES_ON = {2: CASES, 3: [case for case in CASES if case.dtype == "fp32"]}
 WRAPPERS = {  # of each stage, and what the layout calls it; stage 0 in fp32 has none
     0: ("FP16_UnfusedOptimizer", "FP16_UnfusedOptimizer"),
     1: ("DeepSpeedZeroOptimizer", "ZeRO-1/2"),
@@ -288,7 +290,7 @@ def unwrapped() -> dict[str, bool]:
 
 def everything(rank: int, world_size: int) -> dict[str, Any]:
     init_deepspeed(rank, world_size)
-    results: dict[str, Any] = {"cases": [attempt(case) for case in CASES]}
+    results: dict[str, Any] = {"cases": [attempt(case) for case in CASES_ON[world_size]]}
     if world_size == 2:  # on which the rest does not depend
         results |= {"refusals": refusals(), "unwrapped": unwrapped()}
     return results
@@ -302,7 +304,7 @@ def ranks() -> Callable[[int], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_element_is_where_the_layout_says_and_on_one_rank(ranks, world_size):
-    for case, *by_rank in zip(CASES, *(result["cases"] for result in ranks(world_size)), strict=True):
+    for case, *by_rank in zip(CASES_ON[world_size], *(result["cases"] for result in ranks(world_size)), strict=True):
         failed = [result for result in by_rank if not isinstance(result, dict)]
         assert not failed, f"{case}: {failed}"
         assert {result["partitioned"] for result in by_rank} == {case.stage > 0}
@@ -316,7 +318,7 @@ def test_every_element_is_where_the_layout_says_and_on_one_rank(ranks, world_siz
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_step_finds_its_wrapper_and_gradients_where_the_layout_says(ranks, world_size):
     for rank in ranks(world_size):
-        for case, result in zip(CASES, rank["cases"], strict=True):
+        for case, result in zip(CASES_ON[world_size], rank["cases"], strict=True):
             wrapper, engine_name = WRAPPERS[case.stage] if not case.more else ("BF16_Optimizer", "BF16_Optimizer")
             assert result["engine"] == engine_name, str(case)
             dummy = [(wrapper, True)] if case.stage == 0 else []
