@@ -58,7 +58,8 @@ def prepare_load(
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
         raise ValueError(
             f"the checkpoint has parameter groups of {[len(g['params']) for g in saved_groups]} parameters, "
-            f"the optimizer of {[len(g['params']) for g in live_groups]}"
+            f"the optimizer of {[len(g['params']) for g in live_groups]}; if another engine wrote it, load it with "
+            "lightning_sketch.restore"
         )
     load = _Load(optimizer, dict(state_dict["state"]))
     for saved, live in zip(saved_groups, live_groups, strict=True):

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS
-from lightning_sketch.optimizer import (
-    CompressedOptimizer,
-    Compression,
-    NonFinite,
-    compressed_class,
-    unwrap,
-)
+from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.sharding import refuse_flattened

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.classes import unwrap
+from lightning_sketch.flat import FlatTensors
+from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.sharding.deepspeed import wrapper_of
 
 
-def attach(engine: Any) -> None:
+def attach(engine: Any) -> FlatTensors | None:
     """Tell a converted optimizer which layers lie where in DeepSpeed's flat tensors.
 
     Seldom needed: the first ``step``, ``state_dict`` or ``load_state_dict`` finds its engine among its callers.
@@ -16,8 +18,12 @@ def attach(engine: Any) -> None:
     Args:
         engine: what ``deepspeed.initialize`` returned first or second, or Accelerate's or Lightning's wrapper of it.
 
+    Returns:
+        what of each layer lies on this rank, of which ``str()`` is a table; ``None`` where the optimizer steps the
+        model's parameters themselves (stage 0 in float32, and without DeepSpeed).
+
     Raises:
-        TypeError: there is no DeepSpeed engine in it, or its optimizer is not a converted one: DeepSpeed or Accelerate
+        TypeError: its optimizer is not a converted one: DeepSpeed or Accelerate
             replaced it.
         RuntimeError: DeepSpeed's layout cannot be read reliably.
     """
@@ -29,5 +35,4 @@ def attach(engine: Any) -> None:
             "compress() before the engine is made; with optimizer offload, set zero_force_ds_cpu_optimizer=false in "
             "DeepSpeed's configuration, or DeepSpeedCPUAdam takes its place"
         )
-    if wrapper is not None:
-        inner.bind(wrapper)
+    return None if wrapper is None else inner.bind(wrapper)

@@ -8,8 +8,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_sketch.classes import unwrap
 from lightning_sketch.layer import RECORDS
-from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.optimizer import CompressedOptimizer
 
 
 @functools.cache  # once for the process

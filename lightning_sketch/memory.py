@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sketch.classes import unwrap
 from lightning_sketch.layer import LayerShard, compute_dtype
-from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 

@@ -1,4 +1,4 @@
-"""The converted optimizer: torch's own class for kept layers, our rules for compressed ones."""
+"""What every converted optimizer does: torch's own step for kept layers, our rules for compressed ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
+from torch.optim import Optimizer
 
 from lightning_sketch import checkpoint
 from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
@@ -20,10 +20,10 @@ from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
-from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
+from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local, shard_of, show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
-from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout, wrapper_of
+from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,9 @@ class CompressedOptimizer(Optimizer):
 
         Under DeepSpeed that includes those that no group shows at the moment.
         """
-        ours = {id(tensor): parts for _, tensor, parts in self.compressed_tensors()}
+        # Before DeepSpeed's first step no flat tensor is known, nor has any a state.
+        unknown = self._flat_tensors is None and any(map(is_flat, self.param_groups))
+        ours = {} if unknown else {id(tensor): parts for _, tensor, parts in self.compressed_tensors()}
         ours |= {id(flat.tensor): flat.parts for flat in self._flat_tensors or ()}
         shown = {id(tensor): tensor for group in self.param_groups for tensor in group["params"]}
         shown |= {id(flat.tensor): flat.tensor for flat in self._flat_tensors or ()}
@@ -172,7 +174,7 @@ class CompressedOptimizer(Optimizer):
             self.bind(wrapper)
         return trial
 
-    def bind(self, wrapper: Any) -> None:
+    def bind(self, wrapper: Any) -> FlatTensors:
         """Take the layout of the flat tensors from DeepSpeed's optimizer wrapper.
 
         Raises:
@@ -189,6 +191,7 @@ class CompressedOptimizer(Optimizer):
         # Adagrad allocates in its constructor, for parameters that are in no group any more.
         for param in [p for p in self.state if isinstance(p, nn.Parameter)]:
             del self.state[param]
+        return self._flat_tensors
 
     def _records(self, group: dict[str, Any]) -> list[str | None]:
         """A live group's layer records. A group without any is decided now."""
@@ -344,97 +347,6 @@ class CompressedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compression": self._compression}
-
-
-class CompressedAdam(CompressedOptimizer, Adam):
-    """``torch.optim.Adam`` with compressed states."""
-
-    stock, rule = Adam, AdamRule()
-
-
-class CompressedAdamW(CompressedOptimizer, AdamW):
-    """``torch.optim.AdamW`` with compressed states."""
-
-    stock, rule = AdamW, AdamWRule()
-
-
-class CompressedSparseAdam(CompressedOptimizer, SparseAdam):
-    """``torch.optim.SparseAdam`` with compressed states."""
-
-    stock, rule = SparseAdam, SparseAdamRule()
-
-
-class CompressedAdagrad(CompressedOptimizer):
-    """``torch.optim.Adagrad`` with compressed states.
-
-    Not a subclass of it, alone of all: DeepSpeed silently replaces every instance of Adagrad by a plain one of its own.
-    """
-
-    stock, rule = Adagrad, AdagradRule()
-    _init_group = Adagrad._init_group  # which the stock step calls
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # What the stock method does; its call of super() wants an instance.
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in (("foreach", None), ("maximize", False), ("differentiable", False), ("fused", None)):
-                group.setdefault(name, default)
-        for values in self.state.values():
-            if values and not isinstance(values["step"], Tensor):
-                values["step"] = torch.tensor(float(values["step"]))
-
-
-class CompressedRMSprop(CompressedOptimizer, RMSprop):
-    """``torch.optim.RMSprop`` with compressed states."""
-
-    stock, rule = RMSprop, RMSpropRule()
-
-
-class CompressedSGD(CompressedOptimizer, SGD):
-    """``torch.optim.SGD`` with compressed states."""
-
-    stock, rule = SGD, SGDRule()
-
-
-COMPRESSED: dict[type[Optimizer], type[CompressedOptimizer]] = {
-    cls.stock: cls
-    for cls in (
-        CompressedAdam, CompressedAdamW, CompressedSparseAdam, CompressedAdagrad, CompressedRMSprop, CompressedSGD
-    )
-}  # fmt: skip
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside an AcceleratedOptimizer, a LightningOptimizer, or what DeepSpeed makes of one."""
-    found = wrapper_of(optimizer)  # is no Optimizer, and Accelerate's wrapper may hide it
-    optimizer = optimizer if found is None else found
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer
-
-
-def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:
-    """The class that `optimizer` is converted to, or already has.
-
-    Raises:
-        TypeError: the class is not supported.
-    """
-    if isinstance(optimizer, CompressedOptimizer):
-        return type(optimizer)
-    if type(optimizer) not in COMPRESSED:
-        supported = ", ".join(f"torch.optim.{cls.__name__}" for cls in COMPRESSED)
-        raise TypeError(
-            f"{type(optimizer).__module__}.{type(optimizer).__name__} cannot be compressed; supported are {supported}"
-            " (exactly these classes: a subclass may update parameters in ways we would not reproduce)"
-        )
-    return COMPRESSED[type(optimizer)]
-
-
-def rule_of(optimizer: Optimizer) -> UpdateRule:
-    """The update rule of an optimizer."""
-    return compressed_class(optimizer).rule
 
 
 def _part_gradient(part: LayerShard, param: Tensor) -> RowGradient:

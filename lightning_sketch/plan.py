@@ -95,7 +95,7 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
         ValueError: the policy does not fit the model or the optimizer, or the optimizer holds parameters that are not
             the model's, or one parameter twice.
     """
-    from lightning_sketch.optimizer import rule_of, unwrap  # optimizer plans its own conversion
+    from lightning_sketch.classes import rule_of, unwrap  # optimizer plans its own conversion
 
     inner = unwrap(optimizer)
     return make_plan(model, inner.param_groups, rule_of(inner), as_policy(policy))

@@ -28,7 +28,8 @@ from lightning_sketch import (
     decompress_state_dict,
     report,
 )
-from lightning_sketch.optimizer import CompressedAdam, CompressedOptimizer
+from lightning_sketch.classes import CompressedAdam
+from lightning_sketch.optimizer import CompressedOptimizer
 from tests.tiny import (
     ADAM,
     ADAMW,

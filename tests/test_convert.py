@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from lightning_sketch import BFloat16, Drop, Keep, Policy, Rule, compress, decompress, default_policy, report
-from lightning_sketch.optimizer import COMPRESSED, CompressedOptimizer
+from lightning_sketch.classes import COMPRESSED
+from lightning_sketch.optimizer import CompressedOptimizer
 from tests.tiny import ADAM, ADAMW, CASES, CODECS, EXACTLY, FOR_SGD, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

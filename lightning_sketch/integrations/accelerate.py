@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.classes import unwrap
+from lightning_sketch.optimizer import CompressedOptimizer
 
 
 def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:

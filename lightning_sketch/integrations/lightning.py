@@ -11,12 +11,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_sketch.classes import COMPRESSED, unwrap
 from lightning_sketch.convert import compress
 from lightning_sketch.engine import attach
 from lightning_sketch.flat import is_flat
 from lightning_sketch.integrations.lightning_load import MovingLoad
 from lightning_sketch.memory import report
-from lightning_sketch.optimizer import COMPRESSED, CompressedOptimizer, NonFinite, unwrap
+from lightning_sketch.optimizer import CompressedOptimizer, NonFinite
 from lightning_sketch.plan import as_policy, plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import Drop
 from lightning_sketch.dtensor_state import dense_like
 from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
-from lightning_sketch.optimizer import CompressedOptimizer, unwrap
+from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.portable.read import read_checkpoint
 from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor
 from lightning_sketch.reshard import dense_of, reshard

@@ -1,0 +1,104 @@
+"""The converted optimizers, one class for each of torch's, and what is inside a trainer's wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
+
+from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
+from lightning_sketch.sharding.deepspeed import wrapper_of
+
+
+class CompressedAdam(CompressedOptimizer, Adam):
+    """``torch.optim.Adam`` with compressed states."""
+
+    stock, rule = Adam, AdamRule()
+
+
+class CompressedAdamW(CompressedOptimizer, AdamW):
+    """``torch.optim.AdamW`` with compressed states."""
+
+    stock, rule = AdamW, AdamWRule()
+
+
+class CompressedSparseAdam(CompressedOptimizer, SparseAdam):
+    """``torch.optim.SparseAdam`` with compressed states."""
+
+    stock, rule = SparseAdam, SparseAdamRule()
+
+
+class CompressedAdagrad(CompressedOptimizer):
+    """``torch.optim.Adagrad`` with compressed states.
+
+    Not a subclass of it, alone of all: DeepSpeed silently replaces every instance of Adagrad by a plain one of its own.
+    """
+
+    stock, rule = Adagrad, AdagradRule()
+    _init_group = Adagrad._init_group  # which the stock step calls
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What the stock method does; its call of super() wants an instance.
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in (("foreach", None), ("maximize", False), ("differentiable", False), ("fused", None)):
+                group.setdefault(name, default)
+        for values in self.state.values():
+            if values and not isinstance(values["step"], Tensor):
+                values["step"] = torch.tensor(float(values["step"]))
+
+
+class CompressedRMSprop(CompressedOptimizer, RMSprop):
+    """``torch.optim.RMSprop`` with compressed states."""
+
+    stock, rule = RMSprop, RMSpropRule()
+
+
+class CompressedSGD(CompressedOptimizer, SGD):
+    """``torch.optim.SGD`` with compressed states."""
+
+    stock, rule = SGD, SGDRule()
+
+
+COMPRESSED: dict[type[Optimizer], type[CompressedOptimizer]] = {
+    cls.stock: cls
+    for cls in (
+        CompressedAdam, CompressedAdamW, CompressedSparseAdam, CompressedAdagrad, CompressedRMSprop, CompressedSGD
+    )
+}  # fmt: skip
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside an AcceleratedOptimizer, a LightningOptimizer, or what DeepSpeed makes of one."""
+    found = wrapper_of(optimizer)  # is no Optimizer, and Accelerate's wrapper may hide it
+    optimizer = optimizer if found is None else found
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:
+    """The class that `optimizer` is converted to, or already has.
+
+    Raises:
+        TypeError: the class is not supported.
+    """
+    if isinstance(optimizer, CompressedOptimizer):
+        return type(optimizer)
+    if type(optimizer) not in COMPRESSED:
+        supported = ", ".join(f"torch.optim.{cls.__name__}" for cls in COMPRESSED)
+        raise TypeError(
+            f"{type(optimizer).__module__}.{type(optimizer).__name__} cannot be compressed; supported are {supported}"
+            " (exactly these classes: a subclass may update parameters in ways we would not reproduce)"
+        )
+    return COMPRESSED[type(optimizer)]
+
+
+def rule_of(optimizer: Optimizer) -> UpdateRule:
+    """The update rule of an optimizer."""
+    return compressed_class(optimizer).rule
