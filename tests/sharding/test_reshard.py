@@ -84,7 +84,7 @@ def stored(codec: Codec, dense: Tensor, shards: Sequence[Shard], steps: int = 0,
         driver.tensors = encode(codec, spec, part_of(dense, shard))
         for _ in range(steps):
             driver.ema(part_of(dense, shard))
-        found.append(Source(shard, driver.tensors, codec))
+        found.append(Source(shard, driver.tensors, codec, spec.seed, spec.signed))
     return found
 
 
