@@ -2,14 +2,21 @@
 
 The 20,000 commonest words, full softmax, 2 layers, width 128, 4 heads, context 64; 800 steps of 512
 words, warm-up over 10 % and a linear fall to 2 % (SM3's own recipe: a quadratic warm-up over 10 %,
-then constant). AdamW's fused class at its defaults but the learning rate, which is tuned by factors
-of two on validation blocks with seed 0 and shared by the table and the hidden layers.
+then constant), the gradient's norm clipped to 1. AdamW's fused class at its defaults but the learning
+rate, which is tuned by factors of two on validation blocks with seed 0 and shared by the table and
+the hidden layers.
 
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
 
 Matrix products in training take bfloat16 inputs where the CPU has the instructions; the softmax's
 gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
+
+Clipping is what makes seeds agree. The first steps' gradients are the largest (norms to 2.4; about 1
+at step 150), and at beta2 = 0.999 the second moments remember them for long. Unclipped, exact AdamW
+at 1e-3 falls from a loss of 5.6 to 5.1 in 50 steps or in 150, as the seed has it, and ends at a
+perplexity of 66 or 97. With the norm clipped, or with beta2 = 0.98, the slow seed is as fast as the
+other. Products in float32 do not help, nor do keys that mix in the previous word's ("smeared keys").
 """
 
 from __future__ import annotations
@@ -43,26 +50,21 @@ BATCH = 8  # sequences
 STEPS = 800
 WARM_UP = 0.1  # of the steps
 LAST_LR = 0.02  # of the peak
+LARGEST_NORM = 1.0  # of all gradients together; the usual value (GPT-3, among others)
 INIT_STD = 0.02
 VALID_SEQUENCES = 256
 TEST_SEQUENCES = 512
 EVALUATION_SEED = 1
 
-START_LR = {"adam": 1e-3, "adagrad": 0.1}
+START_LR = {"adam": 2e-3, "adagrad": 0.1}
 DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10}
 
 
 class Block(nn.Module):
-    """Attention and a two-layer MLP, both on normalised inputs.
-
-    Each head's keys are a learned mixture of those of a word and of the word before it ("smeared keys", Olsson et al.,
-    *In-context Learning and Induction Heads*, 2022, https://arxiv.org/abs/2209.11895). Without it, two layers learn to
-    copy from context in one sudden step whose time is up to chance, and a run that ends before it is a third worse.
-    """
+    """Attention and a two-layer MLP, both on normalised inputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.smear = nn.Parameter(torch.zeros(HEADS, 1, 1))
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -72,10 +74,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [batch, heads, length, head width]
-        before = F.pad(k, (0, 0, 1, 0))[:, :, :-1]
-        k = torch.lerp(before, k, self.smear.sigmoid())
-        q, k, v = (x.reshape(batch * HEADS, length, WIDTH // HEADS) for x in (q, k, v))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * HEADS, length, WIDTH // HEADS)
         # By hand: torch's fused CPU attention is seven times slower with bfloat16 products.
         future = torch.full((length, length), -torch.inf).triu(1)
         scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=(WIDTH // HEADS) ** -0.5)
@@ -134,6 +133,7 @@ def _train(model: Model, optimizer: torch.optim.Optimizer, batches: Tensor, lr: 
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
                 _loss(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
         except (FloatingPointError, RuntimeError) as error:
