@@ -14,9 +14,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/run.py
 
-# Two workers of one thread each: the tests are many and small.
+# Two workers of one thread each; a file to a worker, because the tests of a file share the processes they spawn.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench-quality: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.sparse_lm --workers 2

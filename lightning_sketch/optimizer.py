@@ -363,7 +363,9 @@ def _no_model() -> None:
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """A class's step without the wrapper that runs step hooks: those already run around ours."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    while getattr(step, "hooked", False):  # torch.compile wraps the hooked step of SparseAdam once more
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
 
 
 def _finite(tensors: list[Tensor]) -> list[bool]:

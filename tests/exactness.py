@@ -203,7 +203,8 @@ def main() -> None:
     }
     document = DOCUMENT.read_text()
     for name, table in tables.items():
-        document = document.replace(between(document, name), table)
+        begin, end = f"<!-- begin:{name} -->\n\n", f"\n\n<!-- end:{name} -->"
+        document = document.replace(begin + between(document, name) + end, begin + table + end)
     DOCUMENT.write_text(document)
     print("\n\n".join(tables.values()))
 

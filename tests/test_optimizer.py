@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Adam, AdamW, Optimizer, RMSprop, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_sketch import Policy, Rule, compress, decompress, report
@@ -70,6 +71,17 @@ def test_step_hooks_fire_once_in_order(case, converted):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_step_hooks_fire_once_although_torch_compile_wraps_the_step_again(monkeypatch):
+    model = Tiny()
+    optimizer = SparseAdam(model.table.parameters())  # torch._dynamo, once imported, does this to SparseAdam
+    monkeypatch.setattr(SparseAdam, "step", torch._dynamo.disable(SparseAdam.step))
+    compress(optimizer, model, LOSSY)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    train(model.table, optimizer, [0], sparse=True)
+    assert calls == ["pre"]
 
 
 def test_a_pre_hook_sees_every_gradient_and_a_post_hook_finds_them_again():
