@@ -170,12 +170,13 @@ class _Rewrite:
         if self.world_size == 1:
             return parts[0]
         axes = tensor_axes(decided)
-        joined = {
-            key: (torch.cat([p[key] for p in parts]) if 0 in axes[key] else torch.stack([p[key] for p in parts]))
-            if key in axes
-            else value
-            for key, value in parts[0].items()
-        }
+        joined: dict[str, Any] = {}
+        for key in parts[0]:
+            values = [part[key] for part in parts]
+            if key not in axes:
+                joined[key] = torch.tensor(values, dtype=torch.float64)  # scales: shards may differ
+            else:
+                joined[key] = torch.cat(values) if 0 in axes[key] else torch.stack(values)
         return joined | {SHARDS: self.world_size, SHARD_DIM: 0}
 
 
