@@ -108,6 +108,7 @@ class _Load:
                 continue
             layer = Layer.from_record(live_record)
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
+            problem = problem or self._refused_options(layer, {**live, **saved})
             if problem or not state:
                 self.problems += [f"{layer.fqn}: {problem}"] if problem else []
                 continue
@@ -120,6 +121,15 @@ class _Load:
                     continue
                 tensors = found
             self._restore(key, param, tensors)
+
+    def _refused_options(self, layer: Layer, group: Mapping[str, Any]) -> str | None:
+        """Why the layer could not be trained with the checkpoint's hyperparameters."""
+        try:
+            self.optimizer.rule.check(group, layer.fqn)
+        except ValueError as error:
+            return str(error)
+        lacking = [state.name for state in self.optimizer.rule.states(group) if state.name not in layer.codecs]
+        return f"the checkpoint's hyperparameters ask for {', '.join(lacking)}" if lacking else None
 
     def flat_group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
         """A group of flat tensors. They load where the layout is the same, as DeepSpeed's own checkpoints do."""

@@ -130,8 +130,10 @@ class FlatTensors:
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
             # All ranks must step it alike, because they vote on whether its gradient is finite.
-            ours = any(layers[id(param)].fqn in records for param in anywhere if id(param) in layers)
-            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, records) if ours else ())
+            names = [layers[id(param)].fqn for param in anywhere if id(param) in layers]
+            # Only those of the same group: others may keep other states.
+            here = {fqn: records[fqn] for fqn in names if fqn in records}
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else ())
 
     def find(self, tensor: Tensor) -> FlatTensor | None:
         """The flat tensor that is `tensor`."""

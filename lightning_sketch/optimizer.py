@@ -312,6 +312,7 @@ class CompressedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors."""
+        self._bind_if_flat()
         return checkpoint.finish_state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # DCP passes `state_dict` by name

@@ -144,3 +144,8 @@ def test_wrapped_models_have_the_names_of_the_model():
 )  # fmt: skip
 def test_a_pattern_is_fnmatch_or_a_searched_regular_expression(pattern, matches):
     assert matches_name(pattern, "emb.weight") is matches
+
+
+def test_a_models_own_attribute_called_module_stays_in_the_name():
+    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "module": nn.ModuleDict({"table": nn.Embedding(3, 2)})})
+    assert [layer.fqn for layer in named_layers(model).values()] == ["table.weight", "module.table.weight"]

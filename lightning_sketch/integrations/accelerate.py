@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.sharding.agree import any_of_all
 
 
 def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:
@@ -26,7 +27,7 @@ def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:
     """
     optimizers = accelerator._optimizers
     files = [_saved_optimizer(Path(directory), number) for number in range(len(optimizers))]
-    if not accelerator.is_fsdp2 or not _must_move(optimizers, files):
+    if not accelerator.is_fsdp2 or not any_of_all(lambda: _must_move(optimizers, files)):
         accelerator.load_state(str(directory), **kwargs)
         return
     from lightning_sketch.portable import restore

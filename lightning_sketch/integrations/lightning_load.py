@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.sharding.agree import any_of_all
 
 
 class MovingLoad:
@@ -28,7 +29,7 @@ class MovingLoad:
         self.undo()
         optimizers = list(self.strategy.optimizers)
         path = Path(self.strategy.broadcast(checkpoint_path))
-        if not _must_move(optimizers, path):
+        if not any_of_all(lambda: _must_move(optimizers, path)):
             return self.original(checkpoint_path, *args, **kwargs)
         from lightning_sketch.portable import restore
 

@@ -83,18 +83,21 @@ def convert_checkpoint(
     rewrite = _Rewrite(decide, world_size, dtype)
     if source.is_file():
         container = load_file(source)
-        old = find_state_dict(container)
-        new = rewrite(from_state_dict(old, _names(old, model)), numbered=_numbered(old))
-        _write_file(destination, _replaced(container, old, new))
+        new: dict[int, dict[str, Any]] = {}
+        for old in _state_dicts(container):
+            saved = from_state_dict(old, _names(old, model))
+            _check_shapes(saved, model)
+            new[id(old)] = rewrite(saved, numbered=_numbered(old))
+        _write_file(destination, _replaced(container, new))
     else:
         from lightning_sketch.portable import dcp  # slow to import
 
         saved = read_checkpoint(source)
-        new = rewrite(saved, numbered=False)
+        states = rewrite(saved, numbered=False)
         if dcp.is_dcp(source):
-            dcp.write_dcp(source, destination, new)
+            dcp.write_dcp(source, destination, states)
         else:
-            _write_file(destination, new)
+            _write_file(destination, states)
     return Conversion(rewrite.errors, rewrite.bytes_before, rewrite.bytes_after)
 
 
@@ -204,6 +207,9 @@ def _by_policy(policy: Policy, model: nn.Module) -> Decide:
         codecs = {state: rule.codec_for(state, signed=positive) for state, positive in signed.items()}
         seed = layer_seed(policy.seed, saved.fqn)
         layer = Layer(saved.fqn, seed, saved.shape, dict(signed), codecs)
+        part = LayerShard(layer, Shard.whole(saved.shape))
+        for state, codec in codecs.items():
+            codec.check(part.spec(state, torch.empty(saved.shape, device="meta"), group))
         return layer if layer.compressed else None
 
     return decide
@@ -216,30 +222,60 @@ def _signs(saved: SavedLayer) -> dict[str, bool]:
 
 def _names(old: Mapping[str, Any], model: nn.Module | None) -> list[list[str]]:
     """Names of the numbered parameters of a state dict."""
-    given = None if model is None else iter([named.fqn for named in named_layers(model).values()])
     names: list[list[str]] = []
     for group in old["param_groups"]:
         records = group.get(RECORDS) or [None] * len(group["params"])
-        own = [
-            Layer.from_record(record).fqn if record else f"parameter {key}"
-            for key, record in zip(group["params"], records, strict=True)
-        ]
-        names.append(own if given is None else [next(given, name) for name in own])
-    return names
+        names.append(
+            [
+                Layer.from_record(record).fqn if record else f"parameter {key}"
+                for key, record in zip(group["params"], records, strict=True)
+            ]
+        )
+    if model is None or not _numbered(old):
+        return names
+    if len(names) > 1 and any(name.startswith("parameter ") for group in names for name in group):
+        raise ValueError(
+            "the checkpoint numbers its parameters over several groups, so the model does not tell which is which; "
+            "load it into a converted optimizer instead, which encodes it"
+        )
+    known = {name for group in names for name in group}
+    rest = iter([named.fqn for named in named_layers(model).values() if named.fqn not in known])
+    return [[next(rest, name) if name.startswith("parameter ") else name for name in group] for group in names]
+
+
+def _state_dicts(container: Any) -> list[Mapping[str, Any]]:
+    """All optimizers' state dicts in a file."""
+    several = container.get("optimizer_states") if isinstance(container, Mapping) else None
+    count = len(several) if isinstance(several, list) and several else 1
+    return [find_state_dict(container, number) for number in range(count)]
+
+
+def _check_shapes(saved: SavedOptimizer, model: nn.Module | None) -> None:
+    shapes = {} if model is None else {named.fqn: named.shape for named in named_layers(model).values()}
+    for fqn, layer in saved.layers.items():
+        if fqn in shapes and layer.shape != shapes[fqn]:
+            raise ValueError(
+                f"{fqn} has shape {list(layer.shape)} in the checkpoint, {list(shapes[fqn])} in the model; a "
+                "checkpoint that numbers its parameters must have them in the model's order"
+            )
 
 
 def _numbered(old: Mapping[str, Any]) -> bool:
     return not any(isinstance(key, str) for group in old["param_groups"] for key in group["params"])
 
 
-def _replaced(container: Any, old: Any, new: dict[str, Any]) -> Any:
-    """The container with one state dict in it replaced by another."""
-    if container is old:
-        return {**container, **new}
+def _replaced(container: Any, new: Mapping[int, dict[str, Any]]) -> Any:
+    """The container with state dicts in it replaced by others.
+
+    Args:
+        new: by the id of the old one.
+    """
+    if id(container) in new:
+        return {**container, **new[id(container)]}
     if isinstance(container, Mapping):
-        return {key: _replaced(value, old, new) for key, value in container.items()}
+        return {key: _replaced(value, new) for key, value in container.items()}
     if isinstance(container, list):
-        return [_replaced(value, old, new) for value in container]
+        return [_replaced(value, new) for value in container]
     return container
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,20 @@ def is_dcp(directory: Path) -> bool:
     return (directory / ".metadata").is_file()
 
 
-def read_dcp(directory: Path) -> SavedOptimizer:
+def read_dcp(directory: Path, number: int = 0) -> SavedOptimizer:
     """Read a checkpoint that holds a state dict of ``torch.distributed.checkpoint.state_dict``, at any depth.
 
     Tensors are read when a layer's states are asked for, one layer at a time.
+
+    Args:
+        number: which optimizer, where there are several named ``optimizer_0``, ``optimizer_1`` ..., as Lightning does.
 
     Raises:
         ValueError: it holds no optimizer, or more than one.
     """
     metadata = _metadata(directory)
     paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
-    root = _root(paths)
+    root = _root(paths, number)
     entries: dict[str, dict[str, str]] = {}
     for path, key in paths.items():
         if path[: len(root) + 1] == (*root, "state") and len(path) == len(root) + 3:
@@ -62,7 +66,7 @@ def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) ->
     """
     metadata = _metadata(source)
     paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
-    root = _root(paths)
+    root = _only_root(paths)
     others = {path: key for path, key in paths.items() if path[: len(root)] != root or path[len(root)] not in _OWN}
     loaded = _load(source, metadata, list(others.values()))
     copy: dict[str, Any] = {}
@@ -95,9 +99,18 @@ def _leaves(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
         yield path, value
 
 
-def _root(paths: Mapping[Path_, str]) -> Path_:
+def _only_root(paths: Mapping[Path_, str]) -> Path_:
+    roots = {path[: path.index("param_groups")] for path in paths if "param_groups" in path}
+    if len(roots) > 1:
+        raise ValueError(f"it holds {len(roots)} optimizers; only directories with one can be converted")
+    return _root(paths)
+
+
+def _root(paths: Mapping[Path_, str], number: int = 0) -> Path_:
     """Where in the checkpoint the optimizer's state dict is."""
     roots = {path[: path.index("param_groups")] for path in paths if "param_groups" in path}
+    if len(roots) > 1 and all(root and re.fullmatch(r"optimizer_\d+", str(root[-1])) for root in roots):
+        roots = {root for root in roots if root[-1] == f"optimizer_{number}"}
     if len(roots) != 1:
         where = ", ".join(".".join(map(str, root)) or "the top" for root in sorted(roots, key=str))
         raise ValueError(f"expected one optimizer in the checkpoint, found {len(roots)}{': ' + where if roots else ''}")

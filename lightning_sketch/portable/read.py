@@ -38,7 +38,7 @@ def read_checkpoint(
         from lightning_sketch.portable import dcp  # slow to import
 
         if dcp.is_dcp(path):
-            return dcp.read_dcp(path)
+            return dcp.read_dcp(path, optimizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     raise ValueError(

@@ -22,6 +22,9 @@ from lightning_sketch.reshard import dense_of, reshard
 from lightning_sketch.sharding import global_shape, local, shard_of
 from lightning_sketch.sharding.deepspeed import wrapper_of
 
+#: Options of the live group that a checkpoint does not change: what the class and the machine decide.
+_HERE = {"params", RECORDS, "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable"}
+
 #: Relative error of each state that was not moved exactly, by layer and state.
 Errors = dict[str, dict[str, float]]
 
@@ -67,10 +70,10 @@ class _Restored:
         self.errors: Errors = {}
         self.states: list[tuple[Tensor, dict[str, Any]]] = []
         names = {fqn for group in optimizer._compression.names for fqn in group}
-        unknown, absent = sorted(set(saved.layers) - names), sorted(names - set(saved.layers))
-        if unknown:
+        if unknown := sorted(set(saved.layers) - names):
             raise ValueError(f"the checkpoint holds states of {', '.join(unknown)}, which the optimizer does not train")
-        self.absent = set(absent)  # never stepped
+        if optimizer._flat_tensors is None and not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError("the optimizer's parameters are in a DeepSpeed engine: give restore() the engine")
         if optimizer._flat_tensors is not None:
             for flat in optimizer._flat_tensors:
                 self.states.append((flat.tensor, self._flat(flat)))
@@ -87,7 +90,7 @@ class _Restored:
         groups = self.optimizer.param_groups if wrapper is None else wrapper.param_groups
         for live, names in zip(groups, self.optimizer._compression.names, strict=True):
             options = next((group for group in self.saved.groups if set(group["params"]) & set(names)), {})
-            live.update({k: v for k, v in options.items() if k in live and k not in ("params", RECORDS)})
+            live.update({k: v for k, v in options.items() if k in live and k not in _HERE})
         self.optimizer._compression.errors.update(self.errors)
 
     def _parameters(self) -> None:
@@ -152,9 +155,11 @@ class _Restored:
 
     def _kept(self, found: SavedLayer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """torch's own state of a kept parameter."""
-        layer = Layer.make(found.fqn, 0, param, self.optimizer.rule.states(group), {})
+        saved_group = {**group, **self.saved.group_of(found.fqn)}
+        layer = Layer(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
         part = LayerShard(layer, shard_of(param, found.fqn))
         sources = found.states()
+        self._check_complete(found, sources, layer.signed)
         state: dict[str, Any] = {}
         if found.step is not None:
             on_device = bool(group.get("fused") or group.get("capturable"))
@@ -171,10 +176,11 @@ class _Restored:
 
     def _kept_run(self, flat: FlatTensor, segments: Any, start: int, stop: int, prefix: str) -> dict[str, Any]:
         """Dense states of kept elements ``[start, stop)`` of a flat tensor."""
-        first = next((x for x in (self.saved.layers.get(s.fqn) for s in segments) if x is not None), None)
+        every = [self.saved.layers.get(segment.fqn) for segment in (*segments, *flat.segments)]
+        first = next((layer for layer in every if layer is not None), None)
         if first is None:
             return {}
-        names = [state.name for state in self.optimizer.rule.states(self.saved.group_of(first.fqn))]
+        names = self._dense_states(self.saved.group_of(first.fqn))
         state = {name: torch.zeros(stop - start, dtype=flat.tensor.dtype, device=flat.tensor.device) for name in names}
         for segment in segments:
             found = self.saved.layers.get(segment.fqn)
@@ -187,7 +193,8 @@ class _Restored:
         self, state: dict[str, Tensor], found: SavedLayer, segment: NamedSegment, origin: int, param: Tensor
     ) -> None:
         sources, group = found.states(), self.saved.group_of(found.fqn)
-        signed = {s.name: s.signed for s in self.optimizer.rule.states(group)}
+        signed = self._dense_states(group)
+        self._check_complete(found, sources, signed)
         for part in layer_shards(Layer(found.fqn, 0, found.shape, signed, {}), segment):
             assert part.span is not None
             start, stop = part.span.start - origin, part.span.stop - origin
@@ -195,6 +202,17 @@ class _Restored:
                 if name in sources:
                     spec = dataclasses.replace(part, prefix="").spec(name, param, group)
                     flat[start:stop] = dense_of(spec, sources[name]).flatten()
+
+    def _dense_states(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        """The states that torch keeps of a parameter, and whether each may be negative."""
+        states = {state.name: state.signed for state in self.optimizer.rule.states(group)}
+        return states | ({"max_exp_avg_sq": False} if group.get("amsgrad") else {})
+
+    def _check_complete(self, found: SavedLayer, sources: Mapping[str, Any], states: Mapping[str, bool]) -> None:
+        dropped = {} if found.layer is None else found.layer.codecs  # comes back as zeros
+        missing = [state for state in states if state not in sources and not isinstance(dropped.get(state), Drop)]
+        if missing:
+            raise ValueError(f"{found.fqn} has no {', '.join(missing)} in the checkpoint (it holds {sorted(sources)})")
 
     def _check_shape(self, found: SavedLayer, shape: tuple[int, ...]) -> None:
         if found.shape != shape:

@@ -62,9 +62,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         return found
 
 
+# Plain data classes. Not the whole modules: they hold functions that load files.
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+}  # fmt: skip
+
+
 def _expected(module: str, name: str) -> bool:
     return (
-        (module.startswith("torch.distributed.checkpoint.") and "." not in name)
+        name in _CLASSES.get(module, ())
         or module == "torch"
         or (module, name) == ("torch.serialization", "_get_layout")
         or (module == "pathlib" and name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath"))

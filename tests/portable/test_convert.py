@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import SGD, Adagrad, AdamW
+from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from lightning_sketch import CountSketch, Drop, Policy, RowWise, Rule, compress, decompress, restore
 from lightning_sketch.cli import main
@@ -210,6 +210,82 @@ def test_restore_changes_nothing_when_it_refuses(tmp_path):
         "a",
         "b",
     }
+
+
+def test_restore_keeps_what_the_class_decides_and_states_of_amsgrad(tmp_path):
+    model = Tiny()
+    policy = Policy([Rule(role="embedding", exp_avg_sq=RowWise())])
+
+    def groups():
+        return [{"params": model.table.parameters()}, {"params": model.kept.parameters(), "amsgrad": True}]
+
+    adam = compress(Adam(groups(), lr=0.5), model, policy)
+    train(model, adam, range(2))
+    torch.save(adam.state_dict(), tmp_path / "adam.pt")
+    adamw = compress(AdamW(groups(), lr=0.1), model, policy)
+    restore(adamw, tmp_path / "adam.pt")
+    assert adamw.param_groups[0]["lr"] == 0.5
+    assert adamw.param_groups[0]["decoupled_weight_decay"]
+    assert_same(adamw.state[model.kept.weight], adam.state[model.kept.weight])
+    train(model, adamw, [2])
+
+
+def test_restore_wants_every_state_of_kept_layers_too(tmp_path):
+    model = Tiny()
+    sgd = SGD(model.parameters(), momentum=0.9)
+    train(model, sgd, range(2))
+    torch.save(sgd.state_dict(), tmp_path / "sgd.pt")
+    policy = Policy([Rule(role="embedding", exp_avg_sq=RowWise())])
+    with pytest.raises(ValueError, match="has no exp_avg"):
+        restore(compress(AdamW(model.parameters()), model, policy), tmp_path / "sgd.pt")
+
+
+def test_names_are_the_records_own(tmp_path):
+    model = Tiny()
+    optimizer = compress(AdamW([model.kept.weight, model.kept.bias, model.table.weight]), model, LOSSY)
+    train(model, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "old.pt")
+    policy = Policy([Rule(role="embedding", exp_avg_sq=RowWise())])
+    convert_checkpoint(tmp_path / "old.pt", tmp_path / "new.pt", to="compressed", policy=policy, model=model)
+    fresh = compress(AdamW([model.kept.weight, model.kept.bias, model.table.weight]), model, policy)
+    fresh.load_state_dict(torch.load(tmp_path / "new.pt"))
+
+
+def test_parameters_in_another_order_are_noticed(tmp_path):
+    model = Tiny()
+    for params, match in (
+        ([model.kept.weight, model.kept.bias, model.table.weight], r"in the checkpoint, .* in the model"),
+        ([{"params": [model.table.weight]}, {"params": model.kept.parameters()}], "over several groups"),
+    ):
+        optimizer = AdamW(params)
+        train(model, optimizer, range(2))
+        torch.save(optimizer.state_dict(), tmp_path / "plain.pt")
+        with pytest.raises(ValueError, match=match):
+            convert_checkpoint(
+                tmp_path / "plain.pt", tmp_path / "new.pt", to="compressed", policy=LOSSY, model=model
+            )  # fmt: skip
+
+
+def test_a_policy_that_compress_would_refuse_is_refused(tmp_path):
+    model = Tiny()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "plain.pt")
+    policy = Policy([Rule(role="embedding", exp_avg=RowWise())])
+    with pytest.raises(ValueError, match="RowWise cannot hold exp_avg of table"):
+        convert_checkpoint(tmp_path / "plain.pt", tmp_path / "new.pt", to="compressed", policy=policy, model=model)
+
+
+def test_every_optimizer_of_a_lightning_checkpoint_is_converted(tmp_path):
+    models = Tiny(), Tiny()
+    optimizers = [compress(AdamW(model.parameters()), model, LOSSY) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(2))
+    torch.save({"optimizer_states": [optimizer.state_dict() for optimizer in optimizers]}, tmp_path / "two.ckpt")
+    convert_checkpoint(tmp_path / "two.ckpt", tmp_path / "plain.ckpt", to="plain")
+    for model, plain in zip(models, torch.load(tmp_path / "plain.ckpt")["optimizer_states"], strict=True):
+        AdamW(model.parameters()).load_state_dict(plain)
+        assert "compression" not in plain["param_groups"][0]
 
 
 def test_the_matrix_covers_every_kind_of_codec():

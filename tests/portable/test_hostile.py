@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import AdamW
 
@@ -108,6 +109,20 @@ def test_a_foreign_pickle_in_a_directory_is_not_run(tmp_path, good_directory):
     shutil.copytree(good_directory, tmp_path / "bomb")
     (tmp_path / "bomb" / ".metadata").write_bytes(pickle.dumps(Bomb()))
     refuse(tmp_path / "bomb", "refers to posix.system")
+
+
+class TorchsOwnBomb:
+    """Calls a function of torch.distributed.checkpoint that unpickles a file."""
+
+    def __reduce__(self):
+        return torch_save_to_dcp, ("evil.pt", "out")
+
+
+def test_a_function_of_torchs_own_is_not_run_either(tmp_path, good_directory):
+    torch.save({"bomb": Bomb()}, "evil.pt")
+    shutil.copytree(good_directory, tmp_path / "bomb")
+    (tmp_path / "bomb" / ".metadata").write_bytes(pickle.dumps(TorchsOwnBomb()))
+    refuse(tmp_path / "bomb", "refers to torch.distributed.checkpoint.format_utils.torch_save_to_dcp")
 
 
 @pytest.mark.parametrize("cut", [0, 10, -1])
