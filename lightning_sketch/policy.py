@@ -267,7 +267,8 @@ def default_policy() -> Policy:
     """What ``compress(optimizer, model)`` does: docs/quality.md has the measurements that led to it.
 
     Embedding and softmax tables of 10,000 rows or more lose Adam's first moment (``beta1 = 0``) and keep one number per
-    row of the second. SGD's and RMSprop's momentum is kept in bfloat16. Everything else is kept exactly.
+    row of the second, in a count-min sketch of a tenth as many. SGD's and RMSprop's momentum is kept in bfloat16.
+    Everything else is kept exactly.
     """
     return Policy(
         [
@@ -276,7 +277,7 @@ def default_policy() -> Policy:
                 min_rows=10_000,
                 exp_avg=Drop(),
                 first_moment=BFloat16(),
-                second_moment=RowWise(),
+                second_moment=RowWise(compression=10),
             )
         ]
     )
