@@ -38,6 +38,9 @@ class HotRows(Codec):
         hot = spec.zeros(self.hot(spec.shard.global_rows), *spec.shard.row_shape)
         return {"hot": hot, "hot_scale": 1.0, **self.tail().allocate(spec)}
 
+    def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
+        return {"hot": (None, *range(1, ndim)), **self.tail().axes(ndim)}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return _HotRows(spec, tensors, self.tail().bind(spec, tensors))
 
