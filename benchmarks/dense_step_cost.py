@@ -8,19 +8,14 @@ the machine hits all of them. Processor time of one thread.
 
 from __future__ import annotations
 
-import json
-import statistics
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import lightning_sketch as ls
-from benchmarks.sparse_methods import state_bytes
-from benchmarks.step_cost import step_time, transient
-from benchmarks.summary import RESULTS
+from benchmarks.step_cost import compare
 
 ROWS, COLUMNS = 50_000, 256
 ROUNDS = 9
@@ -52,29 +47,10 @@ METHODS = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    gradient = (torch.randn(ROWS, COLUMNS),)
+    gradients = [(torch.randn(ROWS, COLUMNS),)]
     optimizers = {name: _make(method) for name, method in METHODS.items()}
-    milliseconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for i in range(WARM_UP + ROUNDS):
-        for name, optimizer in optimizers.items():
-            taken = step_time(optimizer, gradient)
-            if i >= WARM_UP:
-                milliseconds[name].append(taken)
-    reference = statistics.median(milliseconds["fused"])
-    rows: dict[str, Any] = {}
-    for name, optimizer in optimizers.items():
-        median = statistics.median(milliseconds[name])
-        rows[name] = {
-            "label": METHODS[name].label,
-            "milliseconds": median,
-            "ratio": median / reference,
-            "transient_bytes": transient(optimizer, gradient),
-            "state_bytes": state_bytes(optimizer),
-        }
-        print(f"{name:15} {median:7.1f} ms  {median / reference:5.2f}x  {rows[name]['transient_bytes']:>12,} B")
-    stored = {"torch": torch.__version__, "cpu_threads": 1, "methods": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "dense_step_cost.json").write_text(json.dumps(stored, indent=1) + "\n")
+    labels = {name: method.label for name, method in METHODS.items()}
+    compare("dense_step_cost", optimizers, gradients, labels, reference="fused", warm_up=WARM_UP, rounds=ROUNDS)
 
 
 def _make(method: Method) -> Optimizer:

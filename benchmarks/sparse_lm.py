@@ -14,23 +14,21 @@ accumulated, and everything is stored, in float32): 1.6 times as many runs in th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks import gcide
+from benchmarks.command import run_command
 from benchmarks.losses import sampled_softmax_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import METHODS, build, state_bytes
-from benchmarks.summary import write
-from benchmarks.sweep import Cache, Result, Setting, each, perplexity, tune
+from benchmarks.sweep import Cache, Result, Setting, perplexity, tune
 
 CONTEXT = 4  # words
 WIDTH = 64
@@ -206,21 +204,8 @@ def _cache() -> Cache:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs at the selected setting; 0: only tune")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--summarise", action="store_true", help="only write results/sparse_lm.json")
-    arguments: Any = parser.parse_args()
-    names = arguments.methods.split(",")
-    unknown = sorted(set(names) - set(METHODS))
-    if unknown:
-        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
-    if not arguments.summarise:
-        _corpus()  # downloaded and tokenised once, before the workers start
-        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
     labels = {name: (method.label, EPSILONS[method.family][0]) for name, method in METHODS.items()}
-    write("sparse_lm", _cache().results(), labels)
+    run_command("sparse_lm", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat)
 
 
 if __name__ == "__main__":

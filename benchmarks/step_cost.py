@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,27 +45,47 @@ def main() -> None:
         own = torch.nn.ModuleList(layers)
         optimizers[name] = build(METHODS[name], own, layers, lr=1e-4, eps=EPS)
 
+    labels = {name: method.label for name, method in METHODS.items()}
+    compare("step_cost", optimizers, gradients, labels, reference=REFERENCE, warm_up=WARM_UP, rounds=ROUNDS)
+
+
+def compare(
+    result: str,
+    optimizers: Mapping[str, Optimizer],
+    gradients: Sequence[tuple[Tensor, ...]],
+    labels: Mapping[str, str],
+    *,
+    reference: str,
+    warm_up: int,
+    rounds: int,
+) -> None:
+    """Step all optimizers in turn, round after round, and write ``results/RESULT.json``.
+
+    Args:
+        gradients: used in turn, one for each round.
+        reference: the optimizer that ratios are against.
+    """
     milliseconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for i in range(WARM_UP + ROUNDS):
+    for i in range(warm_up + rounds):
         for name, optimizer in optimizers.items():
-            taken = step_time(optimizer, gradients[i % RECORDED])
-            if i >= WARM_UP:
+            taken = step_time(optimizer, gradients[i % len(gradients)])
+            if i >= warm_up:
                 milliseconds[name].append(taken)
-    reference = statistics.median(milliseconds[REFERENCE])
+    against = statistics.median(milliseconds[reference])
     rows: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
         median = statistics.median(milliseconds[name])
         rows[name] = {
-            "label": METHODS[name].label,
+            "label": labels[name],
             "milliseconds": median,
-            "ratio": median / reference,
+            "ratio": median / against,
             "transient_bytes": transient(optimizer, gradients[0]),
             "state_bytes": state_bytes(optimizer),
         }
-        print(f"{name:15} {median:7.2f} ms  {median / reference:5.2f}x  {rows[name]['transient_bytes']:>12,} B")
+        print(f"{name:15} {median:7.2f} ms  {median / against:5.2f}x  {rows[name]['transient_bytes']:>12,} B")
     stored = {"torch": torch.__version__, "cpu_threads": 1, "methods": rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step_cost.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (RESULTS / f"{result}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def _copy(layer: torch.nn.Embedding) -> torch.nn.Embedding:

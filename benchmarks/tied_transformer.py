@@ -21,12 +21,10 @@ other. Products in float32 do not help, nor do keys that mix in the previous wor
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import gcide
+from benchmarks.command import run_command
 from benchmarks.losses import softmax_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.summary import write
-from benchmarks.sweep import Cache, Result, Setting, climb, each, perplexity
+from benchmarks.sweep import Cache, Result, Setting, climb, perplexity
 from benchmarks.tied_methods import METHODS, build
 
 WORDS = 20_000
@@ -196,21 +194,8 @@ def _cache() -> Cache:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs at the selected setting; 0: only tune")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--summarise", action="store_true", help="only write results/tied_transformer.json")
-    arguments: Any = parser.parse_args()
-    names = arguments.methods.split(",")
-    unknown = sorted(set(names) - set(METHODS))
-    if unknown:
-        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
-    if not arguments.summarise:
-        _corpus()  # downloaded and tokenised once, before the workers start
-        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
     labels = {name: (method.label, DEFAULT_EPS[method.family]) for name, method in METHODS.items()}
-    write("tied_transformer", _cache().results(), labels)
+    run_command("tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class _Load:
             self.optimizer.rule.check(group, layer.fqn)
         except ValueError as error:
             return str(error)
-        lacking = [state.name for state in self.optimizer.rule.states(group) if state.name not in layer.codecs]
+        lacking = layer.lacking(self.optimizer.rule, group)
         return f"the checkpoint's hyperparameters ask for {', '.join(lacking)}" if lacking else None
 
     def flat_group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
@@ -182,8 +182,9 @@ class _Load:
 
     def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:
         expected: dict[str, Any] = {"step": torch.tensor(0.0)}
+        meta = flat.tensor.to("meta")
         for part in flat.parts:
-            expected |= part.allocate(flat.tensor.to("meta"), group)
+            expected |= part.allocate(meta, group)
         return expected
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -212,14 +213,9 @@ def _mismatch(saved: str | None, live: str) -> str | None:
     if saved is None:
         return "kept in the checkpoint, compressed by the policy"
     try:
-        old, new = Layer.from_record(saved), Layer.from_record(live)
+        return Layer.from_record(saved).difference(Layer.from_record(live))
     except ValueError as error:
         return str(error)
-    for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
-        if getattr(old, field) != getattr(new, field):
-            was, now = (list(x) if isinstance(x, tuple) else x for x in (getattr(old, field), getattr(new, field)))
-            return f"its {word} in the checkpoint is {was}, here {now}"
-    return None if old.fqn == new.fqn else f"it is {old.fqn} in the checkpoint"
 
 
 def _fqn_of(record: str) -> str:

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAda
 
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
-from lightning_sketch.sharding.deepspeed import wrapper_of
+from lightning_sketch.sharding.wrapper import wrapper_of
 
 
 class CompressedAdam(CompressedOptimizer, Adam):

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_sketch.classes import unwrap
 from lightning_sketch.flat import FlatTensors
 from lightning_sketch.optimizer import CompressedOptimizer
-from lightning_sketch.sharding.deepspeed import wrapper_of
+from lightning_sketch.sharding.wrapper import wrapper_of
 
 
 def attach(engine: Any) -> FlatTensors | None:
@@ -27,8 +27,7 @@ def attach(engine: Any) -> FlatTensors | None:
             replaced it.
         RuntimeError: DeepSpeed's layout cannot be read reliably.
     """
-    wrapper = wrapper_of(engine)
-    inner = unwrap(engine if wrapper is None else wrapper)
+    wrapper, inner = wrapper_of(engine), unwrap(engine)
     if not isinstance(inner, CompressedOptimizer):
         raise TypeError(
             f"the engine optimizes with {type(inner).__name__}, not with a converted optimizer. Convert it with "

@@ -191,12 +191,7 @@ def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) 
 def _kept_run(start: int, stop: int, records: Mapping[str, Layer]) -> LayerShard:
     signed = next(iter(records.values())).signed
     layer = Layer("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
-    return LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), kept_prefix(start, stop))
-
-
-def kept_prefix(start: int, stop: int) -> str:
-    """In front of the state keys of the kept elements ``[start, stop)`` of a flat tensor."""
-    return f"[{start}:{stop}]."
+    return LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), f"[{start}:{stop}].")
 
 
 def layer_shards(layer: Layer, segment: NamedSegment) -> Iterator[LayerShard]:

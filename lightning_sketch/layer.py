@@ -60,6 +60,20 @@ class Layer:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not isinstance(codec, Drop)}
 
+    def lacking(self, rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
+        """States that the rule keeps under these hyperparameters, and the layer was compressed without."""
+        return [state.name for state in rule.states(group) if state.name not in self.codecs]
+
+    def difference(self, live: Layer) -> str | None:
+        """What of a checkpoint's layer, this one, is not as in the live one."""
+        for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
+            if getattr(self, field) != getattr(live, field):
+                was, now = (
+                    list(x) if isinstance(x, tuple) else x for x in (getattr(self, field), getattr(live, field))
+                )
+                return f"its {word} in the checkpoint is {was}, here {now}"
+        return None if self.fqn == live.fqn else f"it is {self.fqn} in the checkpoint"
+
     def to_record(self) -> str:
         """JSON for ``param_groups``: one string, because torch.distributed.checkpoint stores every primitive apart."""
         return json.dumps(

@@ -23,7 +23,8 @@ from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local, shard_of, show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
-from lightning_sketch.sharding.deepspeed import find_wrapper, read_layout
+from lightning_sketch.sharding.deepspeed import read_layout
+from lightning_sketch.sharding.wrapper import find_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,9 @@ class CompressedOptimizer(Optimizer):
         if self._bind_if_flat():
             return loss
         with torch.no_grad():
-            hidden = [(p, p.grad) for _, p, _ in self.compressed_tensors() if p.grad is not None]
-            gradients = self._read_gradients()
+            ours = [found for found in self.compressed_tensors() if found[1].grad is not None]
+            hidden = [(param, param.grad) for _, param, _ in ours]
+            gradients = self._read_gradients(ours)
             try:
                 for param, _ in hidden:
                     param.grad = None
@@ -180,11 +182,7 @@ class CompressedOptimizer(Optimizer):
         Raises:
             RuntimeError: the layout cannot be read reliably, or is not the model's.
         """
-        model, policy = self._compression.model(), self._compression.policy
-        if model is None or policy is None:
-            raise RuntimeError(
-                "this optimizer no longer knows its model; call compress(optimizer, model, policy) again first"
-            )
+        model, policy = self._model_and_policy()
         layers = [Layer.from_record(record) for record in self._compression.records]
         named = named_layers(model, policy.role_hints)
         self._flat_tensors = FlatTensors(read_layout(wrapper), named, {layer.fqn: layer for layer in layers})
@@ -208,20 +206,24 @@ class CompressedOptimizer(Optimizer):
 
     def _decide(self, group: dict[str, Any]) -> list[LayerPlan]:
         """What the policy says about a group, by position."""
+        model, policy = self._model_and_policy()
+        return make_plan(model, [group], self.rule, policy).layers
+
+    def _model_and_policy(self) -> tuple[nn.Module, Policy]:
         model, policy = self._compression.model(), self._compression.policy
         if model is None or policy is None:
             raise RuntimeError(
-                "this optimizer no longer knows its model, so the policy cannot decide new parameters; call "
+                "this optimizer no longer knows its model, so the policy cannot decide its parameters; call "
                 "compress(optimizer, model, policy) again first"
             )
-        return make_plan(model, [group], self.rule, policy).layers
+        return model, policy
 
-    def _read_gradients(self) -> list[tuple[dict[str, Any], Tensor, list[tuple[LayerShard, RowGradient]]]]:
-        """All our tensors' gradients, part by part, checked before anything changes."""
+    def _read_gradients(
+        self, ours: list[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]
+    ) -> list[tuple[dict[str, Any], Tensor, list[tuple[LayerShard, RowGradient]]]]:
+        """The gradients of our tensors, part by part, checked before anything changes."""
         found = []
-        for group, param, parts in self.compressed_tensors():
-            if param.grad is None:
-                continue
+        for group, param, parts in ours:
             for part in parts:
                 self._check(group, part, param)
             found.append((group, param, [(part, _part_gradient(part, param)) for part in parts]))
@@ -256,8 +258,7 @@ class CompressedOptimizer(Optimizer):
     def _check(self, group: dict[str, Any], part: LayerShard, param: Tensor) -> None:
         layer = part.layer
         self.rule.check(group, layer.fqn)
-        lacking = [state.name for state in self.rule.states(group) if state.name not in layer.codecs]
-        if lacking:
+        if lacking := layer.lacking(self.rule, group):
             raise ValueError(
                 f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
                 "ask for; call decompress(optimizer) and compress it again"

@@ -5,14 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 from torch import nn
 from torch.optim import Optimizer
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def init_deepspeed(rank: int, world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import tempfile
@@ -26,6 +27,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_entry, args=(world_size, folder, function, args), nprocs=world_size, join=True)
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
+
+
+def run_ranks_in(folder: Path, function: Callable[..., Any], world_size: int) -> list[Any]:
+    """`run_ranks` with `folder` as the working directory: trainers write there, and module fixtures have no other."""
+    with contextlib.chdir(folder):
+        return run_ranks(function, world_size)
 
 
 def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

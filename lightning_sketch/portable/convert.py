@@ -11,15 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.codecs import Drop, Keep
+from lightning_sketch.codecs import Keep
 from lightning_sketch.dtensor_state import SHARD_DIM, SHARDS, tensor_axes
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.policy import Policy
 from lightning_sketch.portable.read import find_state_dict, read_checkpoint
 from lightning_sketch.portable.safe import load_file
-from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor, from_state_dict
-from lightning_sketch.reshard import dense_of, reshard
+from lightning_sketch.portable.saved import (
+    SavedLayer,
+    SavedOptimizer,
+    as_float_tensor,
+    encode_states,
+    from_state_dict,
+)
+from lightning_sketch.reshard import Source, dense_of
 from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
@@ -144,31 +150,36 @@ class _Rewrite:
                 spec = dataclasses.replace(part.spec(name, param, {}), device=torch.device("cpu"))
                 entry[name] = dense_of(spec, found).view(saved.shape)
         else:
-            entry = self._shards(saved, decided, group, param)
+            entry = self._shards(saved, sources, decided, group, param)
         if decided is not None or (saved.step is not None and list(entry) != ["momentum_buffer"]):  # SGD does not count
             in_python = decided is None and "exp_avg" in entry and "weight_decay" not in group  # SparseAdam
             entry["step"] = int(saved.step or 0) if in_python else as_float_tensor(saved.step)
         self.bytes_after += _nbytes(entry)
         return entry
 
-    def _shards(self, saved: SavedLayer, decided: Layer, group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-        sources, parts = saved.states(), []
+    def _shards(
+        self,
+        saved: SavedLayer,
+        sources: Mapping[str, list[Source]],
+        decided: Layer,
+        group: Mapping[str, Any],
+        param: Tensor,
+    ) -> dict[str, Any]:
+        parts = []
         for rank in range(self.world_size):
             whole = self.world_size == 1
             shard = Shard.whole(decided.shape) if whole else even_shard(decided.shape, 0, self.world_size, rank)
             part = LayerShard(decided, shard)
+            specs = {
+                state: dataclasses.replace(part.spec(state, param, group), device=torch.device("cpu"))
+                for state in decided.stored()
+            }
             tensors: dict[str, Any] = {}
-            for state, codec in decided.stored().items():
-                spec = dataclasses.replace(part.spec(state, param, group), device=torch.device("cpu"))
-                if state in sources:
-                    encoded, error = reshard(codec, spec, sources[state])
+            for state, encoded, error in encode_states(saved, sources, specs, decided):
+                tensors |= encoded
+                if error is not None:
                     errors = self.errors.setdefault(saved.fqn, {})
                     errors[state] = max(error, errors.get(state, 0.0))
-                    tensors |= encoded
-                elif saved.layer is not None and isinstance(saved.layer.codecs.get(state), Drop):
-                    tensors |= {f"{state}_{k}" if k else state: v for k, v in codec.allocate(spec).items()}
-                else:
-                    raise ValueError(f"{saved.fqn} has no {state} in the checkpoint (it holds {sorted(sources)})")
             parts.append(tensors)
         if self.world_size == 1:
             return parts[0]

@@ -42,19 +42,22 @@ def read_dcp(directory: Path, number: int = 0) -> SavedOptimizer:
     Raises:
         ValueError: it holds no optimizer, or more than one.
     """
-    metadata = _metadata(directory)
-    paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
-    root = _root(paths, number)
+    stored = _Directory(directory)
+    root = stored.root(number)
     entries: dict[str, dict[str, str]] = {}
-    for path, key in paths.items():
+    for path, key in stored.paths.items():
         if path[: len(root) + 1] == (*root, "state") and len(path) == len(root) + 3:
             entries.setdefault(path[-2], {})[path[-1]] = key
-    groups = _groups(directory, metadata, paths, root)
+    groups = _groups(stored, root)
     decided = {
         layer.fqn: layer for group in groups for record in group.pop(RECORDS, ()) if record
         for layer in [Layer.from_record(record)]
     }  # fmt: skip
-    layers = {fqn: _layer(directory, metadata, fqn, keys, decided.get(fqn)) for fqn, keys in entries.items()}
+    steps = stored.load([keys["step"] for keys in entries.values() if "step" in keys])
+    layers = {
+        fqn: _layer(stored, fqn, keys, decided.get(fqn), steps.get(keys.get("step", "")))
+        for fqn, keys in entries.items()
+    }
     return SavedOptimizer(layers, groups)
 
 
@@ -64,11 +67,14 @@ def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) ->
     Args:
         state_dict: of the optimizer, keyed by name.
     """
-    metadata = _metadata(source)
-    paths: dict[Path_, str] = {tuple(path): key for key, path in (metadata.planner_data or {}).items()}
-    root = _only_root(paths)
-    others = {path: key for path, key in paths.items() if path[: len(root)] != root or path[len(root)] not in _OWN}
-    loaded = _load(source, metadata, list(others.values()))
+    stored = _Directory(source)
+    if len(stored.roots()) > 1:
+        raise ValueError(f"it holds {len(stored.roots())} optimizers; only directories with one can be converted")
+    root = stored.root()
+    others = {
+        path: key for path, key in stored.paths.items() if path[: len(root)] != root or path[len(root)] not in _OWN
+    }
+    loaded = stored.load(list(others.values()))
     copy: dict[str, Any] = {}
     for path, key in others.items():
         set_element(copy, path, loaded[key])
@@ -78,11 +84,6 @@ def write_dcp(source: Path, destination: Path, state_dict: Mapping[str, Any]) ->
     partial = destination.with_name(destination.name + ".partial")
     save(copy, storage_writer=FileSystemWriter(partial), no_dist=True)
     partial.replace(destination)
-
-
-def _metadata(directory: Path) -> Metadata:
-    check_metadata(directory / ".metadata")
-    return FileSystemReader(directory).read_metadata()
 
 
 _OWN = ("state", "param_groups")
@@ -99,47 +100,27 @@ def _leaves(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
         yield path, value
 
 
-def _only_root(paths: Mapping[Path_, str]) -> Path_:
-    roots = {path[: path.index("param_groups")] for path in paths if "param_groups" in path}
-    if len(roots) > 1:
-        raise ValueError(f"it holds {len(roots)} optimizers; only directories with one can be converted")
-    return _root(paths)
-
-
-def _root(paths: Mapping[Path_, str], number: int = 0) -> Path_:
-    """Where in the checkpoint the optimizer's state dict is."""
-    roots = {path[: path.index("param_groups")] for path in paths if "param_groups" in path}
-    if len(roots) > 1 and all(root and re.fullmatch(r"optimizer_\d+", str(root[-1])) for root in roots):
-        roots = {root for root in roots if root[-1] == f"optimizer_{number}"}
-    if len(roots) != 1:
-        where = ", ".join(".".join(map(str, root)) or "the top" for root in sorted(roots, key=str))
-        raise ValueError(f"expected one optimizer in the checkpoint, found {len(roots)}{': ' + where if roots else ''}")
-    return roots.pop()
-
-
-def _layer(directory: Path, metadata: Metadata, fqn: str, keys: Mapping[str, str], layer: Layer | None) -> SavedLayer:
-    def entry() -> SavedLayer:
-        loaded = _load(directory, metadata, list(keys.values()))
-        return from_entry(fqn, {name: loaded[key] for name, key in keys.items()}, layer)
-
+def _layer(stored: _Directory, fqn: str, keys: Mapping[str, str], layer: Layer | None, step: Any) -> SavedLayer:
     def states() -> dict[str, list[Source]]:
-        return entry().states()
+        loaded = stored.load(list(keys.values()))
+        return from_entry(fqn, {name: loaded[key] for name, key in keys.items()}, layer).states()
 
     if layer is not None:
         shape = layer.shape
     else:
-        stored = (metadata.state_dict_metadata[key] for name, key in keys.items() if name != "step")
-        shape = next((tuple(item.size) for item in stored if isinstance(item, TensorStorageMetadata)), ())
-    step = _load(directory, metadata, [keys["step"]])[keys["step"]] if "step" in keys else None
+        items = (stored.metadata.state_dict_metadata[key] for name, key in keys.items() if name != "step")
+        shape = next((tuple(item.size) for item in items if isinstance(item, TensorStorageMetadata)), ())
     return SavedLayer(fqn, shape, None if step is None else float(step), layer, states)
 
 
-def _groups(directory: Path, metadata: Metadata, paths: Mapping[Path_, str], root: Path_) -> list[dict[str, Any]]:
+def _groups(stored: _Directory, root: Path_) -> list[dict[str, Any]]:
     """The groups' options; lists and tuples come back as lists."""
     inside = {
-        path[len(root) + 1 :]: key for path, key in paths.items() if path[: len(root) + 1] == (*root, "param_groups")
+        path[len(root) + 1 :]: key
+        for path, key in stored.paths.items()
+        if path[: len(root) + 1] == (*root, "param_groups")
     }
-    loaded = _load(directory, metadata, list(inside.values()))
+    loaded = stored.load(list(inside.values()))
     groups: dict[int, dict[str, Any]] = {}
     for (number, option, *rest), key in inside.items():
         group = groups.setdefault(number, {})
@@ -155,20 +136,56 @@ def _groups(directory: Path, metadata: Metadata, paths: Mapping[Path_, str], roo
     return [groups[number] for number in sorted(groups)]
 
 
-def _load(directory: Path, metadata: Metadata, keys: Sequence[str]) -> dict[str, Any]:
-    """Some values of the checkpoint, whole, on the CPU."""
-    wanted: dict[str, Any] = {}
-    for key in keys:
-        stored = metadata.state_dict_metadata[key]
-        wanted[key] = None
-        if isinstance(stored, TensorStorageMetadata):
-            wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    try:
-        load(wanted, storage_reader=FileSystemReader(directory), planner=_SafePlanner(), no_dist=True)
-    except CheckpointException as error:  # a BaseException
-        first = next(iter(error.failures.values()))[0]
-        raise ValueError(f"cannot be read: {str(first).splitlines()[0]}") from error
-    return wanted
+class _Directory:
+    """A checkpoint's directory; its metadata are checked and read once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        check_metadata(directory / ".metadata")
+        self.metadata: Metadata = FileSystemReader(directory).read_metadata()
+        self.paths: dict[Path_, str] = {tuple(path): key for key, path in (self.metadata.planner_data or {}).items()}
+
+    def roots(self) -> set[Path_]:
+        """Where in the checkpoint optimizers' state dicts are."""
+        return {path[: path.index("param_groups")] for path in self.paths if "param_groups" in path}
+
+    def root(self, number: int = 0) -> Path_:
+        """Where the one optimizer's state dict is, or that of optimizer `number`."""
+        roots = self.roots()
+        if len(roots) > 1 and all(root and re.fullmatch(r"optimizer_\d+", str(root[-1])) for root in roots):
+            roots = {root for root in roots if root[-1] == f"optimizer_{number}"}
+        if len(roots) != 1:
+            where = ", ".join(".".join(map(str, root)) or "the top" for root in sorted(roots, key=str))
+            found = f"{len(roots)}{': ' + where if roots else ''}"
+            raise ValueError(f"expected one optimizer in the checkpoint, found {found}")
+        return roots.pop()
+
+    def load(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Some values, whole, on the CPU."""
+        wanted: dict[str, Any] = {}
+        for key in keys:
+            stored = self.metadata.state_dict_metadata[key]
+            wanted[key] = None
+            if isinstance(stored, TensorStorageMetadata):
+                wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        try:
+            reader = _Reader(self.directory, self.metadata)
+            load(wanted, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
+        except CheckpointException as error:  # a BaseException
+            first = next(iter(error.failures.values()))[0]
+            raise ValueError(f"cannot be read: {str(first).splitlines()[0]}") from error
+        return wanted
+
+
+class _Reader(FileSystemReader):
+    """The file system's reader, given the metadata."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
 
 
 class _SafePlanner(DefaultLoadPlanner):

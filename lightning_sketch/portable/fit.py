@@ -34,7 +34,8 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
             elif found.layer == live:
                 sharded.append((found, sharding_of(param, fqn)[0]))
             else:
-                problems.append(f"{fqn}: {_difference(found.layer, live)}")
+                kept = "compressed in the checkpoint, kept by the policy"
+                problems.append(f"{fqn}: {kept if live is None else found.layer.difference(live)}")
     if problems:
         raise ValueError(
             "this checkpoint was written under another policy; nothing was changed.\n  "
@@ -47,12 +48,3 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
     most = max(shards for _, shards in sharded)
     smallest = min((found for found, shards in sharded if shards == most), key=lambda found: math.prod(found.shape))
     return any(len(sources) != most for sources in smallest.states().values())
-
-
-def _difference(saved: Layer, live: Layer | None) -> str:
-    if live is None:
-        return "compressed in the checkpoint, kept by the policy"
-    for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
-        if getattr(saved, field) != getattr(live, field):
-            return f"its {word} in the checkpoint is {getattr(saved, field)}, here {getattr(live, field)}"
-    return f"it is {saved.fqn} in the checkpoint"

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import Drop
 from lightning_sketch.dtensor_state import dense_like
 from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.portable.read import read_checkpoint
-from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor
-from lightning_sketch.reshard import dense_of, reshard
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor, encode_states
+from lightning_sketch.reshard import Source, dense_of
 from lightning_sketch.sharding import global_shape, local, shard_of
-from lightning_sketch.sharding.deepspeed import wrapper_of
+from lightning_sketch.sharding.wrapper import wrapper_of
 
 #: Options of the live group that a checkpoint does not change: what the class and the machine decide.
 _HERE = {"params", RECORDS, "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable"}
@@ -50,8 +49,7 @@ def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
         TypeError: `target` is no converted optimizer.
         ValueError: the checkpoint does not fit. Nothing was changed then.
     """
-    wrapper = wrapper_of(target)
-    inner = unwrap(target if wrapper is None else wrapper)
+    wrapper, inner = wrapper_of(target), unwrap(target)
     if not isinstance(inner, CompressedOptimizer):
         raise TypeError(f"restore() needs a converted optimizer, got {type(inner).__name__}; call compress() first")
     if wrapper is not None:
@@ -68,6 +66,7 @@ class _Restored:
     def __init__(self, optimizer: CompressedOptimizer, saved: SavedOptimizer) -> None:
         self.optimizer, self.saved = optimizer, saved
         self.errors: Errors = {}
+        self._last: tuple[SavedLayer, dict[str, list[Source]]] | None = None
         self.states: list[tuple[Tensor, dict[str, Any]]] = []
         names = {fqn for group in optimizer._compression.names for fqn in group}
         if unknown := sorted(set(saved.layers) - names):
@@ -137,28 +136,25 @@ class _Restored:
     def _part(self, found: SavedLayer, part: LayerShard, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The states of one part of a compressed layer."""
         tensors: dict[str, Any] = {}
-        sources = found.states()
-        for state, codec in part.layer.stored().items():
-            spec = part.spec(state, param, group)
-            if state in sources:
-                encoded, error = reshard(codec, spec, sources[state])
-            elif found.layer is not None and isinstance(found.layer.codecs.get(state), Drop):
-                fresh = codec.allocate(spec)  # it was dropped, and starts at zero
-                encoded = {f"{spec.name}_{suffix}" if suffix else spec.name: value for suffix, value in fresh.items()}
-                error = 1.0
-            else:
-                raise ValueError(f"{found.fqn} has no {state} in the checkpoint (it holds {sorted(sources)})")
+        specs = {state: part.spec(state, param, group) for state in part.layer.stored()}
+        for state, encoded, error in encode_states(found, self._sources(found), specs, part.layer):
             tensors |= encoded
-            if error:
-                self.errors.setdefault(found.fqn, {})[state] = error
+            if error != 0:
+                self.errors.setdefault(found.fqn, {})[state] = 1.0 if error is None else error
         return tensors
+
+    def _sources(self, found: SavedLayer) -> dict[str, list[Source]]:
+        """A layer's states as they were. The last layer's are remembered: its parts lie side by side."""
+        if self._last is None or self._last[0] is not found:
+            self._last = found, found.states()
+        return self._last[1]
 
     def _kept(self, found: SavedLayer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """torch's own state of a kept parameter."""
         saved_group = {**group, **self.saved.group_of(found.fqn)}
         layer = Layer(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
         part = LayerShard(layer, shard_of(param, found.fqn))
-        sources = found.states()
+        sources = self._sources(found)
         self._check_complete(found, sources, layer.signed)
         state: dict[str, Any] = {}
         if found.step is not None:
@@ -192,7 +188,7 @@ class _Restored:
     def _fill(
         self, state: dict[str, Tensor], found: SavedLayer, segment: NamedSegment, origin: int, param: Tensor
     ) -> None:
-        sources, group = found.states(), self.saved.group_of(found.fqn)
+        sources, group = self._sources(found), self.saved.group_of(found.fqn)
         signed = self._dense_states(group)
         self._check_complete(found, sources, signed)
         for part in layer_shards(Layer(found.fqn, 0, found.shape, signed, {}), segment):
@@ -209,10 +205,8 @@ class _Restored:
         return states | ({"max_exp_avg_sq": False} if group.get("amsgrad") else {})
 
     def _check_complete(self, found: SavedLayer, sources: Mapping[str, Any], states: Mapping[str, bool]) -> None:
-        dropped = {} if found.layer is None else found.layer.codecs  # comes back as zeros
-        missing = [state for state in states if state not in sources and not isinstance(dropped.get(state), Drop)]
-        if missing:
-            raise ValueError(f"{found.fqn} has no {', '.join(missing)} in the checkpoint (it holds {sorted(sources)})")
+        if missing := [state for state in states if state not in sources and not found.dropped(state)]:
+            raise found.lacks(missing, sources)
 
     def _check_shape(self, found: SavedLayer, shape: tuple[int, ...]) -> None:
         if found.shape != shape:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Codec
+from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of
 from lightning_sketch.dtensor_state import SHARDS, sources
 from lightning_sketch.layer import RECORDS, Layer
-from lightning_sketch.reshard import Source
+from lightning_sketch.reshard import Source, reshard
 from lightning_sketch.sharding import Shard, is_dtensor
 
 
@@ -33,6 +33,14 @@ class SavedLayer:
     step: float | None
     layer: Layer | None
     states: Callable[[], dict[str, list[Source]]]
+
+    def dropped(self, state: str) -> bool:
+        """Whether the policy had dropped a state: it comes back as zeros."""
+        return self.layer is not None and isinstance(self.layer.codecs.get(state), Drop)
+
+    def lacks(self, states: Sequence[str], sources: Mapping[str, Any]) -> ValueError:
+        """The error that states are missing."""
+        return ValueError(f"{self.fqn} has no {', '.join(states)} in the checkpoint (it holds {sorted(sources)})")
 
 
 @dataclass(frozen=True)
@@ -104,17 +112,43 @@ def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> Saved
     )
 
 
+def encode_states(
+    found: SavedLayer, sources: Mapping[str, list[Source]], specs: Mapping[str, StateSpec], layer: Layer
+) -> Iterator[tuple[str, dict[str, Any], float | None]]:
+    """Encode a layer's states for one new shard.
+
+    Args:
+        sources: ``found.states()``.
+        specs: of the new shard's states, by name.
+        layer: how they are to be stored.
+
+    Yields:
+        name, tensors under their keys in ``optimizer.state[param]``, and relative error; ``None`` for a state that was
+        dropped and starts at zero.
+
+    Raises:
+        ValueError: a state is missing, or its parts do not cover the shard.
+    """
+    for state, codec in layer.stored().items():
+        if state in sources:
+            yield state, *reshard(codec, specs[state], sources[state])
+        elif found.dropped(state):
+            yield state, allocate(codec, specs[state]), None
+        else:
+            raise found.lacks([state], sources)
+
+
 def tensors_of(codec: Codec, state: str, ndim: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a layer's state dict that belong to one state.
 
     Raises:
         ValueError: one is missing.
     """
-    keys = [f"{state}_{suffix}" if suffix else state for suffix in codec.axes(ndim)]
+    keys = [key_of(state, suffix) for suffix in codec.axes(ndim)]
     missing = [key for key in keys if not isinstance(entry.get(key), Tensor)]
     if missing:
         raise ValueError(f"the checkpoint has no {', '.join(missing)} (it holds {sorted(map(str, entry))})")
-    scale = f"{state}_scale"
+    scale = key_of(state, "scale")
     return {key: entry[key] for key in keys} | ({scale: entry[scale]} if scale in entry else {})
 
 

@@ -18,7 +18,7 @@ from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.engine import attach
 from tests.deepspeed_tools import config, init_deepspeed
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks_in
 
 ROWS, DIM, WORLD = 50, 6, 2
 STEPS, SAVED_AT, ACCUMULATED, CLIP = 40, 30, 2, 0.05
@@ -252,12 +252,7 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("ranks"))
-    try:
-        return run_ranks(all_cases, WORLD)
-    finally:
-        os.chdir(before)
+    return run_ranks_in(tmp_path_factory.mktemp("ranks"), all_cases, WORLD)
 
 
 pytestmark = pytest.mark.distributed

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress, report
 from lightning_sketch.integrations.accelerate import load_state
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks_in
 from tests.tiny import assert_same
 
 WORLD, OTHER_WORLD = 2, 3
@@ -204,21 +204,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder) -> list[dict[str, Any]]:
-    return _in_folder(folder, every_case, WORLD)
+    return run_ranks_in(folder, every_case, WORLD)
 
 
 @pytest.fixture(scope="module")
 def other_ranks(ranks, folder) -> list[dict[str, Any]]:
-    return _in_folder(folder, resume_all, OTHER_WORLD)
-
-
-def _in_folder(folder: Path, function: Any, world_size: int) -> list[dict[str, Any]]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        return run_ranks(function, world_size)
-    finally:
-        os.chdir(before)
+    return run_ranks_in(folder, resume_all, OTHER_WORLD)
 
 
 @pytest.mark.distributed

@@ -21,7 +21,7 @@ from lightning_sketch.classes import unwrap
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
 from tests.deepspeed_tools import init_deepspeed
 from tests.integrations.lightning_tools import DIM, ROWS, Tiny, batches, tiny, trainer
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks_in
 
 WORLD, BATCHES, ACCUMULATED, CLIP = 2, 80, 2, 0.05
 POLICIES = {
@@ -211,12 +211,7 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("ranks"))
-    try:
-        return run_ranks(all_cases, WORLD)
-    finally:
-        os.chdir(before)
+    return run_ranks_in(tmp_path_factory.mktemp("ranks"), all_cases, WORLD)
 
 
 pytestmark = pytest.mark.distributed

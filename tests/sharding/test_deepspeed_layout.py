@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.sharding.deepspeed import FlatLayout, find_wrapper, read_layout, wrapper_of
-from tests.deepspeed_tools import config, engine, init_deepspeed, needs_deepspeed
+from lightning_sketch.sharding.deepspeed import FlatLayout, read_layout
+from lightning_sketch.sharding.wrapper import find_wrapper, wrapper_of
+from tests.deepspeed_tools import config, engine, init_deepspeed
 from tests.ranks import run_ranks
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 # Pairs of one shape, sizes that no world size divides, fewer elements than ranks, one and three dimensions.
 SHAPES = [(41, 7), (13, 7), (13,), (13,), (3,), (7, 13), (41, 7), (5, 3, 2), (1,), (41,)]

@@ -19,7 +19,8 @@ from lightning_sketch import CountSketch, Policy, Rule, compress
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.sharding import Shard
-from lightning_sketch.sharding.deepspeed import Segment, read_layout, wrapper_of
+from lightning_sketch.sharding.deepspeed import Segment, read_layout
+from lightning_sketch.sharding.wrapper import wrapper_of
 from tests.tiny import ADAMW, CODECS, Case, assert_same
 
 #: One table for every kind of codec: wide and narrow, more dimensions than two, rows that borders cut.

@@ -15,11 +15,11 @@ from torch.optim import SGD, Adagrad, RMSprop
 
 from lightning_sketch import Policy, compress, report
 from tests import tiny
-from tests.deepspeed_tools import engine, init_deepspeed, needs_deepspeed
+from tests.deepspeed_tools import engine, init_deepspeed
 from tests.ranks import run_ranks
 from tests.zero.prescribed import TABLES, Cells, held, lopsided_pair, policy, train
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 WORLD = 2
 ADAGRAD = tiny.Case(Adagrad, {"lr": 0.1})

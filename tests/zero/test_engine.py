@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import Policy, Rule, compress, decompress
 from tests import tiny
-from tests.deepspeed_tools import config, engine, init_deepspeed, needs_deepspeed
+from tests.deepspeed_tools import config, engine, init_deepspeed
 from tests.ranks import run_ranks
 from tests.zero.prescribed import (
     LOPSIDED,
@@ -31,7 +31,7 @@ from tests.zero.prescribed import (
     train,
 )
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 WORLD, STEPS = 2, 8
 MOMENTUM = tiny.Case(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9})

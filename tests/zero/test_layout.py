@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_sketch import SM3, CountSketch, Drop, Factored, Policy, RowWise, Rule, compress
 from tests import tiny
-from tests.deepspeed_tools import engine, init_deepspeed, needs_deepspeed
+from tests.deepspeed_tools import engine, init_deepspeed
 from tests.ranks import run_ranks
 from tests.zero.prescribed import SHAPES, Cells, policy, train
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 ROWS, COLUMNS = 12_000, 16
 CODECS: dict[str, dict[str, Any]] = {

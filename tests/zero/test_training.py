@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, RMSprop
 
 from lightning_sketch import compress
 from tests import tiny
-from tests.deepspeed_tools import engine, init_deepspeed, needs_deepspeed
+from tests.deepspeed_tools import engine, init_deepspeed
 from tests.ranks import run_ranks
 from tests.zero.prescribed import (
     TABLES,
@@ -31,7 +31,7 @@ from tests.zero.prescribed import (
     train,
 )
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 ADAGRAD = tiny.Case(Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1})
 RMSPROP = tiny.Case(RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1})

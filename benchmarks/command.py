@@ -1,0 +1,45 @@
+"""The command line of the quality benchmarks: which methods, how many seeds, how many processes."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.summary import write
+from benchmarks.sweep import Cache, each
+
+
+def run_command(
+    result: str,
+    doc: str | None,
+    methods: Mapping[str, tuple[str, float]],
+    cache: Cache,
+    *,
+    prepare: Callable[[], object],
+    tune_and_repeat: Callable[..., None],
+) -> None:
+    """Tune and repeat the methods asked for, then write ``results/RESULT.json``.
+
+    Args:
+        doc: the script's docstring; its first line is the description.
+        methods: each method's label and default eps, in table order.
+        cache: of finished runs.
+        prepare: called once before the workers start.
+        tune_and_repeat: called with a method's name and ``seeds``.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--methods", default=",".join(methods), help="names, comma-separated; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the selected setting; 0: only tune")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--summarise", action="store_true", help=f"only write results/{result}.json")
+    arguments: Any = parser.parse_args()
+    names = arguments.methods.split(",")
+    unknown = sorted(set(names) - set(methods))
+    if unknown:
+        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(methods)}")
+    if not arguments.summarise:
+        prepare()  # the text is downloaded and tokenised once
+        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+    write(result, cache.results(), methods)
