@@ -31,7 +31,10 @@ $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/pip install $(TORCH)
 	touch $@
 
-$(VENV)/.%: $(VENV)/.torch pyproject.toml
+# Tests without the compiled kernels would test half of it.
+$(VENV)/.test: export LIGHTNING_SKETCH_REQUIRE_KERNELS = 1
+
+$(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(wildcard lightning_sketch/kernels/csrc/*)
 	$(BIN)/pip install -e '.[$*]'
 	touch $@
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
-from lightning_sketch.guard import guard_foreign_steps
+from lightning_sketch.guard import guard_foreign_steps, refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
@@ -66,6 +66,7 @@ def compress(
     if nonfinite not in ("raise", "skip", "propagate"):
         raise ValueError(f"nonfinite={nonfinite!r}: must be 'raise', 'skip' or 'propagate'")
     inner = unwrap(optimizer)
+    refuse_zero_redundancy(inner)
     cls = compressed_class(inner)
     chosen = as_policy(policy)
     if isinstance(inner, CompressedOptimizer):
@@ -116,7 +117,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
             inner.state[param] = dense
     for flat in inner._flat_tensors or ():
         if flat.parts and (state := inner.state.get(flat.tensor)):
-            inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.param_groups[0], state)
+            inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.flat_group(flat), state)
     for group in inner.param_groups:
         del group[RECORDS]
     del inner._compression

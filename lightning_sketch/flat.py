@@ -70,11 +70,13 @@ class FlatTensor:
         segments: the parameters in it, in order; gaps are padding.
         parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept, here
             and on all other ranks: then torch's own step has the tensor.
+        anywhere: names of all parameters of which any rank holds a piece in its counterpart.
     """
 
     tensor: Tensor
     segments: tuple[NamedSegment, ...]
     parts: tuple[LayerShard, ...]
+    anywhere: tuple[str, ...]
 
     def to_list(self) -> list[list[Any]]:
         """The segments as primitives, for checkpoints."""
@@ -130,10 +132,10 @@ class FlatTensors:
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
             # All ranks must step it alike, because they vote on whether its gradient is finite.
-            names = [layers[id(param)].fqn for param in anywhere if id(param) in layers]
+            names = tuple(layers[id(param)].fqn for param in anywhere if id(param) in layers)
             # Only those of the same group: others may keep other states.
             here = {fqn: records[fqn] for fqn in names if fqn in records}
-            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else ())
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else (), names)
 
     def find(self, tensor: Tensor) -> FlatTensor | None:
         """The flat tensor that is `tensor`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sketch import codecs as codec_lib
 from lightning_sketch.codecs import SM3, Codec, CodecState, Drop, Keep, StateSpec, codec_from
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.rules import LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.rules import LayerStep, StateDef, UpdateRule
 from lightning_sketch.sharding import Shard, global_shape, local
 
 #: Version of the stored layout; a checkpoint of another version is refused.
@@ -163,14 +163,13 @@ class LayerShard:
 
     def step(
         self,
-        rule: UpdateRule,
         param: Tensor,
         gradient: RowGradient,
         group: Mapping[str, Any],
         tensors: dict[str, Any],
         step: int,
-    ) -> None:
-        """One step (`param` and `tensors` modified in place).
+    ) -> LayerStep:
+        """One step, to be run (it modifies `param` and `tensors` in place).
 
         Args:
             gradient: of this part.
@@ -184,19 +183,15 @@ class LayerShard:
             states[state] = codec.bind(spec, tensors)
             if isinstance(codec, SM3):
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        run(
-            rule,
-            LayerStep(
-                param=self.rows(param),
-                gradient=gradient.touched_only() if self.layer.lazy else gradient,
-                states=states,
-                momentum=momentum,
-                momentum_beta=momentum_beta,
-                group=group,
-                step=step,
-                dtype=compute_dtype(param),
-            ),
-            self.layer.codecs,
+        return LayerStep(
+            param=self.rows(param),
+            gradient=gradient.touched_only() if self.layer.lazy else gradient,
+            states=states,
+            momentum=momentum,
+            momentum_beta=momentum_beta,
+            group=group,
+            step=step,
+            dtype=compute_dtype(param),
         )
 
 

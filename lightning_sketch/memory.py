@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
+from lightning_sketch.codecs import allocate
+from lightning_sketch.kernels import fused_kernel, native
+from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import BLOCK_NUMEL
+
+# Rows whose means, or whose order by bucket, the CPU kernels hold at once, and the most partial sums of the columns.
+_WAVE, _PARTIAL_SUMS = 1 << 14, 66
 
 # Block-sized tensors that are alive at once in the hungriest reference step (Adam over a depth-3 signed sketch: the
 # gradient, its square, three gathered rows, their partial medians, the estimate of v, the denominator, the update).
@@ -36,6 +43,7 @@ class MemoryReport:
             torch's own.
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
         skipped: steps that each layer skipped for a non-finite gradient.
+        kernels: what does the steps of compressed layers on the CPU.
         process: resident memory of this process now, bytes; ``None`` where the system does not say.
         process_peak: its largest value so far, bytes; 0 on Windows.
         cuda_peak: largest memory allocated by torch on the current CUDA device, bytes; 0 without one.
@@ -48,6 +56,7 @@ class MemoryReport:
     transient: int
     conversion_errors: Mapping[str, Mapping[str, float]]
     skipped: Mapping[str, int]
+    kernels: str
     process: int | None
     process_peak: int
     cuda_peak: int
@@ -77,7 +86,7 @@ def report(optimizer: Any) -> MemoryReport:
     """
     inner = unwrap(optimizer)
     by_codec: dict[str, int] = {}
-    dense_state = transient = parameters = gradients = 0
+    dense_state = blocks = together = parameters = gradients = 0
     if isinstance(inner, CompressedOptimizer):
         tensors = inner.all_tensors()
     else:
@@ -95,7 +104,11 @@ def report(optimizer: Any) -> MemoryReport:
             if state:
                 _count_part(part, state, by_codec)
                 dense_state += part.rows(param).nbytes * len(part.layer.codecs)
-            transient = max(transient, transient_bytes(part, param))
+            if isinstance(inner, CompressedOptimizer) and fused(inner.rule, part, param):
+                together += _fused_bytes(part)  # one call steps all layers
+            else:
+                blocks = max(blocks, _block_bytes(part, param))
+            together += _copied_bytes(part, param)
         if state:
             by_codec["Keep"] = by_codec.get("Keep", 0) + state["step"].nbytes
     return MemoryReport(
@@ -103,34 +116,71 @@ def report(optimizer: Any) -> MemoryReport:
         gradients=gradients,
         state_by_codec=by_codec,
         dense_state=dense_state,
-        transient=transient,
+        transient=blocks + together,
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
+        kernels=native.describe(),
         process=_resident(),
         process_peak=_peak(),
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
     )
 
 
-def transient_bytes(part: LayerShard, param: Tensor) -> int:
-    """Upper bound of the temporaries of one step of a compressed layer, bytes.
+def transient_bytes(rule: UpdateRule, part: LayerShard, param: Tensor) -> int:
+    """Upper bound of the temporaries of one step of a compressed layer on its own, bytes."""
+    own = _fused_bytes(part) if fused(rule, part, param) else _block_bytes(part, param)
+    return own + _copied_bytes(part, param)
 
-    Blocks of `BLOCK_NUMEL` elements and, for a sparse gradient, its coalesced copy with the hashes of its rows.
-    """
-    layer, row = part.layer, max(1, part.shard.row_numel)
-    rows = part.shard.local_rows
+
+def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
+    """Whether fused kernels do the steps of a layer; gradients are taken to be contiguous."""
+    stored = part.layer.stored()
+    if fused_kernel(param.device) is None or param.dtype not in DTYPES or not rule.fusable(stored):
+        return False
+    for state, codec in stored.items():
+        spec = replace(part.spec(state, param, {}), device=torch.device("meta"))
+        if not codec.bind(spec, allocate(codec, spec)).fusable():
+            return False
+    return True
+
+
+def _fused_bytes(part: LayerShard) -> int:
+    """Memory that the CPU kernels ask for: nothing in it is as large as the parameter."""
+    depth = max((getattr(codec, "depth", 0) for codec in part.layer.codecs.values()), default=0)
+    columns = part.shard.row_numel + 16
+    by_row = 4 * (1 + 2 * depth) * min(part.shard.local_rows, _WAVE)
+    return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096
+
+
+def _block_bytes(part: LayerShard, param: Tensor) -> int:
+    """Blocks of `BLOCK_NUMEL` elements in the reference's step."""
+    row, rows = max(1, part.shard.row_numel), part.shard.local_rows
     numel = min(rows * row, max(BLOCK_NUMEL, row))
-    # Row ids, buckets and signs: more than the values where rows are narrow.
-    depth = max((getattr(codec, "depth", 0) for codec in layer.codecs.values()), default=0)
-    hashes = 8 * (4 + 3 * depth)
+    depth, hashes = _hashes(part)
     blocks = _LIVE_BLOCKS + max(0, depth - 3)
     total = blocks * numel * compute_dtype(param).itemsize + numel // row * hashes
     if param.grad is not None and param.grad.is_sparse:
-        total += 3 * _grad_bytes(param.grad) + param.grad._values().shape[0] * hashes
-    elif param.grad is not None and layer.lazy:
-        # the mask of non-zero elements, the touched rows and their hashes
-        total += 2 * rows * row * param.grad.element_size() + rows * hashes
+        total += param.grad._values().shape[0] * hashes
     return total
+
+
+def _copied_bytes(part: LayerShard, param: Tensor) -> int:
+    """What is made of a gradient before the step: a sparse one coalesced, the touched rows of a dense one."""
+    grad = param.grad
+    if grad is None:
+        return 0
+    rows, row = part.shard.local_rows, max(1, part.shard.row_numel)
+    hashes = 2 * _hashes(part)[1] if part.layer.lazy else 0  # of the rows that decay
+    if grad.is_sparse:
+        return 3 * _grad_bytes(grad) + grad._values().shape[0] * hashes
+    # Lazy codecs want the touched rows alone: the mask of non-zero elements, and a copy.
+    return 2 * rows * row * grad.element_size() + rows * hashes if part.layer.lazy else 0
+
+
+def _hashes(part: LayerShard) -> tuple[int, int]:
+    """Depth of the layer's sketches, and bytes of row ids, buckets and signs for each row."""
+    depth = max((getattr(codec, "depth", 0) for codec in part.layer.codecs.values()), default=0)
+    return depth, 8 * (4 + 3 * depth)
 
 
 def _count_part(part: LayerShard, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:

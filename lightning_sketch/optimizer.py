@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from lightning_sketch import checkpoint
 from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
 from lightning_sketch.gradient import RowGradient, row_gradient
+from lightning_sketch.kernels import all_finite
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
-from lightning_sketch.rules import UpdateRule
+from lightning_sketch.rules import LayerStep, UpdateRule, run
 from lightning_sketch.sharding import local, shard_of, show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
 from lightning_sketch.sharding.deepspeed import read_layout
@@ -104,11 +105,14 @@ class CompressedOptimizer(Optimizer):
             finally:
                 for param, grad in hidden:
                     param.grad = grad
-            for group, param, parts in gradients:
-                self._step_tensor(group, param, parts)
+            steps = (step for group, param, parts in gradients for step in self._steps(group, param, parts))
+            run(self.rule, steps)
         return loss
 
-    def _step_tensor(self, group: dict[str, Any], param: Tensor, parts: list[tuple[LayerShard, RowGradient]]) -> None:
+    def _steps(
+        self, group: dict[str, Any], param: Tensor, parts: list[tuple[LayerShard, RowGradient]]
+    ) -> Iterator[LayerStep]:
+        """The next step of every part of a tensor (its step count is raised)."""
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -117,7 +121,7 @@ class CompressedOptimizer(Optimizer):
         state["step"] += 1
         step = int(state["step"])
         for part, gradient in parts:
-            part.step(self.rule, param, gradient, group, state, step)
+            yield part.step(param, gradient, group, state, step)
 
     def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
         """Every tensor that our rules step, as ``(group, tensor, parts)``.
@@ -153,6 +157,11 @@ class CompressedOptimizer(Optimizer):
         shown = {id(tensor): tensor for group in self.param_groups for tensor in group["params"]}
         shown |= {id(flat.tensor): flat.tensor for flat in self._flat_tensors or ()}
         return [(tensor, ours.get(key, ())) for key, tensor in shown.items()]
+
+    def flat_group(self, flat: FlatTensor) -> dict[str, Any]:
+        """The group of a flat tensor with compressed layers. Under ZeRO-3 no group shows it between steps."""
+        named = zip(self.param_groups, self._compression.names, strict=True)
+        return next(group for group, names in named if flat.anywhere[0] in names)
 
     def _flat_tensor(self, tensor: Tensor) -> FlatTensor:
         flat = self._flat_tensors
@@ -232,7 +241,7 @@ class CompressedOptimizer(Optimizer):
         if self._compression.nonfinite == "propagate" or not found:
             return found
         values = [[gradient.values for _, gradient in parts] for _, _, parts in found]
-        finite_parts = iter(_finite([value for tensors in values for value in tensors]))
+        finite_parts = iter(all_finite([value for tensors in values for value in tensors]))
         finite = [[next(finite_parts) for _ in tensors] for tensors in values]
         groups = [self._process_group(param, parts[0][0]) for _, param, parts in found]
         usable = all_agree([all(ok) for ok in finite], groups, found[0][1].device)
@@ -368,12 +377,3 @@ def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):  # torch.compile wraps the hooked step of SparseAdam once more
         step = step.__wrapped__  # type: ignore[attr-defined]
     return step
-
-
-def _finite(tensors: list[Tensor]) -> list[bool]:
-    """Whether all elements of each tensor are finite, with one synchronisation if they are."""
-    # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
-    # not finite may just have overflowed, so then look closer.
-    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
-    return [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]

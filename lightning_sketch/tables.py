@@ -145,6 +145,7 @@ def memory_table(report: MemoryReport) -> str:
     for codec, count in sorted(report.state_by_codec.items()):
         table.add_row(f"  {codec}", human_bytes(count), "")
     table.add_row("step temporaries, at most", human_bytes(report.transient), "compressed layers")
+    table.add_row("kernels", "", report.kernels)
     if report.process is not None:
         table.add_row("process", human_bytes(report.process), f"peak {human_bytes(report.process_peak)}")
     if report.cuda_peak:

@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, RMSprop
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
-from lightning_sketch.memory import transient_bytes
+from lightning_sketch.memory import fused, transient_bytes
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 from tests.tiny import ADAM, CODECS, LOSSY, Tiny, on_table, train
 
@@ -140,7 +140,10 @@ def test_a_step_needs_no_more_than_the_reported_temporaries(name, dim, sparse):
         model.weight.grad = torch.randn(rows, dim)
     optimizer.step()  # allocates the states
     bound = report(optimizer).transient
-    assert bound / 20 < peak_bytes(optimizer.step) <= bound
+    (part,) = next(iter(optimizer.compressed_tensors()))[2]
+    # The fused kernels' temporaries are small anyway; the reference's bound should say something.
+    least = 0 if fused(optimizer.rule, part, model.weight) else bound / 20
+    assert least < peak_bytes(optimizer.step) <= bound
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -150,7 +153,7 @@ def test_temporaries_do_not_grow_with_the_table(name):
         model = Tiny(rows=rows)
         optimizer = compress(Adam(model.parameters()), model, on_table(**CODECS[name]))
         (part,) = next(iter(optimizer.compressed_tensors()))[2]
-        bounds.append(transient_bytes(part, model.table.weight))
+        bounds.append(transient_bytes(optimizer.rule, part, model.table.weight))
         assert report(optimizer).transient == bounds[-1]
     assert bounds[0] == bounds[1]
 
@@ -162,8 +165,8 @@ def test_lazy_dense_gradients_cost_a_copy():
         optimizer = compress(Adam(model.parameters()), model, on_table(second_moment=RowWise(lazy=lazy)))
         (part,) = next(iter(optimizer.compressed_tensors()))[2]
         model.table.weight.grad = None
-        without = transient_bytes(part, model.table.weight)
+        without = transient_bytes(optimizer.rule, part, model.table.weight)
         model.table.weight.grad = torch.zeros(30, 4)
-        costs.append(transient_bytes(part, model.table.weight) - without)
+        costs.append(transient_bytes(optimizer.rule, part, model.table.weight) - without)
     assert costs[0] == 0
     assert costs[1] > 4 * TABLE

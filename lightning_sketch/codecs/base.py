@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sketch.kernels.fused import Stored
 from lightning_sketch.sharding import Block, Shard
 
 #: What lies in ``optimizer.state[param]``: tensors, and Python floats for scalars that the host must read every step
@@ -102,6 +103,14 @@ class CodecState(ABC):
 
     def commit(self) -> None:  # noqa: B027
         """All blocks were read: make the step permanent."""
+
+    def fusable(self) -> bool:
+        """Whether fused kernels know this state; if so, `stored` says how."""
+        return False
+
+    def stored(self) -> Stored:
+        """What a fused kernel needs to do ``add``, ``settle``, ``read`` and ``commit``; after ``begin``."""
+        raise NotImplementedError
 
     @abstractmethod
     def estimate(self, block: Block) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.keep import DenseState
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import mix64
 from lightning_sketch.sharding import Block
 
@@ -40,9 +41,17 @@ class BFloat16(Codec):
 
 
 class _BFloat16State(DenseState):
-    def store(self, block: Block, values: Tensor) -> Tensor:
+    @property
+    def salt(self) -> int:
+        """Seed of this step's noise."""
         # signed and unsigned states of a layer share the seed, so tell them apart: else m and v round alike
-        salt = self.spec.seed + self.step * 2 + self.spec.signed
+        return self.spec.seed + self.step * 2 + self.spec.signed
+
+    def stored(self) -> Stored:
+        return Stored(Kind.STOCHASTIC, self[""], decay=self.decay, weight=self.weight, seed=self.salt)
+
+    def store(self, block: Block, values: Tensor) -> Tensor:
+        salt = self.salt
         rows = mix64(block.row_ids(values.device), salt).to(torch.int32)  # [k]
         places = torch.arange(self.spec.shard.row_numel, device=values.device) + self.spec.shard.column_offset
         columns = mix64(places, ~salt).to(torch.int32)

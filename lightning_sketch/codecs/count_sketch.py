@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.kernels.fused import MOST_DEPTH, Kind, Stored
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
 from lightning_sketch.sharding import Block, Shard
 
@@ -100,8 +101,8 @@ class _Sketch(CodecState):
         super().__init__(spec, tensors)
         self.codec = codec
         self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by self["scale"]
-        self.depth, self.width = self.table.shape[:2]
-        self.exact = self.width >= spec.shard.table_rows
+        self.depth, self.width = int(self.table.shape[0]), int(self.table.shape[1])
+        self.exact: bool = self.width >= spec.shard.table_rows
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.decay, self.weight = decay, weight
@@ -156,6 +157,25 @@ class _LinearSketch(_Sketch):
             self._decay_touched(rows)
         else:
             self["scale"] = decayed(self["scale"], decay, (self.table,))
+
+    def fusable(self) -> bool:
+        return self.depth <= MOST_DEPTH
+
+    def stored(self) -> Stored:
+        scale: float = self["scale"]
+        weight = self.weight / scale
+        if self.exact:
+            return Stored(Kind.SCALED, self.table[0], weight=weight, scale=scale)
+        return Stored(
+            Kind.SKETCH,
+            self.table,
+            weight=weight,
+            scale=scale,
+            signed=self.spec.signed,
+            depth=self.depth,
+            width=self.width,
+            seed=self.spec.seed,
+        )
 
     def _decay_touched(self, rows: Tensor) -> None:
         # Each touched bucket once, however many touched rows fall into it.

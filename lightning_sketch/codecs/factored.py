@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block
 
@@ -52,6 +53,15 @@ class _Factored(CodecState):
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * self.weight
         self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
+
+    def fusable(self) -> bool:
+        return True
+
+    def stored(self) -> Stored:
+        column_weight = self.weight / max(1, self.spec.shard.global_rows)
+        return Stored(
+            Kind.FACTORED, self.row, self.col, weight=self.weight, column_weight=column_weight, scale=self["scale"]
+        )
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

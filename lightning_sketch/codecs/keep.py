@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block
 
 
@@ -51,6 +52,12 @@ class DenseState(CodecState):
     def store(self, block: Block, values: Tensor) -> Tensor:
         """What is written for `values`."""
         return values.to(self[""].dtype)
+
+    def fusable(self) -> bool:
+        return True
+
+    def stored(self) -> Stored:
+        return Stored(Kind.DENSE, self[""], decay=self.decay, weight=self.weight)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block, Shard
 
@@ -83,6 +84,13 @@ class _Rows(CodecState):
         else:
             self["scale"] = decayed(self["scale"], decay, (self.row,))
 
+    def fusable(self) -> bool:
+        return True
+
+    def stored(self) -> Stored:
+        scale = self["scale"]
+        return Stored(Kind.ROW, self.row, weight=self.weight / scale, scale=scale)
+
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * (self.weight / self["scale"])
 
@@ -100,6 +108,13 @@ class _SketchedRows(CodecState):
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
+
+    def fusable(self) -> bool:
+        return self.inner.fusable()
+
+    def stored(self) -> Stored:
+        inner = self.inner.stored()
+        return replace(inner, kind=Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW)
 
     def add(self, block: Block, x: Tensor) -> None:
         self.inner.add(block, row_mean(x))

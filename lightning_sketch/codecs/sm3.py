@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
 from lightning_sketch.codecs.keep import Keep
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block
 
 
@@ -108,6 +109,13 @@ class _SM3II(_SM3):
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
+
+    def fusable(self) -> bool:
+        return len(self.others) <= 1
+
+    def stored(self) -> Stored:
+        columns = self.others[0] if self.others else None
+        return Stored(Kind.SM3, self.row, columns, weight=self.weight, scale=self["scale"])
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]

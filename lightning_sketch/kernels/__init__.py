@@ -1,25 +1,44 @@
-"""Kernels: fused steps for hot (rule, codec) pairs. The reference in plain PyTorch is the specification."""
+"""Kernels: fused steps where there is one for the device. The reference in plain PyTorch is the specification."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
-#: Performs one step of one layer. Takes a `lightning_sketch.rules.base.LayerStep`.
-Kernel = Callable[[Any], None]
-#: Whether a kernel can do a step: (codec by state name, device) -> bool.
-Supports = Callable[[Mapping[str, Any], torch.device], bool]
+from lightning_sketch.kernels import native
+from lightning_sketch.kernels.fused import DTYPES, FusedStep
 
-_REGISTRY: dict[str, list[tuple[Kernel, Supports]]] = {}
-
-
-def register(rule: str, kernel: Kernel, supports: Supports = lambda codecs, device: True) -> None:
-    """Offer `kernel` for an update rule. Later registrations are asked first."""
-    _REGISTRY.setdefault(rule, []).insert(0, (kernel, supports))
+FusedKernel = Callable[[Sequence[FusedStep]], None]
 
 
-def select(rule: str, codecs: Mapping[str, Any], device: torch.device) -> Kernel:
-    """The first kernel of `rule` that supports these codecs on this device."""
-    return next(kernel for kernel, supports in _REGISTRY[rule] if supports(codecs, device))
+@_disable_dynamo
+def fused_kernel(device: torch.device) -> FusedKernel | None:
+    """What performs fused steps of parameters on a device; ``None`` where there is only the reference."""
+    if device.type == "cpu" and native.library() is not None:
+        from lightning_sketch.kernels import cpu  # defines torch operators
+
+        return cpu.step
+    return None
+
+
+@_disable_dynamo
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether all elements of each tensor are finite, with one synchronisation if they are."""
+    if not tensors:
+        return []
+    if native.library() is not None and all(map(_plain, tensors)):
+        from lightning_sketch.kernels import cpu  # defines torch operators
+
+        return cpu.all_finite(list(tensors))
+    # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
+    # not finite may just have overflowed, so then look closer.
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
+    return [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()

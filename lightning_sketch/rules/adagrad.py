@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from lightning_sketch.codecs import CodecState
+from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
 
 
@@ -24,13 +26,8 @@ class AdagradRule(UpdateRule):
         return (StateDef("sum", signed=False),)
 
     def reference(self, layer: LayerStep) -> None:
-        group = layer.group
-        lr = float(group["lr"]) / (1 + (layer.step - 1) * float(group["lr_decay"]))
-        eps, weight_decay = float(group["eps"]), float(group["weight_decay"])
-
-        total = layer.begin("sum", decay=1.0, weight=1.0)
-        assert total is not None  # `Drop` refuses second moments
-        begin_momentum(layer)
+        lr, eps, weight_decay = self._numbers(layer)
+        total = self._begin(layer)
         for block, g in layer.gradients(weight_decay):
             total.add(block, g.square())
         total.settle()
@@ -39,3 +36,20 @@ class AdagradRule(UpdateRule):
             update = safe_divide(g, s.sqrt().add_(eps), s)
             layer.apply(block, precondition(layer, block, update), lr)
         total.commit()
+
+    def fuse(self, layer: LayerStep) -> FusedStep:
+        lr, eps, weight_decay = self._numbers(layer)
+        self._begin(layer)
+        return layer.fuse("sum", None, lr=lr, eps=eps, weight_decay=weight_decay)
+
+    def _begin(self, layer: LayerStep) -> CodecState:
+        total = layer.begin("sum", decay=1.0, weight=1.0)
+        assert total is not None  # `Drop` refuses second moments
+        begin_momentum(layer)
+        return total
+
+    def _numbers(self, layer: LayerStep) -> tuple[float, float, float]:
+        """Learning rate, eps and weight decay of this step."""
+        group = layer.group
+        lr = float(group["lr"]) / (1 + (layer.step - 1) * float(group["lr_decay"]))
+        return lr, float(group["eps"]), float(group["weight_decay"])

@@ -16,14 +16,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_sketch.codecs import CodecState
+from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import (
     LayerStep,
     StateDef,
     UpdateRule,
     begin_momentum,
     bounded_first_moment,
+    first_moment_bound,
     precondition,
     safe_divide,
 )
@@ -42,18 +46,10 @@ class AdamRule(UpdateRule):
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
 
     def reference(self, layer: LayerStep) -> None:
-        group, t = layer.group, layer.step
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group.get("weight_decay", 0.0))
-        decoupled = group.get("decoupled_weight_decay", self.decoupled)
-        coupled = 0.0 if decoupled else weight_decay
-        shrink = 1 - lr * weight_decay if decoupled else 1.0
-
-        exp_avg = layer.begin("exp_avg", decay=beta1, weight=1 - beta1)
-        exp_avg_sq = layer.begin("exp_avg_sq", decay=beta2, weight=1 - beta2)
-        assert exp_avg_sq is not None  # `Drop` refuses second moments
-        begin_momentum(layer)
-        for block, g in layer.gradients(coupled):
+        beta1, beta2 = self._betas(layer)
+        exp_avg, exp_avg_sq = self._begin(layer)
+        numbers = self._numbers(layer)
+        for block, g in layer.gradients(numbers.weight_decay):
             if exp_avg is not None:
                 exp_avg.add(block, g)
             exp_avg_sq.add(block, g.square())
@@ -61,20 +57,76 @@ class AdamRule(UpdateRule):
             exp_avg.settle()
         exp_avg_sq.settle()
 
-        step_size = lr if exp_avg is None else lr / (1 - beta1**t)
-        correction = (1 - beta2**t) ** 0.5
-        if self.early_eps:
-            eps /= correction
-        for block, g in layer.gradients(coupled):
+        for block, g in layer.gradients(numbers.weight_decay):
             m = g if exp_avg is None else exp_avg.read(block, g)
             v = exp_avg_sq.read(block, g.square())
             if exp_avg is not None and exp_avg.mixes_rows:
                 m = bounded_first_moment(m, v, beta1, beta2)
-            update = safe_divide(m, v.sqrt().div_(correction).add_(eps), v)
-            layer.apply(block, precondition(layer, block, update), step_size, shrink)
+            update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
+            layer.apply(block, precondition(layer, block, update), numbers.lr, numbers.shrink)
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()
+
+    def fuse(self, layer: LayerStep) -> FusedStep:
+        exp_avg, _ = self._begin(layer)
+        numbers = self._numbers(layer)
+        mixes = exp_avg is not None and exp_avg.mixes_rows
+        return layer.fuse(
+            "exp_avg_sq",
+            "exp_avg",
+            lr=numbers.lr,
+            shrink=numbers.shrink,
+            eps=numbers.eps,
+            weight_decay=numbers.weight_decay,
+            correction=1 / numbers.root_correction,
+            bound=first_moment_bound(*self._betas(layer)) if mixes else None,
+        )
+
+    def _betas(self, layer: LayerStep) -> tuple[float, float]:
+        beta1, beta2 = layer.group["betas"]
+        return float(beta1), float(beta2)
+
+    def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:
+        beta1, beta2 = self._betas(layer)
+        exp_avg = layer.begin("exp_avg", decay=beta1, weight=1 - beta1)
+        exp_avg_sq = layer.begin("exp_avg_sq", decay=beta2, weight=1 - beta2)
+        assert exp_avg_sq is not None  # `Drop` refuses second moments
+        begin_momentum(layer)
+        return exp_avg, exp_avg_sq
+
+    def _numbers(self, layer: LayerStep) -> _Numbers:
+        group, t = layer.group, layer.step
+        beta1, beta2 = self._betas(layer)
+        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group.get("weight_decay", 0.0))
+        decoupled = group.get("decoupled_weight_decay", self.decoupled)
+        root_correction = (1 - beta2**t) ** 0.5
+        return _Numbers(
+            lr=lr if "exp_avg" not in layer.states else lr / (1 - beta1**t),
+            eps=eps / root_correction if self.early_eps else eps,
+            weight_decay=0.0 if decoupled else weight_decay,
+            shrink=1 - lr * weight_decay if decoupled else 1.0,
+            root_correction=root_correction,
+        )
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Hyperparameters of one step.
+
+    Args:
+        lr: with the first moment's bias correction.
+        eps: as it is added to the corrected root.
+        weight_decay: the coupled one.
+        shrink: factor of the parameter, for decoupled weight decay.
+        root_correction: the root of the second moment's bias correction, a divisor.
+    """
+
+    lr: float
+    eps: float
+    weight_decay: float
+    shrink: float
+    root_correction: float
 
 
 class AdamWRule(AdamRule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sketch import kernels
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.gradient import RowGradient
+from lightning_sketch.kernels.fused import DTYPES, FusedStep, Stored
 from lightning_sketch.sharding import Block
 
 
@@ -54,6 +55,43 @@ class LayerStep:
         if state is not None:
             state.begin(decay=decay, weight=weight, step=self.step, rows=self.gradient.rows)
         return state
+
+    def fusable(self) -> bool:
+        """Whether fused kernels take these tensors and codec states."""
+        values, states = self.gradient.values, [*self.states.values(), self.momentum]
+        return (
+            self.dtype == torch.float32
+            and self.param.dtype in DTYPES
+            and values.dtype == self.param.dtype
+            and values.is_contiguous()
+            and self.param.is_contiguous()
+            and all(state is None or state.fusable() for state in states)
+        )
+
+    def fuse(self, second: str | None, first: str | None, *, lr: float, **options: Any) -> FusedStep:
+        """The fused step over two of the states, by name, whose step was begun.
+
+        Args:
+            options: fields of `FusedStep`.
+        """
+
+        def stored(state: CodecState | None) -> Stored | None:
+            return None if state is None else state.stored()
+
+        shard = self.gradient.shard
+        return FusedStep(
+            param=self.param,
+            grad=self.gradient.values,
+            ids=self.gradient.rows,
+            row_offset=shard.row_offset,
+            column_offset=shard.column_offset,
+            second=stored(self.states.get(second)) if second else None,
+            first=stored(self.states.get(first)) if first else None,
+            momentum=stored(self.momentum),
+            lr=lr,
+            negate=bool(self.group.get("maximize", False)),
+            **options,
+        )
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
         """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay."""
@@ -101,13 +139,26 @@ class UpdateRule(ABC):
     def reference(self, layer: LayerStep) -> None:
         """One step of one layer in plain PyTorch (layer.param and layer.states modified in place)."""
 
-    def __init_subclass__(cls) -> None:
-        kernels.register(cls.name, cls().reference)
+    def fusable(self, states: Collection[str]) -> bool:
+        """Whether `fuse` can say a step with these states, by name."""
+        return True
+
+    @abstractmethod
+    def fuse(self, layer: LayerStep) -> FusedStep:
+        """Begin the step of the states, and say what is left to do (layer.states modified in place)."""
 
 
-def run(rule: UpdateRule, layer: LayerStep, codecs: Mapping[str, Any]) -> None:
-    """Perform a step with the best kernel there is."""
-    kernels.select(rule.name, codecs, layer.param.device)(layer)
+def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> None:
+    """Perform the steps of layers: together in fused kernels where that is possible, the others by the reference."""
+    fused: dict[kernels.FusedKernel, list[FusedStep]] = {}
+    for layer in layers:
+        kernel = kernels.fused_kernel(layer.param.device)
+        if kernel is not None and layer.fusable() and rule.fusable(layer.states):
+            fused.setdefault(kernel, []).append(rule.fuse(layer))
+        else:
+            rule.reference(layer)
+    for kernel, steps in fused.items():
+        kernel(steps)
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -> Tensor:
@@ -136,10 +187,16 @@ def bounded_first_moment(m: Tensor, v: Tensor, beta1: float, beta2: float) -> Te
         m: ``[k, ...]``.
         v: broadcastable to `m`.
     """
-    if beta1**2 >= beta2:
-        return m  # no bound exists
-    bound = v.sqrt().mul_((1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5)
+    factor = first_moment_bound(beta1, beta2)
+    if factor is None:
+        return m
+    bound = v.sqrt().mul_(factor)
     return m.clamp(-bound, bound)
+
+
+def first_moment_bound(beta1: float, beta2: float) -> float | None:
+    """The largest :math:`|m| / \\sqrt v`; ``None`` if there is none."""
+    return None if beta1**2 >= beta2 else (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
 def precondition(layer: LayerStep, block: Block, update: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
+from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
 from lightning_sketch.sharding import Block
 
@@ -71,6 +72,22 @@ class RMSpropRule(UpdateRule):
         square_avg.commit()
         if grad_avg is not None:
             grad_avg.commit()
+
+    def fusable(self, states: Collection[str]) -> bool:
+        return set(states) == {"square_avg"}  # neither centered nor with momentum
+
+    def fuse(self, layer: LayerStep) -> FusedStep:
+        group = layer.group
+        alpha = float(group["alpha"])
+        layer.begin("square_avg", decay=alpha, weight=1 - alpha)
+        begin_momentum(layer)
+        return layer.fuse(
+            "square_avg",
+            None,
+            lr=float(group["lr"]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+        )
 
 
 def _variance(v: Tensor, grad_avg: CodecState, block: Block, g: Tensor) -> Tensor:

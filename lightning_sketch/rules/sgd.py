@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from lightning_sketch.codecs import CodecState
+from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule
 
 
@@ -28,8 +30,7 @@ class SGDRule(UpdateRule):
         lr, momentum, weight_decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
         nesterov = bool(group["nesterov"])
 
-        weight = 1.0 if layer.step == 1 else 1 - float(group["dampening"])
-        buffer = layer.begin("momentum_buffer", decay=momentum, weight=weight)
+        buffer = self._begin(layer)
         if buffer is not None:
             for block, g in layer.gradients(weight_decay):
                 buffer.add(block, g)
@@ -42,3 +43,19 @@ class SGDRule(UpdateRule):
             layer.apply(block, update, lr)
         if buffer is not None:
             buffer.commit()
+
+    def fuse(self, layer: LayerStep) -> FusedStep:
+        group = layer.group
+        self._begin(layer)
+        return layer.fuse(
+            None,
+            "momentum_buffer",
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=float(group["momentum"]) if group["nesterov"] and "momentum_buffer" in layer.states else 0.0,
+        )
+
+    def _begin(self, layer: LayerStep) -> CodecState | None:
+        group = layer.group
+        weight = 1.0 if layer.step == 1 else 1 - float(group["dampening"])
+        return layer.begin("momentum_buffer", decay=float(group["momentum"]), weight=weight)

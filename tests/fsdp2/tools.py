@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_sketch import Policy, Rule, compress
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.rules import run
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.dtensor import even_shard
 from tests.tiny import CODECS, FOR_SGD, Case
@@ -119,7 +120,7 @@ def train_shard(
     for step in range(steps):
         state["step"] += 1
         grad = chunk(full_gradients(case, step)[position], world_size, rank, dim)
-        part.step(optimizer.rule, param, RowGradient(part.shard, None, grad), group, state, step + 1)
+        run(optimizer.rule, [part.step(param, RowGradient(part.shard, None, grad), group, state, step + 1)])
     return param, state
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lightning_sketch import CountSketch, Drop, RowWise, compress, kernels
+from lightning_sketch import CountSketch, Drop, RowWise, compress
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules.base import LayerStep, safe_divide
 from lightning_sketch.sharding import Shard
@@ -102,16 +102,6 @@ def test_a_zero_gradient_changes_nothing_before_the_first_real_one():
         before = model.p0.detach().clone()
         feed(model, optimizer, [torch.zeros(20, 3)])
         assert torch.equal(model.p0, before)
-
-
-def test_the_last_kernel_that_supports_the_codecs_is_chosen(monkeypatch):
-    monkeypatch.setattr(kernels, "_REGISTRY", {})
-    calls = []
-    kernels.register("adam", lambda layer: calls.append("reference"))
-    kernels.register("adam", lambda layer: calls.append("fast"), lambda codecs, device: "Drop" in codecs.values())
-    for codecs in ({"exp_avg": "Drop"}, {"exp_avg": "Keep"}):
-        kernels.select("adam", codecs, torch.device("cpu"))(None)
-    assert calls == ["fast", "reference"]
 
 
 @pytest.mark.parametrize("first", [Drop(), WIDE], ids=repr)

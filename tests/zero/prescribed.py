@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_sketch import CountSketch, Policy, Rule, compress
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.layer import LayerShard
+from lightning_sketch.rules import run
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.deepspeed import Segment, read_layout
 from lightning_sketch.sharding.wrapper import wrapper_of
@@ -220,7 +221,7 @@ def step_piece(
     for number, step in enumerate(steps, start=1):
         gradient = mean_gradients(step, world_size)[name]
         values = gradient.flatten()[begin:end].view_as(param)
-        part.step(optimizer.rule, param, RowGradient(shard, None, values), group, state, number)
+        run(optimizer.rule, [part.step(param, RowGradient(shard, None, values), group, state, number)])
     return param.flatten(), state
 
 

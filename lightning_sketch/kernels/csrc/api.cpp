@@ -1,0 +1,368 @@
+// The C interface: one call steps many layers. Work is cut by the layers' shapes alone, so that results do not depend on
+// the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "hash.h"
+#include "layer.h"
+#include "parallel.h"
+#include "steps.h"
+
+namespace {
+
+constexpr int64_t TASK_NUMEL = 1 << 16;       // elements of a task: a few tens of microseconds
+constexpr int64_t REDUCE_ROWS = 256;          // rows of a task that sums up columns, at least
+constexpr int64_t REDUCE_TASKS = 64;          // such tasks of a layer, at most
+constexpr int64_t FINITE_NUMEL = 1 << 18;
+constexpr int64_t NARROW = 64;                // columns, below which sketches are cut by depth and not by columns
+constexpr int64_t TILE = 128;                 // columns of a sketch inserted at once
+constexpr int64_t WAVE = 1 << 14;             // rows whose means or order by bucket are in memory at once
+constexpr int64_t BUCKET_TASKS = 32;          // tasks of a depth that is inserted by bucket
+
+struct Task {
+    int layer;
+    int64_t begin, end;  // rows or columns
+    int first_level = 0, last_level = 0;
+    bool means = false;  // insert row means, not rows
+};
+
+int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+bool uses(const Layer& layer, Kind kind) { return layer.second.kind == kind || layer.first.kind == kind; }
+
+int64_t apply_rows(const Layer& layer) { return std::max<int64_t>(1, TASK_NUMEL / std::max<int64_t>(1, layer.columns)); }
+
+int64_t reduce_rows(const Layer& layer) { return std::max(REDUCE_ROWS, (layer.rows + REDUCE_TASKS - 1) / REDUCE_TASKS); }
+
+int64_t reduce_tasks(const Layer& layer) { return (layer.rows + reduce_rows(layer) - 1) / reduce_rows(layer); }
+
+// Hands out pieces of one buffer; without a buffer it only counts.
+struct Arena {
+    char* base;
+    int64_t used = 0;
+
+    template <class T>
+    T* take(int64_t count) {
+        int64_t at = used;
+        used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return base ? reinterpret_cast<T*>(base + at) : nullptr;
+    }
+};
+
+bool same_hashes(const State& a, const State& b) {
+    return a.kind == b.kind && a.depth == b.depth && a.width == b.width && a.seed == b.seed;
+}
+
+const State& sketch_of(const Layer& layer) { return layer.second.kind == SKETCH ? layer.second : layer.first; }
+
+// Where several rows fall into every bucket, a bucket gathers its rows: it stays in the first-level cache meanwhile.
+bool inserts_by_bucket(const Layer& layer) {
+    if (!uses(layer, SKETCH)) return false;
+    if (layer.second.kind == SKETCH && layer.first.kind == SKETCH && !same_hashes(layer.second, layer.first)) return false;
+    return std::min(layer.rows, WAVE) >= 2 * sketch_of(layer).width;
+}
+
+// At every depth of a sketch, the rows of a wave by bucket: rows[starts[b]] to rows[starts[b + 1]] lie in bucket b, ascending.
+struct Order {
+    std::vector<int32_t*> starts, rows;
+};
+
+void sort_rows(const Layer& layer, const State& state, int level, int64_t begin, int64_t end, int32_t* starts,
+               int32_t* rows) {
+    auto bucket = [&](int64_t i) {
+        int64_t row = layer.ids ? layer.ids[i] : i;
+        return bucket_of(state, static_cast<uint64_t>(row + layer.row_offset), level).index;
+    };
+    std::fill(starts, starts + state.width + 1, 0);
+    for (int64_t i = begin; i < end; i++) starts[bucket(i) + 1]++;
+    for (int64_t b = 0; b < state.width; b++) starts[b + 1] += starts[b];
+    // Counts up to the start of the next bucket, and so shifts by one.
+    for (int64_t i = begin; i < end; i++) rows[starts[bucket(i)]++] = static_cast<int32_t>(i - begin);
+    for (int64_t b = state.width; b > 0; b--) starts[b] = starts[b - 1];
+    starts[0] = 0;
+}
+
+// Where the temporaries of every layer lie.
+struct Scratch {
+    std::vector<float*> partial_columns;  // FACTORED: [reduce_tasks, columns]
+    std::vector<float*> largest;          // SM3: [columns], shared
+    std::vector<Order> orders;            // SKETCH
+    std::vector<float*> own_largest;      // by thread: [widest SM3]
+
+    Scratch(Layer* layers, int64_t count, int threads, Arena& arena) {
+        int64_t widest = 0;
+        for (int64_t i = 0; i < count; i++) {
+            Layer& layer = layers[i];
+            State& second = layer.second;
+            float *partial = nullptr, *most = nullptr;
+            if (second.kind == ROW_SKETCH) second.scratch = arena.take<float>(std::min(layer.rows, WAVE));
+            if (second.kind == FACTORED) {
+                second.scratch = arena.take<float>(padded(layer.columns));
+                partial = arena.take<float>(reduce_tasks(layer) * layer.columns);
+            }
+            if (second.kind == SM3) {
+                second.scratch = arena.take<float>(padded(layer.columns));
+                most = arena.take<float>(padded(layer.columns));
+                widest = std::max(widest, layer.columns);
+            }
+            Order order;
+            if (inserts_by_bucket(layer)) {
+                const State& state = sketch_of(layer);
+                for (int level = 0; level < state.depth; level++) {
+                    order.starts.push_back(arena.take<int32_t>(state.width + 1));
+                    order.rows.push_back(arena.take<int32_t>(std::min(layer.rows, WAVE)));
+                }
+            }
+            orders.push_back(order);
+            for (State* state : {&layer.second, &layer.first})
+                if (state->kind == STOCHASTIC) state->scratch = arena.take<uint32_t>(padded(layer.columns));
+            partial_columns.push_back(partial);
+            largest.push_back(most);
+        }
+        for (int i = 0; i < threads; i++) own_largest.push_back(arena.take<float>(padded(widest)));
+    }
+};
+
+class Run {
+  public:
+    Run(const Steps& steps, Parallel parallel, Layer* layers, int64_t count, int threads, char* memory)
+        : steps_(steps), parallel_(parallel), layers_(layers), count_(count), threads_(threads), arena_{memory},
+          scratch_(layers, count, threads, arena_), locks_(new std::mutex[count]) {}
+
+    void run() {
+        prepare();
+        int64_t most = 0;
+        for (int64_t i = 0; i < count_; i++) most = std::max(most, layers_[i].rows);
+        for (int64_t wave = 0; wave < most; wave += WAVE) {
+            reduce(wave);
+            insert(wave);
+        }
+        apply();
+        commit();
+    }
+
+  private:
+    void each(const std::vector<Task>& tasks, void (Run::*work)(const Task&, int)) {
+        parallel_for(parallel_, threads_, static_cast<int64_t>(tasks.size()),
+                     [&](int64_t i, int thread) { (this->*work)(tasks[i], thread); });
+    }
+
+    void prepare() {
+        for (int64_t i = 0; i < count_; i++) {
+            Layer& layer = layers_[i];
+            for (State* state : {&layer.second, &layer.first})
+                if (state->kind == STOCHASTIC) {
+                    uint32_t* noise = static_cast<uint32_t*>(state->scratch);
+                    std::fill(noise + layer.columns, noise + padded(layer.columns), 0u);
+                    steps_.column_noise(layer, *state, noise);
+                }
+            if (float* most = scratch_.largest[i]) {
+                // A vector has no columns to be bounded by.
+                float* before = static_cast<float*>(layer.second.scratch);
+                std::fill(before, before + padded(layer.columns), INFINITY);
+                if (layer.second.columns) std::copy_n(layer.second.columns, layer.columns, before);
+                // With every row present the maximum is assigned; absent rows are bounded by the old value.
+                std::fill(most, most + layer.columns, 0.0f);
+                if (!layer.all_rows) std::copy_n(before, layer.columns, most);
+            }
+            if (float* partial = scratch_.partial_columns[i])
+                std::fill(partial, partial + reduce_tasks(layer) * layer.columns, 0.0f);
+        }
+    }
+
+    // Sums over rows. Those that need memory for every row are made wave by wave, the others in the first.
+    void reduce(int64_t wave) {
+        std::vector<Task> tasks;
+        for (int i = 0; i < count_; i++) {
+            Layer& layer = layers_[i];
+            layer.wave = wave;
+            int64_t begin = 0, end = 0;
+            if (layer.second.kind == FACTORED && wave == 0) end = layer.rows;
+            if (layer.second.kind == ROW_SKETCH) begin = wave, end = std::min(wave + WAVE, layer.rows);
+            for (int64_t at = begin; at < end; at += reduce_rows(layer))
+                tasks.push_back({i, at, std::min(at + reduce_rows(layer), end)});
+        }
+        each(tasks, &Run::reduce_task);
+        for (int64_t i = 0; i < count_ && wave == 0; i++)
+            if (layers_[i].second.kind == FACTORED) finish_columns(layers_[i], scratch_.partial_columns[i]);
+    }
+
+    void reduce_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        float* partial = scratch_.partial_columns[task.layer];
+        if (partial) partial += task.begin / reduce_rows(layer) * layer.columns;
+        steps_.reduce_rows(layer, task.begin, task.end, partial);
+    }
+
+    static void finish_columns(const Layer& layer, const float* partial) {
+        const State& state = layer.second;
+        float* shape = static_cast<float*>(state.scratch);
+        double total = 0.0;
+        for (int64_t c = 0; c < layer.columns; c++) {
+            float sum = 0.0f;
+            for (int64_t task = 0; task < reduce_tasks(layer); task++) sum += partial[task * layer.columns + c];
+            state.columns[c] += sum * state.column_weight;
+            total += state.columns[c];
+        }
+        float mean = static_cast<float>(total / static_cast<double>(layer.columns));
+        std::fill(shape, shape + padded(layer.columns), 0.0f);
+        for (int64_t c = 0; c < layer.columns; c++) {
+            float ratio = state.columns[c] / mean;
+            shape[c] = ratio == ratio ? ratio : 0.0f;  // 0/0 := 0 before the first gradient
+        }
+    }
+
+    void insert(int64_t wave) {
+        std::vector<Task> sorts, tasks;
+        for (int i = 0; i < count_; i++) {
+            const Layer& layer = layers_[i];
+            if (wave >= layer.rows) continue;
+            int64_t end = std::min(wave + WAVE, layer.rows);
+            if (layer.second.kind == ROW_SKETCH)
+                for (int level = 0; level < layer.second.depth; level++)
+                    tasks.push_back({i, wave, end, level, level + 1, true});
+            if (!uses(layer, SKETCH)) continue;
+            int depth = std::max(layer.second.depth, layer.first.depth);
+            if (inserts_by_bucket(layer)) {
+                const State& state = sketch_of(layer);
+                int64_t buckets = (state.width + BUCKET_TASKS - 1) / BUCKET_TASKS;
+                for (int level = 0; level < state.depth; level++) {
+                    sorts.push_back({i, wave, end, level, level + 1});
+                    for (int64_t at = 0; at < state.width; at += buckets)
+                        tasks.push_back({i, at, std::min(at + buckets, state.width), level, level + 1});
+                }
+            } else if (wave == 0 && layer.columns <= NARROW) {
+                for (int level = 0; level < depth; level++) tasks.push_back({i, 0, layer.columns, level, level + 1});
+            } else if (wave == 0) {
+                for (int64_t at = 0; at < layer.columns; at += TILE)
+                    tasks.push_back({i, at, std::min(at + TILE, layer.columns), 0, depth});
+            }
+        }
+        each(sorts, &Run::sort_task);
+        each(tasks, &Run::insert_task);
+    }
+
+    void sort_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        const Order& order = scratch_.orders[task.layer];
+        int level = task.first_level;
+        sort_rows(layer, sketch_of(layer), level, task.begin, task.end, order.starts[level], order.rows[level]);
+    }
+
+    void insert_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        const Order& order = scratch_.orders[task.layer];
+        int level = task.first_level;
+        if (task.means)
+            steps_.insert_means(layer, layer.second, level, task.begin, task.end);
+        else if (!order.rows.empty())
+            steps_.insert_buckets(layer, level, task.begin, task.end, order.starts[level], order.rows[level],
+                                  layer.second.kind == SKETCH, layer.first.kind == SKETCH);
+        else
+            steps_.insert(layer, task.begin, task.end, level, task.last_level);
+    }
+
+    void apply() {
+        std::vector<Task> tasks;
+        for (int i = 0; i < count_; i++) {
+            const Layer& layer = layers_[i];
+            for (int64_t at = 0; at < layer.rows; at += apply_rows(layer))
+                tasks.push_back({i, at, std::min(at + apply_rows(layer), layer.rows)});
+        }
+        each(tasks, &Run::apply_task);
+    }
+
+    void apply_task(const Task& task, int thread) {
+        const Layer& layer = layers_[task.layer];
+        float *most = scratch_.largest[task.layer], *own = scratch_.own_largest[thread];
+        if (most) std::fill(own, own + padded(layer.columns), 0.0f);
+        steps_.apply(layer, task.begin, task.end, own);
+        if (!most) return;
+        std::lock_guard<std::mutex> lock(locks_[task.layer]);
+        for (int64_t c = 0; c < layer.columns; c++) most[c] = std::max(most[c], own[c]);
+    }
+
+    void commit() {
+        for (int64_t i = 0; i < count_; i++)
+            if (const float* most = scratch_.largest[i]; most && layers_[i].second.columns)
+                std::copy_n(most, layers_[i].columns, layers_[i].second.columns);
+    }
+
+    const Steps& steps_;
+    Parallel parallel_;
+    Layer* layers_;
+    int64_t count_;
+    int threads_;
+    Arena arena_;
+    Scratch scratch_;
+    std::unique_ptr<std::mutex[]> locks_;
+};
+
+const Steps* steps_for(int isa) {
+#if defined(__x86_64__)
+    if (isa == 2) return &steps_avx512;
+    if (isa == 1) return &steps_avx2;
+#endif
+    return isa == 0 ? &steps_generic : nullptr;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// 0 generic, 1 AVX2, 2 AVX-512: the best that this processor has.
+EXPORT int lightning_sketch_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+    return 0;
+}
+
+// To be compared with what Python believes.
+EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }
+
+// Bytes of temporary memory that lightning_sketch_step wants.
+EXPORT int64_t lightning_sketch_scratch(Layer* layers, int64_t count, int threads) {
+    Arena arena{nullptr};
+    Scratch scratch(layers, count, threads, arena);
+    return arena.used + 64;
+}
+
+// One step of all layers. `memory` has lightning_sketch_scratch bytes; `parallel` is GOMP_parallel or null.
+EXPORT int lightning_sketch_step(Layer* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
+    const Steps* steps = steps_for(isa);
+    if (!steps) return 1;
+    char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    Run(*steps, reinterpret_cast<Parallel>(parallel), layers, count, threads, aligned).run();
+    return 0;
+}
+
+// Whether every value of each tensor is finite: found[i] is 0 or 1.
+EXPORT int lightning_sketch_finite(const void** tensors, const int64_t* numels, const int32_t* dtypes, int64_t count,
+                                   uint8_t* found, int threads, int isa, void* parallel) {
+    const Steps* steps = steps_for(isa);
+    if (!steps) return 1;
+    std::vector<Task> tasks;
+    for (int i = 0; i < count; i++)
+        for (int64_t at = 0; at < numels[i]; at += FINITE_NUMEL)
+            tasks.push_back({i, at, std::min(at + FINITE_NUMEL, numels[i])});
+    std::vector<std::atomic<uint8_t>> bad(static_cast<size_t>(count));
+    parallel_for(reinterpret_cast<Parallel>(parallel), threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
+        const Task& task = tasks[i];
+        int64_t size = dtypes[task.layer] == BFLOAT16 ? 2 : 4;
+        if (bad[task.layer]) return;
+        const char* from = static_cast<const char*>(tensors[task.layer]) + task.begin * size;
+        if (!steps->finite(from, task.end - task.begin, dtypes[task.layer])) bad[task.layer] = 1;
+    });
+    for (int64_t i = 0; i < count; i++) found[i] = !bad[i];
+    return 0;
+}

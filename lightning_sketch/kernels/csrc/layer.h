@@ -1,0 +1,59 @@
+// What Python hands over: one step of one layer. Mirrored field by field in `layout.py`.
+#pragma once
+
+#include <cstdint>
+
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+enum Kind : int32_t {
+    NONE = 0,
+    DENSE = 1,       // data: [param rows, columns] of `dtype`
+    STOCHASTIC = 2,  // the same in bfloat16, rounded stochastically
+    SCALED = 3,      // data: float [param rows, columns], true value / scale
+    ROW = 4,         // data: float [param rows], true value / scale
+    ROW_SKETCH = 5,  // data: float [depth, width] of row means, true value / scale
+    SM3 = 6,         // data: float [param rows], true value / scale; columns: float [columns] or null
+    FACTORED = 7,    // data: float [param rows], columns: float [columns], both true value / scale
+    SKETCH = 8,      // data: float [depth, width, columns], true value / scale
+};
+
+// s <- decay * s + weight * x. Where values are stored divided by `scale`, decay is in the scale and weight is
+// divided by it already.
+struct State {
+    int32_t kind;
+    int32_t dtype;
+    int32_t is_signed;
+    int32_t depth;
+    int64_t width;
+    uint64_t seed;  // of the row hashes (sketches) or of the rounding noise (STOCHASTIC)
+    float decay;
+    float weight;
+    float column_weight;  // FACTORED
+    float scale;
+    void* data;
+    float* columns;
+    void* scratch;  // set by plan_scratch
+};
+
+struct Layer {
+    int64_t rows;     // of the gradient
+    int64_t columns;  // numel of a row
+    int64_t row_offset, column_offset;  // of this shard in the whole parameter, for hashes
+    const int64_t* ids;                 // [rows], local row ids; null: all rows in order
+    void* param;
+    const void* grad;
+    int32_t dtype;       // of param and grad
+    int32_t all_rows;    // whether every row of the parameter is in the gradient
+    int32_t negate;      // maximize
+    int32_t use_bound;   // whether a sketched first moment is clamped to bound * sqrt(v)
+    float weight_decay;  // coupled
+    float shrink;        // 1 - lr * decoupled weight decay
+    float lr;
+    float eps;
+    float correction;  // update = m / (sqrt(v) * correction + eps)
+    float bound;
+    float nesterov;  // 0, or the momentum factor
+    int32_t unused;
+    int64_t wave;  // first of the rows whose means lie in the scratch of a ROW_SKETCH; set by the driver
+    State second, first, momentum;  // momentum: SM3's EMA of the preconditioned gradient
+};

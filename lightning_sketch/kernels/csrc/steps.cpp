@@ -1,0 +1,664 @@
+// The steps, row by row. Compiled once for each instruction set, without contraction to fused multiply-adds: the bits
+// are the same on all of them. No standard library templates here: the linker may take any copy of an inline function.
+//
+// A row is worked on in chunks that stay in the first-level cache.
+
+#include "steps.h"
+
+#include "hash.h"
+#include "vec.h"
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+
+namespace {
+
+constexpr int64_t CHUNK = 512;  // floats
+constexpr int64_t AHEAD = 6;    // rows to prefetch
+constexpr int64_t GROUP = 128;  // rows whose buckets are computed together
+constexpr int64_t PREFETCH = 1024;  // elements
+
+struct Buffers {
+    alignas(64) float gradient[CHUNK];
+    alignas(64) float second[CHUNK];
+    alignas(64) float first[CHUNK];
+    alignas(64) float momentum[CHUNK];
+};
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t row_of(const Layer& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
+
+inline const void* element(const void* base, int32_t dtype, int64_t at) {
+    return (const char*)base + at * (dtype == BFLOAT16 ? 2 : 4);
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 1, 3);
+}
+
+// `count` values as float, then zeros up to a multiple of LANES.
+inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) {
+    int64_t whole = count / LANES * LANES;
+    if (dtype == BFLOAT16) {
+        const uint16_t* half = (const uint16_t*)from;
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, widen(load_half(half + i)));
+        if (whole < count) store(to + whole, widen(load_half_part(half + whole, count - whole)));
+    } else {
+        const float* full = (const float*)from;
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(full + i));
+        if (whole < count) store(to + whole, load_part(full + whole, count - whole));
+    }
+}
+
+// The gradient of `count` elements from column c of the i-th row, after maximize and coupled weight decay; in place if
+// nothing is to be done.
+inline const float* gradient_of(const Layer& layer, int64_t i, int64_t c, int64_t count, float* buffer) {
+    const void* from = element(layer.grad, layer.dtype, i * layer.columns + c);
+    bool plain = !layer.negate && layer.weight_decay == 0.0f;
+    if (plain && layer.dtype == FLOAT32 && count % LANES == 0) return (const float*)from;
+    widen_to(buffer, from, layer.dtype, count);
+    if (plain) return buffer;
+    const void* param = element(layer.param, layer.dtype, row_of(layer, i) * layer.columns + c);
+    F sign = same(layer.negate ? -1.0f : 1.0f), decay = same(layer.weight_decay);
+    for (int64_t j = 0; j < count; j += LANES) {
+        int64_t some = least(count - j, LANES);
+        F p = layer.dtype == BFLOAT16 ? widen(load_half_part((const uint16_t*)param + j, some))
+                                      : load_part((const float*)param + j, some);
+        store(buffer + j, load(buffer + j) * sign + p * decay);
+    }
+    return buffer;
+}
+
+// Mean of the squares of a row.
+inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
+    F total[4] = {};
+
+    for (int64_t c = 0; c < layer.columns; c += CHUNK) {
+        int64_t count = least(CHUNK, layer.columns - c);
+        const float* g = gradient_of(layer, i, c, count, buffer);
+        const char* next = (const char*)element(layer.grad, layer.dtype, i * layer.columns + c) + 4 * PREFETCH;
+        int64_t j = 0;
+        for (; j + 4 * LANES <= count; j += 4 * LANES)
+            for (int k = 0; k < 4; k++) {
+                __builtin_prefetch(next + (j + k * LANES) * 4, 0, 3);
+                F x = load(g + j + k * LANES);
+                total[k] += x * x;
+            }
+        for (int k = 0; j < count; j += LANES, k++) {
+            F x = load(g + j);
+            total[k] += x * x;
+        }
+    }
+    return sum((total[0] + total[1]) + (total[2] + total[3])) / (float)layer.columns;
+}
+
+inline void prefetch_gradient(const Layer& layer, int64_t i, int64_t c, int64_t count) {
+    int64_t size = layer.dtype == BFLOAT16 ? 2 : 4;
+    const char* from = (const char*)layer.grad + (i * layer.columns + c) * size;
+    for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at, 0, 3);
+}
+
+inline float* bucket_row(const Layer& layer, const State& state, int level, int64_t bucket) {
+    return (float*)state.data + (level * state.width + bucket) * layer.columns;
+}
+
+inline bool is_sketch(const State& state) { return state.kind == SKETCH; }
+
+// Buckets and signs of up to GROUP rows; both moments of a layer have the same ones if they have the same shape.
+struct Hashes {
+    int64_t bucket[MOST_DEPTH][GROUP];
+    float sign[MOST_DEPTH][GROUP];
+
+    void fill(const Layer& layer, const State& state, int64_t from, int64_t count) {
+        for (int level = 0; level < state.depth; level++)
+            for (int64_t k = 0; k < count; k++) {
+                Bucket b = bucket_of(state, (uint64_t)(row_of(layer, from + k) + layer.row_offset), level);
+                bucket[level][k] = b.index;
+                sign[level][k] = b.sign;
+            }
+    }
+
+    void prefetch_row(const Layer& layer, const State& state, int64_t k) const {
+        for (int level = 0; level < state.depth; level++)
+            prefetch(bucket_row(layer, state, level, bucket[level][k]), layer.columns * sizeof(float));
+    }
+};
+
+inline void insert_row(const State& state, float* table, const float* g, float sign, int64_t count) {
+    F weight = same(state.is_signed ? state.weight * sign : state.weight);
+    for (int64_t j = 0; j < count; j += LANES) {
+        int64_t some = least(count - j, LANES);
+        F x = load(g + j);
+        if (!state.is_signed) x = x * x;
+        store_part(table + j, load_part(table + j, some) + x * weight, some);
+    }
+}
+
+void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int last_level) {
+    float buffer[CHUNK];
+    const State* states[2] = {&layer.second, &layer.first};
+    Hashes hashes[2];
+    for (int64_t from = 0; from < layer.rows; from += GROUP) {
+        int64_t rows = least(GROUP, layer.rows - from);
+        for (int s = 0; s < 2; s++)
+            if (is_sketch(*states[s])) hashes[s].fill(layer, *states[s], from, rows);
+        for (int64_t k = 0; k < rows; k++) {
+            for (int64_t c = begin; c < end; c += CHUNK) {
+                int64_t count = least(CHUNK, end - c);
+                const float* g = gradient_of(layer, from + k, c, count, buffer);
+                for (int s = 0; s < 2; s++) {
+                    const State& state = *states[s];
+                    if (!is_sketch(state)) continue;
+                    for (int level = first_level; level < least(last_level, state.depth); level++) {
+                        if (k + AHEAD < rows)
+                            prefetch(bucket_row(layer, state, level, hashes[s].bucket[level][k + AHEAD]) + c,
+                                     count * sizeof(float));
+                        float* table = bucket_row(layer, state, level, hashes[s].bucket[level][k]) + c;
+                        insert_row(state, table, g, hashes[s].sign[level][k], count);
+                    }
+                }
+            }
+        }
+    }
+}
+
+void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, const int32_t* starts,
+                    const int32_t* order, bool into_second, bool into_first) {
+    alignas(64) float buffer[CHUNK];
+    const State* states[2] = {into_second ? &layer.second : nullptr, into_first ? &layer.first : nullptr};
+    for (int64_t bucket = begin; bucket < end; bucket++)
+        for (int64_t c = 0; c < layer.columns; c += CHUNK) {
+            int64_t count = least(CHUNK, layer.columns - c);
+            for (int32_t at = starts[bucket]; at < starts[bucket + 1]; at++) {
+                int64_t i = layer.wave + order[at];
+                if (at + 1 < starts[bucket + 1]) prefetch_gradient(layer, layer.wave + order[at + 1], c, count);
+                const float* g = gradient_of(layer, i, c, count, buffer);
+                for (const State* state : states)
+                    if (state) {
+                        Bucket b = bucket_of(*state, (uint64_t)(row_of(layer, i) + layer.row_offset), level);
+                        insert_row(*state, bucket_row(layer, *state, level, bucket) + c, g, b.sign, count);
+                    }
+            }
+        }
+}
+
+void insert_means(const Layer& layer, const State& state, int level, int64_t begin, int64_t end) {
+    const float* means = (const float*)state.scratch;
+    float* table = (float*)state.data + level * state.width;
+    for (int64_t i = begin; i < end; i++) {
+        Bucket b = bucket_of(state, (uint64_t)(row_of(layer, i) + layer.row_offset), level);
+        table[b.index] += means[i - layer.wave] * state.weight;
+    }
+}
+
+void reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
+    const State& state = layer.second;
+    float buffer[CHUNK];
+    for (int64_t i = begin; i < end; i++) {
+        float mean = mean_square(layer, i, buffer);
+        if (state.kind == ROW_SKETCH) {
+            ((float*)state.scratch)[i - layer.wave] = mean;
+            continue;
+        }
+        ((float*)state.data)[row_of(layer, i)] += mean * state.weight;
+        for (int64_t c = 0; c < layer.columns; c += CHUNK) {
+            int64_t count = least(CHUNK, layer.columns - c);
+            const float* g = gradient_of(layer, i, c, count, buffer);
+            for (int64_t j = 0; j < count; j += LANES) {
+                F x = load(g + j);
+                int64_t some = least(count - j, LANES);
+                store_part(partial_columns + c + j, load_part(partial_columns + c + j, some) + x * x, some);
+            }
+        }
+    }
+}
+
+inline float sketched_row(const Layer& layer, const State& state, int64_t row) {
+    float least_found = 0.0f;
+    for (int level = 0; level < state.depth; level++) {
+        Bucket b = bucket_of(state, (uint64_t)(row + layer.row_offset), level);
+        float found = ((float*)state.data)[level * state.width + b.index];
+        least_found = level == 0 || found < least_found ? found : least_found;
+    }
+    return least_found * state.scale;
+}
+
+// What a step touches of a row that comes soon.
+inline void prefetch_row(const Layer& layer, int64_t row) {
+    int64_t columns = layer.columns;
+    prefetch(element(layer.param, layer.dtype, row * columns), columns * (layer.dtype == BFLOAT16 ? 2 : 4));
+    const State* states[] = {&layer.second, &layer.first};
+    for (const State* state : states) {
+        if (state->kind == DENSE || state->kind == STOCHASTIC || state->kind == SCALED)
+            prefetch(element(state->data, state->dtype, row * columns), columns * (state->dtype == BFLOAT16 ? 2 : 4));
+        else if (state->kind == ROW || state->kind == SM3 || state->kind == FACTORED)
+            __builtin_prefetch((const float*)state->data + row, 1, 3);
+    }
+}
+
+// The elementwise median or minimum of a row's buckets, times scale.
+inline F median(F* rows, int depth) {
+    if (depth == 1) return rows[0];
+    if (depth == 3) return maximum(minimum(rows[0], rows[1]), minimum(maximum(rows[0], rows[1]), rows[2]));
+    int middle = depth / 2;
+    for (int done = 0; done <= middle; done++)
+        for (int i = depth - 1; i > done; i--) {
+            F low = minimum(rows[i - 1], rows[i]);
+            rows[i] = maximum(rows[i - 1], rows[i]);
+            rows[i - 1] = low;
+        }
+    return depth % 2 ? rows[middle] : (rows[middle - 1] + rows[middle]) / 2.0f;
+}
+
+inline void estimate(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
+                     float* to) {
+    const float* from[MOST_DEPTH];
+    float sign[MOST_DEPTH];
+    for (int level = 0; level < state.depth; level++) {
+        from[level] = bucket_row(layer, state, level, hashes.bucket[level][k]) + c;
+        sign[level] = hashes.sign[level][k];
+    }
+    F scale = same(state.scale);
+    for (int64_t j = 0; j < count; j += LANES) {
+        int64_t some = least(count - j, LANES);
+        F rows[MOST_DEPTH];
+        for (int level = 0; level < state.depth; level++) rows[level] = load_part(from[level] + j, some);
+        F found = rows[0];
+        if (state.is_signed) {
+            for (int level = 0; level < state.depth; level++) rows[level] = rows[level] * sign[level];
+            found = median(rows, state.depth);
+        } else {
+            for (int level = 1; level < state.depth; level++) found = minimum(found, rows[level]);
+        }
+        store(to + j, found * scale);
+    }
+}
+
+// What a loop over elements needs of the layer, by value: stores to the parameter cannot change it.
+struct Numbers {
+    F shrink, lr, eps, correction, bound;
+    bool use_bound;
+
+    explicit Numbers(const Layer& layer)
+        : shrink(same(layer.shrink)), lr(same(layer.lr)), eps(same(layer.eps)), correction(same(layer.correction)),
+          bound(same(layer.bound)), use_bound(layer.use_bound) {}
+};
+
+INLINE F clamp(F x, F limit) { return minimum(maximum(x, F{} - limit), limit); }
+
+INLINE F preconditioned(const Numbers& numbers, F m, F v) {
+    F root = square_root(v);
+    if (numbers.use_bound) m = clamp(m, root * numbers.bound);
+    return select(v == F{}, F{}, m / (root * numbers.correction + numbers.eps));
+}
+
+// The update of 16 elements from the first state m and the gradient g. One of these for each way to find v.
+
+struct RowSecond {  // one v for the row
+    F denominator, limit;
+    bool zero, use_bound;
+
+    RowSecond(const Numbers& numbers, float v) {
+        F root = square_root(same(v));
+        denominator = root * numbers.correction + numbers.eps;
+        limit = root * numbers.bound;
+        zero = v == 0.0f;
+        use_bound = numbers.use_bound;
+    }
+    template <bool part>
+    INLINE F update(const Numbers&, int64_t, F, F m, int64_t) {
+        if (use_bound) m = clamp(m, limit);
+        return zero ? F{} : m / denominator;
+    }
+};
+
+struct BufferSecond {  // v was computed before
+    const float* v;
+
+    template <bool part>
+    INLINE F update(const Numbers& numbers, int64_t j, F, F m, int64_t) {
+        return preconditioned(numbers, m, load(v + j));
+    }
+};
+
+struct FactoredSecond {  // v = row * shape of the columns
+    const float* shape;  // padded
+    F row;
+
+    template <bool part>
+    INLINE F update(const Numbers& numbers, int64_t j, F, F m, int64_t) {
+        return preconditioned(numbers, m, load(shape + j) * row);
+    }
+};
+
+struct Sm3Second {  // v = min(row, column) + weight * g * g, and the largest v
+    const float* column;  // padded, as largest_columns is
+    float* largest_columns;
+    F row, weight, largest_row;
+
+    template <bool part>
+    INLINE F update(const Numbers& numbers, int64_t j, F g, F m, int64_t some) {
+        F v = minimum(row, load(column + j)) + g * g * weight;
+        F result = preconditioned(numbers, m, v);
+        if (part)  // beyond the row there are zeros in g, but not in v
+            for (int64_t lane = some; lane < LANES; lane++) v[lane] = 0.0f;
+        largest_row = maximum(largest_row, v);
+        store(largest_columns + j, maximum(load(largest_columns + j), v));
+        return result;
+    }
+};
+
+struct NoSecond {  // SGD: the update is m, or with Nesterov's momentum g + nesterov * m
+    float nesterov;
+
+    template <bool part>
+    INLINE F update(const Numbers&, int64_t, F g, F m, int64_t) {
+        return nesterov != 0.0f ? g + m * nesterov : m;
+    }
+};
+
+// A state of 16 elements shaped like the parameter: s <- decay * s + weight * x, returned.
+
+struct NoState {
+    template <bool part>
+    INLINE F next(int64_t, F x, int64_t) const {
+        return x;
+    }
+};
+
+struct BufferState {
+    const float* values;
+
+    template <bool part>
+    INLINE F next(int64_t j, F, int64_t) const {
+        return load(values + j);
+    }
+};
+
+struct FloatState {
+    float* values;
+    F decay, weight;
+
+    template <bool part>
+    INLINE F next(int64_t j, F x, int64_t some) const {
+        F s = get<part>(values + j, some) * decay + x * weight;
+        put<part>(values + j, s, some);
+        return s;
+    }
+};
+
+struct ScaledState {
+    float* values;
+    F weight, scale;
+
+    template <bool part>
+    INLINE F next(int64_t j, F x, int64_t some) const {
+        F s = get<part>(values + j, some) + x * weight;
+        put<part>(values + j, s, some);
+        return s * scale;
+    }
+};
+
+struct HalfState {
+    uint16_t* values;
+    F decay, weight;
+
+    template <bool part>
+    INLINE F next(int64_t j, F x, int64_t some) const {
+        H s = narrow(widen(get<part>(values + j, some)) * decay + x * weight);
+        put<part>(values + j, s, some);
+        return widen(s);
+    }
+};
+
+struct StochasticState {
+    uint16_t* values;
+    const uint32_t* columns;  // their noise, padded
+    uint32_t row;
+    F decay, weight;
+
+    template <bool part>
+    INLINE F next(int64_t j, F x, int64_t some) const {
+        U noise;
+        std::memcpy(&noise, columns + j, sizeof noise);
+        F exact = widen(get<part>(values + j, some)) * decay + x * weight;
+        H s = round_stochastically(exact, noise16(row, noise));
+        put<part>(values + j, s, some);
+        return widen(s);
+    }
+};
+
+// Where updates go: param <- shrink * param - lr * update, or a buffer.
+
+struct ToFloat {
+    float* param;
+
+    template <bool part>
+    INLINE void take(const Numbers& numbers, int64_t j, F update, int64_t some) const {
+        put<part>(param + j, get<part>(param + j, some) * numbers.shrink - update * numbers.lr, some);
+    }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(param + j + ahead, 1, 3); }
+};
+
+struct ToHalf {
+    uint16_t* param;
+
+    template <bool part>
+    INLINE void take(const Numbers& numbers, int64_t j, F update, int64_t some) const {
+        put<part>(param + j, narrow(widen(get<part>(param + j, some)) * numbers.shrink - update * numbers.lr), some);
+    }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(param + j + ahead, 1, 3); }
+};
+
+struct ToBuffer {
+    float* values;
+
+    template <bool part>
+    INLINE void take(const Numbers&, int64_t j, F update, int64_t) const {
+        store(values + j, update);
+    }
+    INLINE void prefetch(int64_t, int64_t) const {}
+};
+
+// Calls work with the state's columns from c of a row.
+template <class Work>
+INLINE void with_state(const Layer& layer, const State& state, int64_t row, int64_t c, const Work& work) {
+    int64_t at = row * layer.columns + c;
+    F decay = same(state.decay), weight = same(state.weight);
+    if (state.kind == STOCHASTIC) {
+        uint32_t noise = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
+        work(StochasticState{(uint16_t*)state.data + at, (const uint32_t*)state.scratch + c, noise, decay, weight});
+    } else if (state.kind == SCALED) {
+        work(ScaledState{(float*)state.data + at, weight, same(state.scale)});
+    } else if (state.dtype == BFLOAT16) {
+        work(HalfState{(uint16_t*)state.data + at, decay, weight});
+    } else {
+        work(FloatState{(float*)state.data + at, decay, weight});
+    }
+}
+
+// A state's new values of `count` elements into a buffer.
+void fold(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
+          float* to) {
+    with_state(layer, state, row, c, [&](const auto& values) {
+        int64_t j = 0;
+        for (; j + LANES <= count; j += LANES) {
+            F value = load(x + j);
+            store(to + j, values.template next<false>(j, square ? value * value : value, LANES));
+        }
+        if (j < count) {
+            F value = load(x + j);
+            store(to + j, values.template next<true>(j, square ? value * value : value, count - j));
+        }
+    });
+}
+
+// The loop over `count` elements from row * columns + c.
+template <class Second, class First, class Target>
+void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, const float* g, Second& of_row,
+                  const First& first, const Target& target) {
+    const Numbers numbers = of_layer;
+    Second second = of_row;
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        __builtin_prefetch(g + j + ahead, 0, 3);
+        target.prefetch(j, ahead);
+        F x = load(g + j);
+        F m = first.template next<false>(j, x, LANES);
+        target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
+    }
+    if (j < count) {
+        F x = load(g + j);
+        F m = first.template next<true>(j, x, count - j);
+        target.template take<true>(numbers, j, second.template update<true>(numbers, j, x, m, count - j), count - j);
+    }
+    of_row = second;
+}
+
+// One chunk of a row: columns [c, c + count).
+struct Place {
+    int64_t row, c, count;
+    const float* g;
+};
+
+template <class Second, class First>
+INLINE void update_into(const Layer& layer, const Numbers& numbers, const Place& place, Second& second,
+                        const First& first, float* buffer) {
+    int64_t at = place.row * layer.columns + place.c;
+    // Rows follow each other in memory unless there are ids; the processor's own prefetching ends with each page.
+    int64_t ahead = layer.ids ? 0 : PREFETCH;
+    if (layer.momentum.kind != NONE) {
+        update_chunk(numbers, place.count, ahead, place.g, second, first, ToBuffer{buffer});
+        fold(layer, layer.momentum, place.row, place.c, place.count, buffer, false, buffer);
+        NoSecond none{0.0f};
+        if (layer.dtype == BFLOAT16)
+            update_chunk(numbers, place.count, 0, buffer, none, NoState{}, ToHalf{(uint16_t*)layer.param + at});
+        else
+            update_chunk(numbers, place.count, 0, buffer, none, NoState{}, ToFloat{(float*)layer.param + at});
+    } else if (layer.dtype == BFLOAT16) {
+        update_chunk(numbers, place.count, ahead, place.g, second, first, ToHalf{(uint16_t*)layer.param + at});
+    } else {
+        update_chunk(numbers, place.count, ahead, place.g, second, first, ToFloat{(float*)layer.param + at});
+    }
+}
+
+// With the first state. Those that are seldom wanted go through a buffer: every combination here is compiled.
+template <class Second>
+INLINE void update(const Layer& layer, const Numbers& numbers, const Place& place, const Hashes& hashes, int64_t k,
+                   Second& second, Buffers& buffers) {
+    const State& first = layer.first;
+    int64_t at = place.row * layer.columns + place.c;
+    if (first.kind == NONE) {
+        update_into(layer, numbers, place, second, NoState{}, buffers.momentum);
+    } else if (first.kind == STOCHASTIC) {
+        uint32_t noise = (uint32_t)mix64((uint64_t)(place.row + layer.row_offset), first.seed);
+        StochasticState state{(uint16_t*)first.data + at, (const uint32_t*)first.scratch + place.c, noise,
+                              same(first.decay), same(first.weight)};
+        update_into(layer, numbers, place, second, state, buffers.momentum);
+    } else {
+        if (is_sketch(first))
+            estimate(layer, first, hashes, k, place.c, place.count, buffers.first);
+        else
+            fold(layer, first, place.row, place.c, place.count, place.g, false, buffers.first);
+        update_into(layer, numbers, place, second, BufferState{buffers.first}, buffers.momentum);
+    }
+}
+
+void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_columns) {
+    const State &second = layer.second, &first = layer.first;
+    const Numbers numbers(layer);
+    Buffers buffers;
+    Hashes second_hashes, first_hashes;
+    bool row_second = second.kind == ROW || second.kind == ROW_SKETCH;
+    for (int64_t from = begin; from < end; from += GROUP) {
+        int64_t rows = least(GROUP, end - from);
+        if (is_sketch(second)) second_hashes.fill(layer, second, from, rows);
+        if (is_sketch(first)) first_hashes.fill(layer, first, from, rows);
+        for (int64_t k = 0; k < rows; k++) {
+            int64_t i = from + k, row = row_of(layer, i);
+            if (layer.ids && i + AHEAD < end) prefetch_row(layer, row_of(layer, i + AHEAD));
+            if (k + AHEAD < rows) {
+                if (is_sketch(second)) second_hashes.prefetch_row(layer, second, k + AHEAD);
+                if (is_sketch(first)) first_hashes.prefetch_row(layer, first, k + AHEAD);
+            }
+
+            float row_v = 0.0f;
+            F largest_row = {};
+            if (second.kind == ROW) {
+                float* stored = (float*)second.data + row;
+                *stored += mean_square(layer, i, buffers.gradient) * second.weight;
+                row_v = *stored * second.scale;
+            } else if (second.kind == ROW_SKETCH) {
+                row_v = sketched_row(layer, second, row);
+            } else if (second.kind == SM3 || second.kind == FACTORED) {
+                row_v = ((float*)second.data)[row] * second.scale;
+            }
+
+            for (int64_t c = 0; c < layer.columns; c += CHUNK) {
+                int64_t count = least(CHUNK, layer.columns - c);
+                Place place{row, c, count, gradient_of(layer, i, c, count, buffers.gradient)};
+                if (row_second) {
+                    RowSecond of_row(numbers, row_v);
+                    update(layer, numbers, place, first_hashes, k, of_row, buffers);
+                } else if (second.kind == SM3) {
+                    const float* columns = (const float*)second.scratch + c;
+                    Sm3Second sm3{columns, largest_columns + c, same(row_v), same(second.weight), largest_row};
+                    update(layer, numbers, place, first_hashes, k, sm3, buffers);
+                    largest_row = sm3.largest_row;
+                } else if (second.kind == FACTORED) {
+                    FactoredSecond factored{(const float*)second.scratch + c, same(row_v)};
+                    update(layer, numbers, place, first_hashes, k, factored, buffers);
+                } else if (second.kind == NONE) {
+                    NoSecond none{layer.nesterov};
+                    update(layer, numbers, place, first_hashes, k, none, buffers);
+                } else {
+                    if (is_sketch(second))
+                        estimate(layer, second, second_hashes, k, c, count, buffers.second);
+                    else
+                        fold(layer, second, row, c, count, place.g, true, buffers.second);
+                    BufferSecond buffered{buffers.second};
+                    update(layer, numbers, place, first_hashes, k, buffered, buffers);
+                }
+            }
+            if (second.kind == SM3) ((float*)second.data)[row] = largest(largest_row) / second.scale;
+        }
+    }
+}
+
+void column_noise(const Layer& layer, const State& state, uint32_t* noise) {
+    for (int64_t c = 0; c < layer.columns; c++)
+        noise[c] = (uint32_t)mix64((uint64_t)(c + layer.column_offset), ~state.seed);
+}
+
+bool finite(const void* values, int64_t count, int32_t dtype) {
+    // A value is finite if its exponent is not all ones. Summing up instead would miss nothing either, but may overflow.
+    uint32_t bad = 0;
+    if (dtype == BFLOAT16) {
+        const uint16_t* half = (const uint16_t*)values;
+        H any = {};
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) any |= (H)((load_half(half + i) & 0x7f80) == 0x7f80);
+        for (; i < count; i++) bad |= (half[i] & 0x7f80) == 0x7f80;
+        for (int lane = 0; lane < LANES; lane++) bad |= any[lane];
+        return !bad;
+    }
+    const float* full = (const float*)values;
+    U any[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        for (int k = 0; k < 4; k++)
+            any[k] |= (U)((float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) == 0x7f800000u);
+    for (; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, full + i, sizeof bits);
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    U all = (any[0] | any[1]) | (any[2] | any[3]);
+    for (int lane = 0; lane < LANES; lane++) bad |= all[lane];
+    return !bad;
+}
+
+}  // namespace
+
+extern const Steps JOIN(steps_, ISA) = {reduce_rows, insert, insert_buckets, insert_means, apply, column_noise, finite};

@@ -1,0 +1,30 @@
+// What is compiled once for each instruction set. Nothing here allocates or locks.
+#pragma once
+
+#include "layer.h"
+
+constexpr int MOST_DEPTH = 8;
+
+struct Steps {
+    // Sums over the layer's rows [begin, end) that all rows must be in before one is read: row means, and column sums
+    // into partial_columns[columns].
+    void (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
+    // Insert columns [begin, end) of all rows into the sketches, at the depths [first_level, last_level).
+    void (*insert)(const Layer&, int64_t begin, int64_t end, int first_level, int last_level);
+    // Insert the rows of buckets [begin, end) at one depth: of the layer's wave, rows
+    // order[starts[b]..starts[b + 1]) lie in bucket b.
+    void (*insert_buckets)(const Layer&, int level, int64_t begin, int64_t end, const int32_t* starts,
+                           const int32_t* order, bool into_second, bool into_first);
+    // Insert the means of rows [begin, end), in the state's scratch, into one depth of a sketch.
+    void (*insert_means)(const Layer&, const State&, int level, int64_t begin, int64_t end);
+    // Update parameter and states of the rows [begin, end); largest_columns[columns] for SM3.
+    void (*apply)(const Layer&, int64_t begin, int64_t end, float* largest_columns);
+    void (*column_noise)(const Layer&, const State&, uint32_t* noise);
+    bool (*finite)(const void* values, int64_t count, int32_t dtype);
+};
+
+extern const Steps steps_generic;
+#if defined(__x86_64__)
+extern const Steps steps_avx2;
+extern const Steps steps_avx512;
+#endif

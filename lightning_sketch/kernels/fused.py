@@ -1,0 +1,109 @@
+"""What a fused kernel sees of one step of one layer: the states as they are stored, and the rule as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Kind(IntEnum):
+    """How a state is stored. Below, `true` is what the state means; x is the gradient or its square."""
+
+    NONE = 0
+    DENSE = 1  # true, shaped like the parameter
+    STOCHASTIC = 2  # the same in bfloat16, rounded stochastically
+    SCALED = 3  # true / scale, shaped like the parameter
+    ROW = 4  # true / scale of each row
+    ROW_SKETCH = 5  # true / scale, [depth, width] row scalars
+    SM3 = 6  # rows: true / scale; columns: true
+    FACTORED = 7  # rows and columns: true / scale
+    SKETCH = 8  # true / scale, [depth, width, *row_shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A codec state after ``begin``: ``s <- decay * s + weight * x``.
+
+    Args:
+        kind: how it is stored.
+        data: the tensor that `kind` says.
+        columns: column accumulators, ``row_shape`` (SM3, FACTORED).
+        decay: factor of what is stored; 1 where the scale has decayed already.
+        weight: factor of x, divided by the scale already where values are stored so (but for SM3).
+        column_weight: the same of the column sums (FACTORED).
+        scale: true value = stored value * scale.
+        signed: whether a sketch has signs.
+        depth, width: of a sketch.
+        seed: of a sketch's hashes, or of the rounding noise.
+    """
+
+    kind: Kind
+    data: Tensor
+    columns: Tensor | None = None
+    decay: float = 1.0
+    weight: float = 1.0
+    column_weight: float = 0.0
+    scale: float = 1.0
+    signed: bool = False
+    depth: int = 0
+    width: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FusedStep:
+    r"""One step of one layer, in the form that all rules share.
+
+    With g the gradient (negated and with coupled weight decay as asked), m the first state (g itself if there is none)
+    and v the second:
+
+    .. math::
+        u = \frac{m}{c \sqrt v + \epsilon} \text{ (0 where v is 0)}, \quad
+        \theta \leftarrow \text{shrink} \cdot \theta - \text{lr} \cdot u
+
+    Without a second state u is m, or with Nesterov's momentum :math:`g + \text{nesterov} \cdot m`.
+
+    Args:
+        param: rows of the parameter, ``[local_rows, *row_shape]``, contiguous (modified in place).
+        grad: ``[k, *row_shape]``, contiguous, the parameter's dtype.
+        ids: local row ids, int64 ``[k]``; ``None`` for all rows in order.
+        row_offset: global id of local row 0.
+        column_offset: of the elements held here within the flattened row.
+        second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
+        lr, shrink, eps, weight_decay: as above; weight_decay is the coupled one.
+        correction: c above.
+        bound: clamp m to ``bound * sqrt(v)``, where m is sketched; ``None`` for no clamp.
+        nesterov: factor of Nesterov's momentum; 0 for none.
+        negate: maximize.
+    """
+
+    param: Tensor
+    grad: Tensor
+    ids: Tensor | None
+    row_offset: int
+    column_offset: int
+    second: Stored | None
+    first: Stored | None
+    momentum: Stored | None
+    lr: float
+    shrink: float = 1.0
+    eps: float = 0.0
+    weight_decay: float = 0.0
+    correction: float = 1.0
+    bound: float | None = None
+    nesterov: float = 0.0
+    negate: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that the step changes but the parameter."""
+        stored = [state for state in (self.second, self.first, self.momentum) if state is not None]
+        return [t for state in stored for t in (state.data, state.columns) if t is not None]
+
+
+#: dtypes of parameters and gradients that fused kernels take.
+DTYPES = (torch.float32, torch.bfloat16)
+#: Hash functions of a sketch that fused kernels take.
+MOST_DEPTH = 8

@@ -1,0 +1,127 @@
+"""One converted optimizer of one layer, trained by the reference or by fused kernels."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
+
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Policy,
+    RowWise,
+    Rule,
+    compress,
+    kernels,
+)
+from lightning_sketch.kernels import native
+
+RULES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "adam": (Adam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    "adamw": (AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "sparse_adam": (SparseAdam, {"lr": 0.01}),
+    "adagrad": (Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1}),
+    "rmsprop": (RMSprop, {"lr": 0.01}),
+    "sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+}
+SECOND: dict[str, Codec] = {
+    "RowWise": RowWise(),
+    "RowWise sketched": RowWise(compression=4),
+    "RowWise lazy": RowWise(lazy=True),
+    "SM3": SM3(),
+    "Factored": Factored(),
+    "CountSketch": CountSketch(compression=4),
+    "CountSketch, depth 1": CountSketch(compression=4, depth=1),
+    "CountSketch, depth 2": CountSketch(compression=4, depth=2),
+    "CountSketch, lazy": CountSketch(compression=4, lazy=True),
+    "CountSketch, wide": CountSketch(width=10_000),
+    "BFloat16": BFloat16(),
+    "BFloat16, nearest": BFloat16(stochastic=False),
+    "Keep": Keep(),
+}
+FIRST: dict[str, Codec] = {
+    "Drop": Drop(),
+    "BFloat16": BFloat16(),
+    "BFloat16, nearest": BFloat16(stochastic=False),
+    "CountSketch": CountSketch(compression=4),
+    "CountSketch, depth 4": CountSketch(compression=4, depth=4),
+    "CountSketch, wide": CountSketch(width=10_000),
+    "Keep": Keep(),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how."""
+
+    rule: str
+    second: Codec
+    first: Codec
+    rows: int
+    columns: int
+    sparse: bool = False
+    dtype: torch.dtype = torch.float32
+    steps: int = 3
+
+
+def train(case: Case) -> dict[str, Tensor | float]:
+    """The parameter after training, and its states."""
+    generator = torch.Generator().manual_seed(case.rows * 1000 + case.columns)
+    layer = nn.Embedding(case.rows, case.columns, sparse=case.sparse, dtype=case.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    cls, options = RULES[case.rule]
+    optimizer = cls(layer.parameters(), **options)
+    moments = {"first_moment": case.first} if case.rule in ("sgd", "nesterov") else _moments(case)
+    compress(optimizer, layer, Policy([Rule(name="*", **moments)]))
+    for _ in range(case.steps):
+        layer.weight.grad = _gradient(case, generator)
+        optimizer.step()
+    return {"weight": layer.weight.detach()} | dict(optimizer.state[layer.weight])
+
+
+def _moments(case: Case) -> dict[str, Codec]:
+    return {"second_moment": case.second} | (
+        {} if case.rule in ("adagrad", "rmsprop") else {"first_moment": case.first}
+    )
+
+
+def _gradient(case: Case, generator: torch.Generator) -> Tensor:
+    if not case.sparse:
+        return torch.randn(case.rows, case.columns, generator=generator).to(case.dtype)
+    touched = torch.randint(0, case.rows, (max(1, case.rows // 2),), generator=generator)
+    values = torch.randn(len(touched), case.columns, generator=generator).to(case.dtype)
+    return torch.sparse_coo_tensor(touched[None], values, (case.rows, case.columns), check_invariants=True)
+
+
+@contextmanager
+def by_reference() -> Any:
+    """Have every step done in plain PyTorch."""
+    found = kernels.fused_kernel
+    kernels.fused_kernel = lambda device: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        kernels.fused_kernel = found
+
+
+@contextmanager
+def by_isa(number: int) -> Any:
+    """Have fused steps done by the kernels of one instruction set."""
+    found = native.isa
+    native.isa = lambda: number  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        native.isa = found

@@ -1,0 +1,237 @@
+"""The compiled CPU kernels against the reference, which is their specification."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.library import opcheck
+
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, RowWise, Rule, compress
+from lightning_sketch.kernels import all_finite, cpu, native
+from lightning_sketch.kernels.fused import FusedStep
+from tests.kernels.fused_cases import FIRST, RULES, SECOND, Case, by_isa, by_reference, train
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
+
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+#: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.
+ULPS = 16
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
+    """The steps that the kernels were given."""
+    seen: list[FusedStep] = []
+    pack = cpu._pack
+
+    def spy(step: FusedStep, *lists: list[Tensor]) -> object:
+        seen.append(step)
+        return pack(step, *lists)
+
+    monkeypatch.setattr(cpu, "_pack", spy)
+    return seen
+
+
+def check(case: Case) -> None:
+    found = train(case)
+    with by_reference():
+        expected = train(case)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            assert found[key] == pytest.approx(value), key
+            continue
+        # A state in bfloat16 rounds to its other neighbour where an exact value differs in its last bit.
+        halves = [t.dtype for t in expected.values() if isinstance(t, Tensor) and t.dtype == torch.bfloat16]
+        tolerance = ULPS * ULP[torch.bfloat16 if halves else torch.float32]
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
+
+
+CODECS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
+    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("second", "first"), CODECS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_every_pair_of_codecs_under_adam(second: Codec, first: Codec, sparse: bool, fused: list[FusedStep]) -> None:
+    check(Case("adamw", second, first, rows=37, columns=19, sparse=sparse))
+    assert len(fused) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("second", [RowWise(), SM3(), CountSketch(compression=3), BFloat16()], ids=repr)
+def test_every_rule(rule: str, second: Codec, dtype: torch.dtype, fused: list[FusedStep]) -> None:
+    first = BFloat16() if "sgd" in rule or rule == "nesterov" else Drop()
+    check(Case(rule, second, first, rows=23, columns=33, sparse=rule == "sparse_adam", dtype=dtype))
+    assert len(fused) == 3
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_momentum_of_sm3(momentum: float, fused: list[FusedStep]) -> None:
+    check(Case("adagrad", SM3(momentum=momentum), Drop(), rows=23, columns=33))
+    assert all(step.momentum is not None for step in fused)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rule=st.sampled_from(["adamw", "adam", "adagrad"]),
+    second=st.sampled_from(list(SECOND.values())),
+    first=st.sampled_from(list(FIRST.values())),
+    rows=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from([512, 513, 1040])),
+    sparse=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(
+    rule: str, second: Codec, first: Codec, rows: int, columns: int, sparse: bool, dtype: torch.dtype
+) -> None:
+    if sparse and rule != "adamw":
+        rule = "adamw"  # torch's own classes refuse the others' weight decay under sparse gradients
+    if second == first == Keep() or (rule == "adagrad" and second == Keep()):
+        second = RowWise()
+    check(Case(rule, second, first, rows, columns, sparse, dtype, steps=2))
+
+
+def test_many_rows_in_few_buckets_and_in_many() -> None:
+    for compression in (2, 30):  # inserted row by row, and by bucket
+        codec = CountSketch(compression=compression)
+        check(Case("adamw", codec, codec, rows=400, columns=150))
+        check(Case("adamw", codec, CountSketch(compression=compression, depth=5), rows=400, columns=70))
+
+
+INSTRUCTION_SETS = range(native.library().lightning_sketch_isa() + 1) if native.library() else ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("second", SECOND)
+def test_the_same_bits_on_every_instruction_set_and_number_of_threads(second: str, dtype: torch.dtype) -> None:
+    cases = [
+        Case("adamw", SECOND[second], BFloat16(), rows=700, columns=205, dtype=dtype),
+        Case("adamw", SECOND[second], CountSketch(compression=5), rows=700, columns=205, sparse=True, dtype=dtype),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        for case in cases:
+            results = []
+            for number, count in [*((number, 1) for number in INSTRUCTION_SETS), (0, 2), (0, 3)]:
+                torch.set_num_threads(count)
+                with by_isa(number):
+                    results.append(train(case))
+            for result in results[1:]:
+                for key, value in results[0].items():
+                    same = torch.equal(result[key], value) if isinstance(value, Tensor) else result[key] == value
+                    assert same, key
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_unaligned_parameters_and_gradients(fused: list[FusedStep]) -> None:
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(21, 13, bias=False)
+        memory, gradient = torch.randn(1 + 13 * 21), torch.randn(3 + 13 * 21)
+        layer.weight.data = memory[1:].view(13, 21)
+        optimizer = compress(torch.optim.AdamW(layer.parameters()), layer, POLICY)
+        layer.weight.grad = gradient[3:].view(13, 21)
+        optimizer.step()
+        return layer.weight.detach()
+
+    found = run()
+    assert len(fused) == 1
+    with by_reference():
+        torch.testing.assert_close(found, run(), rtol=1e-6, atol=1e-7)
+
+
+POLICY = Policy([Rule(name="*", exp_avg=BFloat16(), exp_avg_sq=SM3())])
+
+
+def test_what_kernels_do_not_know_is_left_to_the_reference(fused: list[FusedStep]) -> None:
+    for second, dtype in ((SM3(variant="I"), torch.float32), (RowWise(), torch.float64), (RowWise(), torch.float16)):
+        train(Case("adamw", second, Drop(), rows=7, columns=5, dtype=dtype))
+    train(Case("adamw", CountSketch(compression=2, depth=9), Drop(), rows=70, columns=5))
+    layer = nn.Conv2d(3, 4, 2, bias=False)  # SM3 over four dimensions
+    optimizer = compress(torch.optim.AdamW(layer.parameters()), layer, POLICY)
+    layer(torch.randn(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    assert not fused
+
+
+def test_empty_layers_and_gradients() -> None:
+    for rows, columns in ((0, 4), (4, 0)):
+        check(Case("adamw", RowWise(), Drop(), rows, columns))
+    layer = nn.Embedding(5, 3, sparse=True)
+    optimizer = compress(
+        torch.optim.SparseAdam(layer.parameters()), layer, Policy([Rule(name="*", exp_avg_sq=RowWise())])
+    )
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3), (5, 3))
+    optimizer.step()
+    assert torch.equal(before, layer.weight)
+
+
+def test_elementwise_steps_of_narrow_layers_are_cut_into_lines(fused: list[FusedStep]) -> None:
+    check(Case("adamw", CountSketch(width=20_000), Keep(), rows=5_000, columns=1, steps=1))
+    assert [tuple(step.grad.shape) for step in fused] == [(1, 4096), (1, 904)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finite(bad: float, dtype: torch.dtype) -> None:
+    sizes = (0, 1, 17, 1000, 300_001)
+    good = [torch.full((size,), torch.finfo(dtype).max, dtype=dtype) for size in sizes]
+    assert all_finite(good) == [True] * len(sizes)
+    for at in (0, 1, 16, 299_999, 300_000):
+        tensors = [tensor.clone() for tensor in good]
+        tensors[-1][at] = bad
+        assert all_finite(tensors) == [True] * (len(sizes) - 1) + [False]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_operators_are_what_they_say(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[object, ...]] = []
+    implementation = cpu._launch
+
+    def spy(*arguments: object) -> None:
+        given.append(tuple(cpu_copy(argument) for argument in arguments))
+        implementation(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "_launch", spy)
+    train(Case("adamw", CountSketch(compression=4), BFloat16(), 20, 10, sparse=sparse, steps=1))
+    opcheck(torch.ops.lightning_sketch.fused_step.default, given[0])
+    opcheck(torch.ops.lightning_sketch.all_finite.default, ([torch.ones(3), torch.ones(2, 2)],))
+
+
+def cpu_copy(argument: object) -> object:
+    return [t.clone() for t in argument] if isinstance(argument, list) else argument.clone()  # type: ignore[attr-defined]
+
+
+def test_the_structs_are_as_long_as_in_c() -> None:
+    import ctypes
+
+    library = native.library()
+    assert library is not None
+    library.lightning_sketch_layer_bytes.restype = ctypes.c_int64
+    assert library.lightning_sketch_layer_bytes() == ctypes.sizeof(cpu._Layer)
+
+
+def test_step_under_torch_compile_does_not_recompile() -> None:
+    layer = nn.Linear(8, 6)
+    optimizer = compress(
+        torch.optim.AdamW(layer.parameters()), layer, Policy([Rule(module=nn.Linear, exp_avg_sq=RowWise())])
+    )
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    frames = []
+    for _ in range(6):
+        layer(torch.ones(2, 8)).sum().backward()
+        step()
+        optimizer.zero_grad()
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert frames[2] == frames[-1]
