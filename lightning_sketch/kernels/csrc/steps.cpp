@@ -14,7 +14,8 @@
 namespace {
 
 constexpr int64_t CHUNK = 512;  // floats
-constexpr int64_t AHEAD = 6;    // rows to prefetch
+constexpr int64_t AHEAD = 12;   // rows to prefetch
+constexpr int64_t FAR = 3;      // scattered chunks of a gradient to prefetch
 constexpr int64_t GROUP = 128;  // rows whose buckets are computed together
 constexpr int64_t PREFETCH = 1024;  // elements
 
@@ -119,9 +120,10 @@ struct Hashes {
             }
     }
 
+    // Not all of a wide row: it would push out what is in use.
     void prefetch_row(const Layer& layer, const State& state, int64_t k) const {
         for (int level = 0; level < state.depth; level++)
-            prefetch(bucket_row(layer, state, level, bucket[level][k]), layer.columns * sizeof(float));
+            prefetch(bucket_row(layer, state, level, bucket[level][k]), least(layer.columns * 4, 512));
     }
 };
 
@@ -172,7 +174,8 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
             int64_t count = least(CHUNK, layer.columns - c);
             for (int32_t at = starts[bucket]; at < starts[bucket + 1]; at++) {
                 int64_t i = layer.wave + order[at];
-                if (at + 1 < starts[bucket + 1]) prefetch_gradient(layer, layer.wave + order[at + 1], c, count);
+                // The order array goes on with the next bucket.
+                if (at + FAR < starts[end]) prefetch_gradient(layer, layer.wave + order[at + FAR], c, count);
                 const float* g = gradient_of(layer, i, c, count, buffer);
                 for (const State* state : states)
                     if (state) {
@@ -237,42 +240,61 @@ inline void prefetch_row(const Layer& layer, int64_t row) {
     }
 }
 
-// The elementwise median or minimum of a row's buckets, times scale.
-inline F median(F* rows, int depth) {
+// The elementwise median of a row's buckets; the mean of the middle two if they are even.
+template <int depth>
+INLINE F median(F* rows) {
     if (depth == 1) return rows[0];
     if (depth == 3) return maximum(minimum(rows[0], rows[1]), minimum(maximum(rows[0], rows[1]), rows[2]));
-    int middle = depth / 2;
+    constexpr int middle = depth / 2;
     for (int done = 0; done <= middle; done++)
         for (int i = depth - 1; i > done; i--) {
             F low = minimum(rows[i - 1], rows[i]);
             rows[i] = maximum(rows[i - 1], rows[i]);
             rows[i - 1] = low;
         }
-    return depth % 2 ? rows[middle] : (rows[middle - 1] + rows[middle]) / 2.0f;
+    return depth % 2 ? rows[middle] : (rows[middle > 0 ? middle - 1 : 0] + rows[middle]) / 2.0f;
 }
 
-inline void estimate(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
-                     float* to) {
-    const float* from[MOST_DEPTH];
-    float sign[MOST_DEPTH];
-    for (int level = 0; level < state.depth; level++) {
+template <int depth, bool part>
+INLINE F combined(const State& state, const float* const* from, const float* sign, int64_t j, int64_t some) {
+    F rows[depth];
+#pragma GCC unroll 8
+    for (int level = 0; level < depth; level++) rows[level] = get<part>(from[level] + j, some);
+    if (state.is_signed) {
+#pragma GCC unroll 8
+        for (int level = 0; level < depth; level++) rows[level] = rows[level] * sign[level];
+        return median<depth>(rows);
+    }
+    F found = rows[0];
+#pragma GCC unroll 8
+    for (int level = 1; level < depth; level++) found = minimum(found, rows[level]);
+    return found;
+}
+
+template <int depth>
+void estimate_at(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
+                 float* to) {
+    const float* from[depth];
+    float sign[depth];
+    for (int level = 0; level < depth; level++) {
         from[level] = bucket_row(layer, state, level, hashes.bucket[level][k]) + c;
         sign[level] = hashes.sign[level][k];
     }
     F scale = same(state.scale);
-    for (int64_t j = 0; j < count; j += LANES) {
-        int64_t some = least(count - j, LANES);
-        F rows[MOST_DEPTH];
-        for (int level = 0; level < state.depth; level++) rows[level] = load_part(from[level] + j, some);
-        F found = rows[0];
-        if (state.is_signed) {
-            for (int level = 0; level < state.depth; level++) rows[level] = rows[level] * sign[level];
-            found = median(rows, state.depth);
-        } else {
-            for (int level = 1; level < state.depth; level++) found = minimum(found, rows[level]);
-        }
-        store(to + j, found * scale);
-    }
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) store(to + j, combined<depth, false>(state, from, sign, j, LANES) * scale);
+    if (j < count) store(to + j, combined<depth, true>(state, from, sign, j, count - j) * scale);
+}
+
+// A sketch's estimate of `count` elements of a row, into a buffer.
+inline void estimate(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
+                     float* to) {
+    static_assert(MOST_DEPTH == 8, "");
+    void (*const at[])(const Layer&, const State&, const Hashes&, int64_t, int64_t, int64_t, float*) = {
+        estimate_at<1>, estimate_at<2>, estimate_at<3>, estimate_at<4>,
+        estimate_at<5>, estimate_at<6>, estimate_at<7>, estimate_at<8>,
+    };
+    at[state.depth - 1](layer, state, hashes, k, c, count, to);
 }
 
 // What a loop over elements needs of the layer, by value: stores to the parameter cannot change it.

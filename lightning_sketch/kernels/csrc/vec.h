@@ -56,9 +56,22 @@ INLINE U float_to_bits(F x) {
 
 INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 
-// As torch.minimum and torch.maximum, NaN apart: gradients with NaN are refused, or nothing can be said of the result.
-INLINE F minimum(F a, F b) { return a < b ? a : b; }
-INLINE F maximum(F a, F b) { return a > b ? a : b; }
+// `a` if it is less (greater), else `b`: what the instructions do.
+INLINE F minimum(F a, F b) {
+#if defined(__AVX512F__)
+    return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+INLINE F maximum(F a, F b) {
+#if defined(__AVX512F__)
+    return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 INLINE F square_root(F x) {
 #if defined(__AVX512F__)
