@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,57 +15,12 @@ from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 
 
-class _State(ctypes.Structure):
-    """``State`` of csrc/layer.h."""
+# ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
+_STATE_FORMAT = "4i q Q 4f 3q"
+_STATE = struct.Struct("@" + _STATE_FORMAT)
+_LAYER = struct.Struct("@ 4q 3q 4i 7f i q" + 3 * _STATE_FORMAT)
+_NO_STATE = _STATE.unpack(bytes(_STATE.size))
 
-    _fields_ = (
-        ("kind", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("is_signed", ctypes.c_int32),
-        ("depth", ctypes.c_int32),
-        ("width", ctypes.c_int64),
-        ("seed", ctypes.c_uint64),
-        ("decay", ctypes.c_float),
-        ("weight", ctypes.c_float),
-        ("column_weight", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("data", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-    )
-
-
-class _Layer(ctypes.Structure):
-    """``Layer`` of csrc/layer.h."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("row_offset", ctypes.c_int64),
-        ("column_offset", ctypes.c_int64),
-        ("ids", ctypes.c_void_p),
-        ("param", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("all_rows", ctypes.c_int32),
-        ("negate", ctypes.c_int32),
-        ("use_bound", ctypes.c_int32),
-        ("weight_decay", ctypes.c_float),
-        ("shrink", ctypes.c_float),
-        ("lr", ctypes.c_float),
-        ("eps", ctypes.c_float),
-        ("correction", ctypes.c_float),
-        ("bound", ctypes.c_float),
-        ("nesterov", ctypes.c_float),
-        ("unused", ctypes.c_int32),
-        ("wave", ctypes.c_int64),
-        ("second", _State),
-        ("first", _State),
-        ("momentum", _State),
-    )
-
-
-_STATES = ("second", "first", "momentum")
 _ELEMENTWISE = {Kind.NONE, Kind.DENSE, Kind.SCALED}
 _LINE = 4096  # elements
 _BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
@@ -75,15 +32,14 @@ def step(layers: Sequence[FusedStep]) -> None:
     grads: list[Tensor] = []
     ids: list[Tensor] = []
     states: list[Tensor] = []
-    packed: list[_Layer] = []
+    packed = bytearray()
     for layer in layers:
         if layer.grad.numel() == 0:
             continue
         for part in _parts(layer):
-            packed.append(_pack(part, params, grads, ids, states))
+            packed += _pack(part, params, grads, ids, states)
     if packed:
-        program = torch.frombuffer((_Layer * len(packed))(*packed), dtype=torch.uint8)
-        _launch(params, grads, ids, states, program)
+        _launch(params, grads, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
 
 
 def _launch(
@@ -131,50 +87,53 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
 
 def _pack(
     step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]
-) -> _Layer:
-    """The step as a struct, with positions in the lists of tensors in place of addresses."""
+) -> bytes:
+    """The step as a ``Layer``; its tensors are appended to the lists."""
     rows = step.grad.shape[0]
-    layer = _Layer(
-        rows=rows,
-        columns=step.grad.numel() // rows,
-        row_offset=step.row_offset,
-        column_offset=step.column_offset,
-        ids=_append(ids, step.ids),
-        param=_append(params, step.param),
-        grad=_append(grads, step.grad),
-        dtype=_BFLOAT16[step.param.dtype],
-        all_rows=rows == step.param.shape[0],
-        negate=step.negate,
-        use_bound=step.bound is not None,
-        weight_decay=step.weight_decay,
-        shrink=step.shrink,
-        lr=step.lr,
-        eps=step.eps,
-        correction=step.correction,
-        bound=step.bound or 0.0,
-        nesterov=step.nesterov,
+    return _LAYER.pack(
+        rows,
+        step.grad.numel() // rows,
+        step.row_offset,
+        step.column_offset,
+        _append(ids, step.ids),
+        _append(params, step.param),
+        _append(grads, step.grad),
+        _BFLOAT16[step.param.dtype],
+        rows == step.param.shape[0],
+        step.negate,
+        step.bound is not None,
+        step.weight_decay,
+        step.shrink,
+        step.lr,
+        step.eps,
+        step.correction,
+        step.bound or 0.0,
+        step.nesterov,
+        0,
+        0,
+        *_pack_state(step.second, states),
+        *_pack_state(step.first, states),
+        *_pack_state(step.momentum, states),
     )
-    for name in _STATES:
-        stored: Stored | None = getattr(step, name)
-        if stored is not None:
-            setattr(layer, name, _pack_state(stored, states))
-    return layer
 
 
-def _pack_state(stored: Stored, states: list[Tensor]) -> _State:
-    return _State(
-        kind=stored.kind,
-        dtype=_BFLOAT16[stored.data.dtype],
-        is_signed=stored.signed,
-        depth=stored.depth,
-        width=stored.width,
-        seed=stored.seed & (1 << 64) - 1,
-        decay=stored.decay,
-        weight=stored.weight,
-        column_weight=stored.column_weight,
-        scale=stored.scale,
-        data=_append(states, stored.data),
-        columns=_append(states, stored.columns),
+def _pack_state(stored: Stored | None, states: list[Tensor]) -> tuple[Any, ...]:
+    if stored is None:
+        return _NO_STATE
+    return (
+        stored.kind,
+        _BFLOAT16[stored.data.dtype],
+        stored.signed,
+        stored.depth,
+        stored.width,
+        stored.seed & (1 << 64) - 1,
+        stored.decay,
+        stored.weight,
+        stored.column_weight,
+        stored.scale,
+        _append(states, stored.data),
+        _append(states, stored.columns),
+        0,
     )
 
 
@@ -191,21 +150,15 @@ def _fused_step(
 ) -> None:
     lib = native.library()
     assert lib is not None
-    count = program.numel() // ctypes.sizeof(_Layer)
-    layers = (_Layer * count)()
-    ctypes.memmove(layers, program.data_ptr(), program.numel())
-    for layer in layers:
-        layer.ids = _address(ids, layer.ids)
-        layer.param = _address(params, layer.param)
-        layer.grad = _address(grads, layer.grad)
-        for state in (layer.second, layer.first, layer.momentum):
-            state.data = _address(states, state.data)
-            state.columns = _address(states, state.columns)
+    count = ctypes.c_int64(program.numel() // _LAYER.size)
+    tensors = [_addresses(some) for some in (params, grads, ids, states)]
     threads = torch.get_num_threads()
-    scratch = torch.empty(lib.lightning_sketch_scratch(layers, ctypes.c_int64(count), threads), dtype=torch.uint8)
+    layers = ctypes.create_string_buffer(program.numel())  # the operator does not change its arguments
+    lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors)
+    scratch = torch.empty(lib.lightning_sketch_scratch(layers, count, threads), dtype=torch.uint8)
     failed = lib.lightning_sketch_step(
         layers,
-        ctypes.c_int64(count),
+        count,
         threads,
         native.isa(),
         ctypes.c_void_p(scratch.data_ptr()),
@@ -214,8 +167,8 @@ def _fused_step(
     assert not failed
 
 
-def _address(tensors: list[Tensor], position: int | None) -> int | None:
-    return tensors[position - 1].data_ptr() if position else None
+def _addresses(tensors: list[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
@@ -224,7 +177,7 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     count = len(tensors)
     found = torch.empty(count, dtype=torch.uint8)
     failed = lib.lightning_sketch_finite(
-        (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors]),
+        _addresses(tensors),
         (ctypes.c_int64 * count)(*[t.numel() for t in tensors]),
         (ctypes.c_int32 * count)(*[_BFLOAT16[t.dtype] for t in tensors]),
         ctypes.c_int64(count),

@@ -19,7 +19,11 @@ ISAS = ("generic", "avx2", "avx512")
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or ``None`` if it was not built or is switched off (`why_not` says why)."""
-    return None if why_not() else ctypes.CDLL(str(_path()))
+    if why_not():
+        return None
+    found = ctypes.CDLL(str(_path()))
+    found.lightning_sketch_scratch.restype = ctypes.c_int64
+    return found
 
 
 @functools.cache

@@ -151,8 +151,12 @@ class UpdateRule(ABC):
 def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> None:
     """Perform the steps of layers: together in fused kernels where that is possible, the others by the reference."""
     fused: dict[kernels.FusedKernel, list[FusedStep]] = {}
+    by_device: dict[torch.device, kernels.FusedKernel | None] = {}
     for layer in layers:
-        kernel = kernels.fused_kernel(layer.param.device)
+        device = layer.param.device
+        if device not in by_device:
+            by_device[device] = kernels.fused_kernel(device)
+        kernel = by_device[device]
         if kernel is not None and layer.fusable() and rule.fusable(layer.states):
             fused.setdefault(kernel, []).append(rule.fuse(layer))
         else:

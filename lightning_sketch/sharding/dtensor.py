@@ -13,7 +13,7 @@ from lightning_sketch.sharding.base import Shard
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor."""
     # By name: importing torch.distributed.tensor costs half a second that a single process need not pay.
-    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+    return type(tensor) not in (Tensor, nn.Parameter) and any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def local(tensor: Tensor) -> Tensor:

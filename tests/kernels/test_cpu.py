@@ -219,7 +219,7 @@ def test_the_structs_are_as_long_as_in_c() -> None:
     library = native.library()
     assert library is not None
     library.lightning_sketch_layer_bytes.restype = ctypes.c_int64
-    assert library.lightning_sketch_layer_bytes() == ctypes.sizeof(cpu._Layer)
+    assert library.lightning_sketch_layer_bytes() == cpu._LAYER.size
 
 
 def test_step_under_torch_compile_does_not_recompile() -> None:

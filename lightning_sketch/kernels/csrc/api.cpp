@@ -330,6 +330,26 @@ EXPORT int lightning_sketch_isa() {
 // To be compared with what Python believes.
 EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }
 
+// A copy of the layers with addresses in place of positions (from 1; 0 for none) in the lists of tensors.
+EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* layers, void* const* params,
+                                     void* const* grads, void* const* ids, void* const* states) {
+    auto at = [](void* const* list, const void* position) {
+        uintptr_t index = reinterpret_cast<uintptr_t>(position);
+        return index ? list[index - 1] : nullptr;
+    };
+    std::copy(packed, packed + count, layers);
+    for (int64_t i = 0; i < count; i++) {
+        Layer& layer = layers[i];
+        layer.param = at(params, layer.param);
+        layer.grad = at(grads, layer.grad);
+        layer.ids = static_cast<const int64_t*>(at(ids, layer.ids));
+        for (State* state : {&layer.second, &layer.first, &layer.momentum}) {
+            state->data = at(states, state->data);
+            state->columns = static_cast<float*>(at(states, state->columns));
+        }
+    }
+}
+
 // Bytes of temporary memory that lightning_sketch_step wants.
 EXPORT int64_t lightning_sketch_scratch(Layer* layers, int64_t count, int threads) {
     Arena arena{nullptr};

@@ -1,4 +1,4 @@
-// What Python hands over: one step of one layer. Mirrored field by field in `layout.py`.
+// What Python hands over: one step of one layer. Mirrored field by field in `kernels/cpu.py`.
 #pragma once
 
 #include <cstdint>
