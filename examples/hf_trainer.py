@@ -1,6 +1,8 @@
 """Hugging Face Trainer: a tiny GPT-2 (random weights, nothing is downloaded) with a policy for its tied table.
 
 python examples/hf_trainer.py
+
+The one line is the same under torchrun (DDP), with ``TrainingArguments(fsdp=True)`` (FSDP2) and with ``deepspeed=...``.
 """
 
 from __future__ import annotations

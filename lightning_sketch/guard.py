@@ -23,7 +23,26 @@ def guard_foreign_steps() -> None:
     register_optimizer_step_pre_hook(_refuse_foreign_step)
 
 
+def refuse_zero_redundancy(optimizer: Any) -> None:
+    """Refuse torch's ``ZeroRedundancyOptimizer``, whose inner optimizer has some layers of the model on every rank.
+
+    When it loads, it copies the options of one rank's groups over those of all others, and the states past the inner
+    optimizer; where only the rank that has a layer finds its gradient not finite, the others would wait for it.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise TypeError(
+            "ZeroRedundancyOptimizer cannot be compressed, nor the optimizer inside: when it loads, it gives every "
+            "rank the decisions about one rank's layers. To divide compressed states among ranks, use FSDP2 "
+            "(fully_shard) or DeepSpeed's ZeRO-1; under DistributedDataParallel, compress a plain torch optimizer"
+        )
+
+
 def _refuse_foreign_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if isinstance(getattr(optimizer, "optim", None), CompressedOptimizer):
+        refuse_zero_redundancy(optimizer)  # compress() saw the inner one only
     if isinstance(optimizer, CompressedOptimizer) or not any(RECORDS in group for group in optimizer.param_groups):
         return
     inner = unwrap(optimizer)

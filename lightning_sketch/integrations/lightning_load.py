@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_sketch.classes import unwrap
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.integrations.moving import move, must_move
 from lightning_sketch.sharding.agree import any_of_all
 
 
@@ -29,39 +28,41 @@ class MovingLoad:
         self.undo()
         optimizers = list(self.strategy.optimizers)
         path = Path(self.strategy.broadcast(checkpoint_path))
-        if not any_of_all(lambda: _must_move(optimizers, path)):
+        places = [(path, number) for number in range(len(optimizers))]
+        if not self._in_model_order() and any_of_all(path.is_file):
+            return self._load_unmoved(checkpoint_path, *args, **kwargs)
+        if not must_move(optimizers, places):
             return self.original(checkpoint_path, *args, **kwargs)
-        from lightning_sketch.portable import restore
-
         self.strategy.optimizers = []
         try:
             rest = self.original(checkpoint_path, *args, **kwargs)
         finally:
             self.strategy.optimizers = optimizers
-        for number, optimizer in enumerate(optimizers):
-            restore(optimizer, path, optimizer=number)
+        move(optimizers, places)
         return rest
+
+    def _load_unmoved(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.original(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{error}\nStates of a full checkpoint are moved between layouts only where every parameter group has "
+                "its parameters in the model's order, by which Lightning numbers them in the file. Order them so, or "
+                "save with ModelParallelStrategy(save_distributed_checkpoint=True), which stores their names"
+            ) from error
+
+    def _in_model_order(self) -> bool:
+        """Whether the parameters of each group are in the order in which the model has them.
+
+        Lightning's full checkpoints number parameters by their places in the model and sort each group by them, so that
+        only then the n-th of a group in the file is the n-th of the live one. Lightning itself goes by the numbers.
+        """
+        place = {id(param): number for number, param in enumerate(self.strategy.model.parameters())}
+        groups = [group for optimizer in self.strategy.optimizers for group in optimizer.param_groups]
+        places = [[place.get(id(param), -1) for param in group["params"]] for group in groups]
+        return all(numbers == sorted(numbers) for numbers in places)
 
     def undo(self) -> None:
         """Leave the strategy as it was."""
         if self.strategy.__dict__.get("load_checkpoint") is self:
             del self.strategy.load_checkpoint
-
-
-def _must_move(optimizers: list[Any], path: Path) -> bool:
-    """Whether some optimizer's states must be moved, and all can be."""
-    inner = [unwrap(optimizer) for optimizer in optimizers]
-    converted = [optimizer for optimizer in inner if isinstance(optimizer, CompressedOptimizer)]
-    if len(converted) < len(inner):
-        return False  # Lightning finds an optimizer's states by its number, so it loads all of them or none
-    from lightning_sketch.portable import read_checkpoint
-    from lightning_sketch.portable.fit import must_move
-
-    moves = False
-    for number, optimizer in enumerate(converted):
-        try:
-            saved = read_checkpoint(path, optimizer._compression.names, optimizer=number)
-        except (FileNotFoundError, ValueError):
-            return False  # nothing we can read: let Lightning say what is wrong, or load it
-        moves |= must_move(optimizer, saved)
-    return moves

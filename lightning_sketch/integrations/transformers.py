@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sketch.convert import compress
+from lightning_sketch.integrations.moving import accelerate_place, move, must_move
 from lightning_sketch.optimizer import NonFinite
 from lightning_sketch.policy import Policy
 
@@ -54,7 +55,7 @@ class CompressedOptimizerFactory:
             kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
 
         Raises:
-            TypeError: the class is not supported, or the model is sharded.
+            TypeError: the class is not supported, or the model is sharded by FSDP1.
             ValueError: the policy does not fit.
         """
         chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy
@@ -83,12 +84,42 @@ def compressed_optimizer(
 
     Returns:
         the value of the Trainer's ``optimizer_cls_and_kwargs``.
+
+    Raises:
+        ValueError: DeepSpeed's configuration names an optimizer, which the Trainer would take instead.
     """
     from transformers import Trainer  # slow to import, and loaded already where arguments exist
 
+    plugin = args.deepspeed_plugin
+    if plugin is not None and "optimizer" in plugin.hf_ds_config.config:
+        raise ValueError(
+            'DeepSpeed\'s configuration has an "optimizer", which the Trainer takes instead of the compressed one: '
+            "remove it there, and choose the optimizer by TrainingArguments(optim=..., learning_rate=...)"
+        )
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite}
     return CompressedOptimizerFactory, {**kwargs, "weight_decay": args.weight_decay, **ours}
+
+
+class MovesStates:
+    """Mixin for a Trainer that resumes, under FSDP2, what was saved plain or by another number of processes.
+
+    Put it in front: ``class MovingTrainer(MovesStates, Trainer): pass``. Without it the Trainer resumes what it saved
+    itself, under the same policy on as many processes: it reads into tensors of the live optimizer's names and shapes.
+    """
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        if checkpoint is None or not (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        optimizers, places = [trainer.optimizer], [accelerate_place(Path(checkpoint), 0)]
+        if not must_move(optimizers, places):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        move(optimizers, places)
+        # The rest of the method, which loads both or neither.
+        trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
 
 
 def _groups(model: nn.Module, optimizer_cls: type[Optimizer]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def all_agree(flags: list[bool], groups: list[Any | None], device: torch.device)
         return agreed
     for group in {id(g): g for g in groups if g is not None}.values():
         places = [i for i, g in enumerate(groups) if g is group]
-        votes = torch.tensor([flags[i] for i in places], dtype=torch.int32, device=_vote_device(group, device))
+        votes = torch.tensor([flags[i] for i in places], dtype=torch.int32, device=vote_device(group, device))
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
         for i, vote in zip(places, votes.tolist(), strict=True):
             agreed[i] = bool(vote)
@@ -42,31 +42,44 @@ def all_agree(flags: list[bool], groups: list[Any | None], device: torch.device)
 
 
 def any_of_all(decide: Callable[[], bool]) -> bool:
-    """Whether any rank decides yes. Collective; what one rank raises as ValueError, all raise.
+    """Whether any rank decides yes. Collective; if it raises on one rank, all raise.
 
     Ranks read checkpoints from file systems that may differ, and go separate ways into collectives if they disagree.
+
+    Raises:
+        ValueError: it raised on another rank; the message is that of the first.
     """
+    yes, raised = False, None
     try:
-        answer: tuple[bool, str | None] = (decide(), None)
-    except ValueError as error:
-        answer = (False, str(error))
-    answers: list[Any] = [answer]
+        yes = decide()
+    except Exception as error:  # whatever it is: the other ranks are waiting for an answer
+        raised = error
+    answers: list[tuple[bool, str | None]] = [(yes, None if raised is None else str(raised))]
     if dist.is_available() and dist.is_initialized():
-        answers = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, answer)
-    problem = next((problem for _, problem in answers if problem is not None), None)
-    if problem is not None:
-        raise ValueError(problem)
+        answers *= dist.get_world_size()
+        dist.all_gather_object(answers, answers[0])
+    if raised is not None:
+        raise raised
+    for _, problem in answers:
+        if problem is not None:
+            raise ValueError(problem)
     return any(yes for yes, _ in answers)
 
 
-def _vote_device(group: Any, device: torch.device) -> torch.device:
-    """A device on which the group's backend communicates: `device` if it can be."""
-    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
-    kinds = {kind for kind, colon, _ in pairs if colon}
-    if not kinds or device.type in kinds:
+def vote_device(group: Any, device: torch.device) -> torch.device:
+    """A device of this process on which `group` communicates: `device` if it can be, else the CPU, else its own kind.
+
+    A group has one backend for each kind of device, and a collective takes the one for its tensor's: a group that was
+    made with "nccl" has none for the CPU, where CPU offload keeps the tensors, and one with "cpu:gloo,cuda:nccl" has.
+
+    Args:
+        device: where the tensors are.
+    """
+    pairs = dist.get_backend_config(group).split(",")  # such as "cpu:gloo,cuda:nccl", also where it was made with one
+    kinds = [kind for kind, _, _ in (pair.partition(":") for pair in pairs)]
+    if device.type in kinds:
         return device
-    kind = sorted(kinds)[0]
-    if kind == "cpu":
-        return torch.device(kind)
-    return torch.device(kind, torch.get_device_module(kind).current_device())
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    bound: torch.device | None = getattr(group, "bound_device_id", None)  # what init_process_group(device_id=...) says
+    return bound if bound is not None else torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())

@@ -263,7 +263,8 @@ def train_alone(policy: Policy) -> tuple[dict[str, Tensor], list[list[float]]]:
 def test_sharded_training_is_that_of_one_process(ranks, placement):
     weights, losses = train_alone(SAME_AS_ONE[placement])
     for rank, alone in zip(ranks, losses, strict=True):
-        torch.testing.assert_close(rank[f"same as one, {placement}"]["losses"], alone)
+        # Losses are float32: one of its last bits may differ, as gradients are summed over ranks.
+        assert rank[f"same as one, {placement}"]["losses"] == pytest.approx(alone, rel=1e-6)
     torch.testing.assert_close(ranks[0][f"same as one, {placement}"]["weights"], weights)
 
 
