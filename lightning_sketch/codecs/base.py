@@ -105,7 +105,7 @@ class CodecState(ABC):
         """All blocks were read: make the step permanent."""
 
     def fusable(self) -> bool:
-        """Whether fused kernels know this state; if so, `stored` says how."""
+        """Whether fused kernels take this state; if so, `stored` says how. They want contiguous tensors."""
         return False
 
     def stored(self) -> Stored:

@@ -159,7 +159,7 @@ class _LinearSketch(_Sketch):
             self["scale"] = decayed(self["scale"], decay, (self.table,))
 
     def fusable(self) -> bool:
-        return self.depth <= MOST_DEPTH
+        return self.depth <= MOST_DEPTH and self.table.is_contiguous()
 
     def stored(self) -> Stored:
         scale: float = self["scale"]

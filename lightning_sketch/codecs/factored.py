@@ -55,7 +55,7 @@ class _Factored(CodecState):
         self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
 
     def fusable(self) -> bool:
-        return True
+        return self.row.is_contiguous() and self.col.is_contiguous()
 
     def stored(self) -> Stored:
         column_weight = self.weight / max(1, self.spec.shard.global_rows)

@@ -54,7 +54,8 @@ class DenseState(CodecState):
         return values.to(self[""].dtype)
 
     def fusable(self) -> bool:
-        return True
+        contiguous: bool = self[""].is_contiguous()
+        return contiguous
 
     def stored(self) -> Stored:
         return Stored(Kind.DENSE, self[""], decay=self.decay, weight=self.weight)

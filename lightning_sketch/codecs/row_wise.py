@@ -85,7 +85,7 @@ class _Rows(CodecState):
             self["scale"] = decayed(self["scale"], decay, (self.row,))
 
     def fusable(self) -> bool:
-        return True
+        return self.row.is_contiguous()
 
     def stored(self) -> Stored:
         scale = self["scale"]

@@ -111,7 +111,7 @@ class _SM3II(_SM3):
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
 
     def fusable(self) -> bool:
-        return len(self.others) <= 1
+        return len(self.others) <= 1 and all(x.is_contiguous() for x in (self.row, *self.others))
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None

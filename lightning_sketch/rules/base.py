@@ -82,7 +82,7 @@ class LayerStep:
         return FusedStep(
             param=self.param,
             grad=self.gradient.values,
-            ids=self.gradient.rows,
+            ids=None if self.gradient.rows is None else self.gradient.rows.contiguous(),
             row_offset=shard.row_offset,
             column_offset=shard.column_offset,
             second=stored(self.states.get(second)) if second else None,

@@ -164,6 +164,45 @@ def test_what_kernels_do_not_know_is_left_to_the_reference(fused: list[FusedStep
     assert not fused
 
 
+@pytest.mark.parametrize("second", [RowWise(), SM3(), CountSketch(compression=2), Keep(), BFloat16()], ids=repr)
+def test_states_that_are_not_contiguous(second: Codec, fused: list[FusedStep]) -> None:
+    def run(strided: bool) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 40, bias=False)
+        optimizer = compress(
+            torch.optim.AdamW(layer.parameters()),
+            layer,
+            Policy([Rule(name="*", second_moment=second, first_moment=Drop())]),
+        )
+        for _ in range(3):
+            layer.weight.grad = torch.randn(40, 6)
+            optimizer.step()
+            state = optimizer.state[layer.weight]
+            for key, value in state.items():
+                if strided and isinstance(value, Tensor) and value.ndim:
+                    state[key] = torch.stack([value, torch.full_like(value, 7)], dim=-1)[..., 0]
+        return layer.weight.detach()
+
+    torch.testing.assert_close(run(strided=True), run(strided=False), rtol=1e-5, atol=1e-6)
+    assert len(fused) == 3 + 1  # the first step of the strided run knows nothing of it yet
+
+
+def test_row_ids_that_are_not_contiguous() -> None:
+    def run(strided: bool) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Embedding(10, 4, sparse=True)
+        policy = Policy([Rule(name="*", exp_avg_sq=RowWise(), exp_avg=Keep())])
+        optimizer = compress(torch.optim.SparseAdam(layer.parameters()), layer, policy)
+        indices = torch.tensor([[1, 0, 4, 0, 9, 0]])[:, ::2] if strided else torch.tensor([[1, 4, 9]])
+        layer.weight.grad = torch.sparse_coo_tensor(
+            indices, torch.ones(3, 4), (10, 4), is_coalesced=True, check_invariants=True
+        )
+        optimizer.step()
+        return layer.weight.detach()
+
+    assert torch.equal(run(strided=True), run(strided=False))
+
+
 def test_empty_layers_and_gradients() -> None:
     for rows, columns in ((0, 4), (4, 0)):
         check(Case("adamw", RowWise(), Drop(), rows, columns))

@@ -1,0 +1,76 @@
+"""The kernels' tests once more, with the kernels compiled under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_sketch.kernels import native
+
+SOURCES = Path(native.__file__).with_name("csrc")
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g0"]
+FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread"]
+ISAS = {"generic": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
+KERNELS = Path(__file__).with_name("test_cpu.py")
+#: Every codec once, unaligned memory, odd shapes, empty layers; under the sanitizers a test takes ten times as long.
+TESTS = "every_rule or unaligned or empty or many_rows or lines or finite or momentum or (pair and sparse and Drop)"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or native.library() is None, reason="needs g++ and the compiled kernels"
+)
+
+
+def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
+    library = compile_with_sanitizers(tmp_path)
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much to the end of the process
+        native.LIBRARY: str(library),
+        "OMP_NUM_THREADS": "1",
+    }
+    # Processor-independent code first, then what this processor runs.
+    for isa in ("generic", native.ISAS[native.isa()]):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "-k",
+                TESTS,
+                str(KERNELS),
+            ],
+            env=environment | {native.VARIABLE: isa},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert " passed" in done.stdout
+
+
+def compile_with_sanitizers(folder: Path) -> Path:
+    objects, compiling = [], []
+    for name, options in ISAS.items():
+        objects.append(folder / f"{name}.o")
+        command = ["g++", *FLAGS, *SANITIZE, *options, f"-DISA={name}", "-c", str(SOURCES / "steps.cpp")]
+        compiling.append(subprocess.Popen([*command, "-o", str(objects[-1])]))
+    objects.append(folder / "api.o")
+    command = ["g++", *FLAGS, *SANITIZE, "-c", str(SOURCES / "api.cpp"), "-o", str(objects[-1])]
+    compiling.append(subprocess.Popen(command))
+    assert [process.wait() for process in compiling] == [0] * len(compiling)
+    library = folder / "_cpu.so"
+    subprocess.run(["g++", "-shared", "-pthread", *SANITIZE, *map(str, objects), "-o", str(library)], check=True)
+    return library
