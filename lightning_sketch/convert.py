@@ -52,7 +52,7 @@ def compress(
         `optimizer`.
 
     Raises:
-        TypeError: the optimizer class is not supported, or a parameter is sharded.
+        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
         ValueError: the policy does not fit; nothing was changed.
 
     >>> import torch

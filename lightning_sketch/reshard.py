@@ -1,14 +1,15 @@
 """Move compressed states from one set of shards to another: other ranks, other engines, or one process.
 
 Rows are asked for in blocks from the shards that hold them and encoded anew, so nothing the size of the parameter is
-ever made. Where old and new shards agree, tensors are taken as they are. Otherwise the codecs that keep a number per
-row or per element come out as they were, up to rounding; sketches are queried and filled again, which adds the
-collisions of the new table to those of the old, and the relative error says how much.
+ever made beside the new states. Where old and new shards agree, tensors are taken as they are. Otherwise the codecs
+that keep a number per row or per element come out as they were, up to rounding; sketches are queried and filled again,
+which adds the collisions of the new table to those of the old, and the relative error says how much.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,33 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Codec, CountSketch, Rows, StateSpec, encode, key_of, relative_error, rows_of
 from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.base import BLOCK_NUMEL
+
+
+class LazyTensor(ABC):
+    """A tensor that is not in memory. What is asked for is read when it is asked for."""
+
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    @abstractmethod
+    def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
+        """``tensor.narrow``; reads nothing."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> LazyTensor:
+        """``tensor[index]``; reads nothing."""
+
+    @abstractmethod
+    def read(self, device: torch.device | None = None) -> Tensor:
+        """All of it. Beside what is returned, no more than some rows are in memory."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +54,8 @@ class Source:
 
     Args:
         shard: which part of the layer.
-        tensors: the codec's tensors under their keys without prefix, e.g. ``exp_avg_sq_row``; a dense state under the
-            state's own name alone.
+        tensors: the codec's tensors, in memory or not, under their keys without prefix, e.g. ``exp_avg_sq_row``; a
+            dense state under the state's own name alone.
         codec: how it is stored; ``None`` for a dense state, ``[local_rows, *row_shape]``.
         seed: hash seed it was stored under.
         signed: whether its values may be negative.
@@ -100,11 +128,13 @@ def _check_shapes(spec: StateSpec, sources: Sequence[Source]) -> None:
     for source in sources:
         expected = replace(spec, shard=source.shard, seed=source.seed, signed=source.signed)
         if source.codec is None:
-            fits = source.tensors[spec.name].shape.numel() == math.prod(expected.local_shape)
+            held = source.tensors[spec.name]
+            fits = held.shape.numel() == math.prod(expected.local_shape)
+            fits &= isinstance(held, Tensor) or held.shape == expected.local_shape
         else:
             fits = _fits(source.codec, expected, source.tensors, any_dtype=True)
         if not fits:
-            found = {key: list(value.shape) for key, value in source.tensors.items() if isinstance(value, Tensor)}
+            found = {key: list(value.shape) for key, value in source.tensors.items() if hasattr(value, "shape")}
             raise ValueError(f"{spec.name} of {spec.fqn}: {found} is not what {source.codec or 'torch'} keeps of it")
 
 
@@ -115,13 +145,16 @@ class _Estimates:
         self.spec = spec
         self.parts: list[tuple[Shard, Rows]] = []
         for source in sources:
-            if source.codec is None:
+            dense = source.tensors.get(spec.name)  # whatever keeps a number per element keeps it under the state's name
+            if isinstance(dense, LazyTensor):
+                self.parts.append((source.shard, _lazy_rows(dense)))
+            elif source.codec is None:
                 self.parts.append((source.shard, rows_of(source.tensors[spec.name], source.shard)))
             else:
-                device = _device(source.tensors, spec.device)
+                tensors = {key: _in_memory(value) for key, value in source.tensors.items()}
+                device = _device(tensors, spec.device)
                 old = replace(spec, shard=source.shard, device=device, seed=source.seed, signed=source.signed)
-                state = source.codec.bind(old, dict(source.tensors))
-                self.parts.append((source.shard, state.estimate))
+                self.parts.append((source.shard, source.codec.bind(old, tensors).estimate))
 
     def __call__(self, block: Block) -> Tensor:
         shard = self.spec.shard
@@ -133,15 +166,25 @@ class _Estimates:
             if overlap is None:
                 continue
             ids, columns = overlap  # global rows and columns
-            here = slice(ids.start - old.row_offset, ids.stop - old.row_offset)
-            values = rows(Block(old, here, slice(0, here.stop - here.start)))
-            values = values.expand(here.stop - here.start, *old.row_shape).reshape(-1, old.row_numel)
-            first = columns.start - old.column_offset
-            found[
-                ids.start - wanted.row_offset : ids.stop - wanted.row_offset,
-                columns.start - shard.column_offset : columns.stop - shard.column_offset,
-            ] = values[:, first : first + columns.stop - columns.start].to(found)
+            own = slice(columns.start - shard.column_offset, columns.stop - shard.column_offset)
+            theirs = slice(columns.start - old.column_offset, columns.stop - old.column_offset)
+            at_once = max(1, BLOCK_NUMEL // old.row_numel)  # the old rows may be longer
+            for first in range(ids.start, ids.stop, at_once):
+                count = min(at_once, ids.stop - first)
+                here = slice(first - old.row_offset, first - old.row_offset + count)
+                values = rows(Block(old, here, slice(0, count)))
+                values = values.expand(count, *old.row_shape).reshape(-1, old.row_numel)
+                start = first - wanted.row_offset
+                found[start : start + count, own] = values[:, theirs].to(found)
         return found.view(block.size, *shard.row_shape)
+
+
+def _lazy_rows(dense: LazyTensor) -> Rows:
+    def rows(block: Block) -> Tensor:
+        assert isinstance(block.index, slice)
+        return dense.narrow(0, block.index.start, block.size).read()
+
+    return rows
 
 
 def _overlap(a: Shard, b: Shard) -> tuple[slice, slice] | None:
@@ -171,7 +214,7 @@ def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]
         overlap = _overlap(source.shard, spec.shard)
         assert overlap is not None
         columns, old, own = overlap[1], source.shard.column_offset, spec.shard.column_offset
-        values = source.tensors[key].flatten(2)[..., columns.start - old : columns.stop - old]
+        values = _in_memory(source.tensors[key]).flatten(2)[..., columns.start - old : columns.stop - old]
         part = flat[..., columns.start - own : columns.stop - own]
         part.copy_(values).mul_(float(source.tensors[scale_key]) / scale)
     return {key: table, scale_key: scale}
@@ -188,7 +231,13 @@ def _fits(codec: Codec, spec: StateSpec, tensors: Mapping[str, Any], any_dtype: 
     )
 
 
+def _in_memory(value: Any) -> Any:
+    return value.read() if isinstance(value, LazyTensor) else value
+
+
 def _copy(value: Any, device: torch.device) -> Any:
+    if isinstance(value, LazyTensor):
+        return value.read(device)
     return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
@@ -198,12 +247,25 @@ def _device(tensors: Mapping[str, Any], default: torch.device) -> torch.device:
 
 def dense_of(spec: StateSpec, sources: Sequence[Source]) -> Tensor:
     """The dense state of the spec's shard, ``[local_rows, *row_shape]`` in the parameter's dtype."""
+    dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
+    fill_dense(spec, sources, dense)
+    return dense
+
+
+def fill_dense(spec: StateSpec, sources: Sequence[Source], dense: Tensor) -> None:
+    """Write the dense state of the spec's shard.
+
+    Args:
+        sources: parts that cover the shard; more is welcome.
+        dense: where to, ``[local_rows, *row_shape]`` (modified in place).
+
+    Raises:
+        ValueError: an element is in no source, or in two.
+    """
     useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
     check_coverage(spec, [source.shard for source in useful])
     plain = replace(spec, name=spec.name.rpartition(".")[2])
     _check_shapes(plain, useful)
-    dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
     estimates = _Estimates(plain, useful)
     for block in spec.shard.blocks():
         dense[block.index] = estimates(block).to(dense.dtype)
-    return dense

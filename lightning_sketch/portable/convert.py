@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
 from lightning_sketch.dtensor_state import SHARD_DIM, SHARDS, tensor_axes
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.policy import Policy
+from lightning_sketch.portable.checksums import large, verify
+from lightning_sketch.portable.deepspeed import rank_files, stage0_file, stage0_state_dict
 from lightning_sketch.portable.read import find_state_dict, read_checkpoint
 from lightning_sketch.portable.safe import load_file
 from lightning_sketch.portable.saved import (
@@ -25,7 +29,7 @@ from lightning_sketch.portable.saved import (
     encode_states,
     from_state_dict,
 )
-from lightning_sketch.reshard import Source, dense_of
+from lightning_sketch.reshard import LazyTensor, Source, fill_dense
 from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
@@ -61,8 +65,12 @@ def convert_checkpoint(
     """Rewrite a checkpoint's optimizer states; everything else in it is copied.
 
     A file becomes a file of the same structure, a torch.distributed.checkpoint directory one of the same keys. A
-    DeepSpeed directory becomes a file with an optimizer state dict keyed by parameter name, for
-    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict`` or `restore`.
+    DeepSpeed directory becomes a file with an optimizer state dict: keyed by parameter name, for
+    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict`` or `restore`; at stage 0 numbered, if
+    DeepSpeed's was. All optimizers in a checkpoint are converted.
+
+    Old states are read in blocks of rows, and all checksums are verified. A directory is written layer by layer; a file
+    is written at once, and all new states of it are in memory before.
 
     Args:
         source: see `read_checkpoint`.
@@ -88,23 +96,51 @@ def convert_checkpoint(
     decide: Decide = _plain if to == "plain" else (_by_policy(policy, model) if policy and model else _as_it_was)
     rewrite = _Rewrite(decide, world_size, dtype)
     if source.is_file():
-        container = load_file(source)
-        new: dict[int, dict[str, Any]] = {}
-        for old in _state_dicts(container):
-            saved = from_state_dict(old, _names(old, model))
-            _check_shapes(saved, model)
-            new[id(old)] = rewrite(saved, numbered=_numbered(old))
+        container = _load_verified(source)
+        new = {id(old): _rewrite_file(rewrite, old, model) for old in _state_dicts(container)}
         _write_file(destination, _replaced(container, new))
-    else:
-        from lightning_sketch.portable import dcp  # slow to import
-
-        saved = read_checkpoint(source)
-        states = rewrite(saved, numbered=False)
-        if dcp.is_dcp(source):
-            dcp.write_dcp(source, destination, states)
+    elif (source / ".metadata").is_file():
+        _convert_directory(source, destination, rewrite)
+    elif not rank_files(source) and (file := stage0_file(source)):
+        old, pieces = stage0_state_dict(file)
+        if all(LAYOUT not in entry for entry in old["state"].values()):
+            verify(large(pieces))
+            _write_file(destination, _rewrite_file(rewrite, old, model))
         else:
-            _write_file(destination, states)
+            _write_file(destination, rewrite.state_dict(read_checkpoint(source), numbered=False))
+    else:
+        _write_file(destination, rewrite.state_dict(read_checkpoint(source), numbered=False))
     return Conversion(rewrite.errors, rewrite.bytes_before, rewrite.bytes_after)
+
+
+def _load_verified(path: Path) -> Any:
+    contents, pieces = load_file(path)
+    verify(large(pieces))
+    return contents
+
+
+def _rewrite_file(rewrite: _Rewrite, old: Mapping[str, Any], model: nn.Module | None) -> dict[str, Any]:
+    """Rewrite one state dict that is in memory, or mapped into it."""
+    saved = from_state_dict(old, _names(old, model))
+    _check_shapes(saved, model)
+    return rewrite.state_dict(saved, numbered=_numbered(old))
+
+
+def _convert_directory(source: Path, destination: Path, rewrite: _Rewrite) -> None:
+    """Rewrite all optimizers of a torch.distributed.checkpoint, layer by layer, and copy the rest of it."""
+    from lightning_sketch.portable import dcp  # slow to import
+
+    stored = dcp.Directory(source)
+    found = {root: dcp.read_dcp(stored, root) for root in stored.roots()}
+    groups = {root: rewrite.groups(saved, numbered=False) for root, (saved, _) in found.items()}
+    for _, pieces in found.values():
+        verify(large(pieces))
+    with dcp.DcpWriter(destination) as writer:
+        dcp.copy_others(stored, writer)
+        for root, (saved, _) in found.items():
+            writer.add((*root, "param_groups"), groups[root])
+            for fqn, entry in rewrite.entries(saved, numbered=False):
+                writer.add((*root, "state", fqn), entry)
 
 
 class _Rewrite:
@@ -115,26 +151,32 @@ class _Rewrite:
         self.errors: dict[str, dict[str, float]] = {}
         self.bytes_before = self.bytes_after = 0
 
-    def __call__(self, saved: SavedOptimizer, *, numbered: bool) -> dict[str, Any]:
-        state: dict[Any, Any] = {}
+    def state_dict(self, saved: SavedOptimizer, *, numbered: bool) -> dict[str, Any]:
+        """All of it, in memory."""
+        groups = self.groups(saved, numbered=numbered)
+        return {"state": dict(self.entries(saved, numbered=numbered)), "param_groups": groups}
+
+    def groups(self, saved: SavedOptimizer, *, numbered: bool) -> list[dict[str, Any]]:
+        """The parameter groups, with the records of what is compressed."""
         groups: list[dict[str, Any]] = []
-        number = 0
-        for group in saved.groups:
-            keys: list[Any] = []
-            records: list[str | None] = []
+        for group, keys in zip(saved.groups, _keys(saved, numbered), strict=True):
+            records = []
             for fqn in group["params"]:
-                key = number if numbered else fqn
-                number += 1
-                keys.append(key)
                 layer = saved.layers.get(fqn)
                 decided = None if layer is None else self.decide(layer, group)
                 records.append(None if decided is None else decided.to_record())
-                if layer is not None:
-                    state[key] = self._entry(layer, decided, group)
             options = {k: v for k, v in group.items() if k != "params"}
             compressed = {RECORDS: records} if self.decide is not _plain else {}
             groups.append(options | compressed | {"params": keys})
-        return {"state": state, "param_groups": groups}
+        return groups
+
+    def entries(self, saved: SavedOptimizer, *, numbered: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The states, one parameter after the other."""
+        for group, keys in zip(saved.groups, _keys(saved, numbered), strict=True):
+            for fqn, key in zip(group["params"], keys, strict=True):
+                layer = saved.layers.get(fqn)
+                if layer is not None:
+                    yield key, self._entry(layer, self.decide(layer, group), group)
 
     def _entry(self, saved: SavedLayer, decided: Layer | None, group: Mapping[str, Any]) -> dict[str, Any]:
         sources = saved.states()
@@ -148,7 +190,7 @@ class _Rewrite:
             entry: dict[str, Any] = {name: torch.zeros(saved.shape, dtype=self.dtype) for name in names}
             for name, found in sources.items():
                 spec = dataclasses.replace(part.spec(name, param, {}), device=torch.device("cpu"))
-                entry[name] = dense_of(spec, found).view(saved.shape)
+                fill_dense(spec, found, part.shard.as_rows(entry[name]))
         else:
             entry = self._shards(saved, sources, decided, group, param)
         if decided is not None or (saved.step is not None and list(entry) != ["momentum_buffer"]):  # SGD does not count
@@ -192,6 +234,12 @@ class _Rewrite:
             else:
                 joined[key] = torch.cat(values) if 0 in axes[key] else torch.stack(values)
         return joined | {SHARDS: self.world_size, SHARD_DIM: 0}
+
+
+def _keys(saved: SavedOptimizer, numbered: bool) -> list[Sequence[Any]]:
+    """For each group the keys of its parameters in a state dict."""
+    numbers = itertools.count()
+    return [[next(numbers) if numbered else fqn for fqn in group["params"]] for group in saved.groups]
 
 
 def _plain(saved: SavedLayer, group: Mapping[str, Any]) -> Layer | None:
@@ -293,9 +341,12 @@ def _replaced(container: Any, new: Mapping[int, dict[str, Any]]) -> Any:
 def _write_file(destination: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = destination.with_name(destination.name + ".partial")
-    torch.save(value, partial)
-    partial.replace(destination)
+    try:
+        torch.save(value, partial)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _nbytes(tensors: Mapping[str, Any]) -> int:
-    return sum(value.nbytes for key, value in tensors.items() if isinstance(value, Tensor) and key != "step")
+    return sum(value.nbytes for k, value in tensors.items() if isinstance(value, Tensor | LazyTensor) and k != "step")

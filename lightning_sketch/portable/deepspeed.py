@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
 from lightning_sketch.flat import NamedSegment, flat_parts, layer_shards
 from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.portable.checksums import Piece
 from lightning_sketch.portable.safe import load_file
-from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, tensors_of
+from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, from_state_dict, tensors_of
 from lightning_sketch.reshard import Source
 
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
@@ -27,14 +28,29 @@ def rank_files(directory: Path) -> list[Path]:
     Args:
         directory: of ``save_checkpoint`` (then its latest tag counts) or of one tag.
     """
-    latest = directory / "latest"
-    if latest.is_file():
-        directory = directory / latest.read_text().strip()
-    found = [(int(match[1]), path) for path in directory.glob("*.pt") if (match := _RANK_FILE.search(path.name))]
+    paths = _tag(directory).glob("*.pt")
+    found = [(int(match[1]), path) for path in paths if (match := _RANK_FILE.search(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def read_deepspeed(files: list[Path]) -> SavedOptimizer:
+def stage0_file(directory: Path) -> Path | None:
+    """The file that holds model and optimizer where DeepSpeed partitions nothing; see `rank_files`.
+
+    Raises:
+        ValueError: there are several, one for each part of the model.
+    """
+    found = sorted(_tag(directory).glob("mp_rank_*_model_states.pt"))
+    if len(found) > 1:
+        raise ValueError(f"the model is split over {len(found)} files (tensor or pipeline parallelism)")
+    return found[0] if found else None
+
+
+def _tag(directory: Path) -> Path:
+    latest = directory / "latest"
+    return directory / latest.read_text().strip() if latest.is_file() else directory
+
+
+def read_deepspeed(files: Sequence[Path]) -> tuple[SavedOptimizer, list[Piece]]:
     """Read ZeRO-1/2/3 checkpoints of converted optimizers.
 
     The files are memory-mapped and loaded with ``weights_only=True``, which is told of DeepSpeed's own plain classes.
@@ -42,13 +58,62 @@ def read_deepspeed(files: list[Path]) -> SavedOptimizer:
     Args:
         files: of all ranks, from `rank_files`.
 
+    Returns:
+        the optimizer, and the pieces of all files.
+
     Raises:
         ValueError: a file is not of a converted optimizer.
     """
-    layers: dict[str, _Collected] = {}
-    groups: list[dict[str, Any]] = []
+    found: list[Piece] = []
+    collected = _Collection()
     for path in files:
-        client = _client_state(path)
+        contents, pieces = load_file(path, _harmless_globals())
+        found += pieces
+        collected.add(path, _client_state(path, contents))
+    return collected.finish(), found
+
+
+def read_stage0(path: Path, names: Sequence[Sequence[str]] | None) -> tuple[SavedOptimizer, list[Piece]]:
+    """Read a checkpoint of stage 0; see `stage0_state_dict`.
+
+    Args:
+        names: for each parameter group the names of its parameters, which fp32 checkpoints number.
+    """
+    client, pieces = stage0_state_dict(path)
+    if any(LAYOUT in entry for entry in client["state"].values()):
+        collected = _Collection()
+        collected.add(path, client)
+        return collected.finish(), pieces
+    return from_state_dict(client, names), pieces
+
+
+def stage0_state_dict(path: Path) -> tuple[dict[str, Any], list[Piece]]:
+    """The state dict of the client optimizer in a file of `stage0_file`, and the file's pieces.
+
+    In fp32 it is what the client wrote. In bf16 and fp16 the client had fp32 copies of the parameters, and if it is a
+    converted one it says which parameter each is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    contents, pieces = load_file(path)
+    client = contents.get("optimizer") if isinstance(contents, Mapping) else None
+    if isinstance(client, Mapping) and "optimizer_state_dict" in client:
+        client = client["optimizer_state_dict"]
+    if not isinstance(client, Mapping) or "param_groups" not in client or "state" not in client:
+        raise ValueError(f"{path.name} holds no optimizer; ZeRO keeps it in zero_pp_rank files, which are missing")
+    return dict(client), pieces
+
+
+class _Collection:
+    """The layers of an optimizer, put together from its ranks' files."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, _Collected] = {}
+        self.groups: list[dict[str, Any]] = []
+
+    def add(self, path: Path, client: Mapping[str, Any]) -> None:
+        """What one rank held."""
         records: dict[str, Layer] = {}
         for group in client["param_groups"]:
             decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
@@ -58,10 +123,12 @@ def read_deepspeed(files: list[Path]) -> SavedOptimizer:
             for key in group["params"]:
                 entry = client["state"].get(key)
                 if entry:
-                    rank_groups[number]["params"] += _collect(path, entry, records, layers)
-        _merge(groups, rank_groups)
-    saved = {fqn: collected.layer(fqn) for fqn, collected in layers.items()}
-    return SavedOptimizer(saved, groups)
+                    rank_groups[number]["params"] += _collect(path, entry, records, self.layers)
+        _merge(self.groups, rank_groups)
+
+    def finish(self) -> SavedOptimizer:
+        """The optimizer."""
+        return SavedOptimizer({fqn: found.layer(fqn) for fqn, found in self.layers.items()}, self.groups)
 
 
 class _Collected:
@@ -117,14 +184,13 @@ def _add_kept(layer: _Collected, state: str, flat: Tensor, segment: NamedSegment
     whole = Layer(segment.fqn, 0, segment.shape, {}, {state: Keep()})
     for part in layer_shards(whole, segment):
         assert part.span is not None
-        values = flat[part.span.start - origin : part.span.stop - origin]
+        values = flat.reshape(-1)[part.span.start - origin : part.span.stop - origin]
         source = Source(part.shard, {state: part.shard.as_rows(values)}, None)
         layer.states.setdefault(state, []).append(source)
 
 
-def _client_state(path: Path) -> dict[str, Any]:
+def _client_state(path: Path, saved: Any) -> dict[str, Any]:
     """The state dict of the optimizer that DeepSpeed wrapped."""
-    saved = load_file(path, _harmless_globals())
     wrapper = saved.get("optimizer_state_dict") or {}
     client = wrapper.get("base_optimizer_state") or wrapper.get("optimizer_state_dict")
     if not isinstance(client, Mapping) or "param_groups" not in client:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning_sketch.dtensor_state import sharding_of
 from lightning_sketch.layer import Layer
 from lightning_sketch.optimizer import CompressedOptimizer
@@ -44,7 +42,6 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
         )
     if plain or not sharded:
         return plain
-    # All layers were sharded over as many ranks: one of the smallest says it, and costs least to read.
-    most = max(shards for _, shards in sharded)
-    smallest = min((found for found, shards in sharded if shards == most), key=lambda found: math.prod(found.shape))
-    return any(len(sources) != most for sources in smallest.states().values())
+    # All layers were sharded over as many ranks, so one says it.
+    found, shards = max(sharded, key=lambda pair: pair[1])
+    return any(len(sources) != shards for sources in found.states().values())

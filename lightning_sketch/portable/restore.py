@@ -15,9 +15,16 @@ from lightning_sketch.dtensor_state import dense_like
 from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer
-from lightning_sketch.portable.read import read_checkpoint
-from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer, as_float_tensor, encode_states
-from lightning_sketch.reshard import Source, dense_of
+from lightning_sketch.portable.read import Opened, open_checkpoint
+from lightning_sketch.portable.saved import (
+    SavedLayer,
+    SavedOptimizer,
+    as_float_tensor,
+    encode_states,
+)
+from lightning_sketch.portable.together import all_or_none, verify_together
+from lightning_sketch.reshard import Source, fill_dense
+from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import global_shape, local, shard_of
 from lightning_sketch.sharding.wrapper import wrapper_of
 
@@ -31,10 +38,14 @@ Errors = dict[str, dict[str, float]]
 def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
     """Load optimizer states and hyperparameters from a checkpoint of another engine, world size or policy.
 
-    Works between a single process, DDP, FSDP2 and DeepSpeed ZeRO-1/2/3, and between plain and compressed states. Every
-    rank calls it. Weights are not touched: load them first, from DeepSpeed's checkpoints with its
+    Works between a single process, DDP, FSDP2 and DeepSpeed ZeRO-0/1/2/3, and between plain and compressed states.
+    Weights are not touched: load them first, from DeepSpeed's checkpoints with its
     ``zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``. Where the layout is the same, the engine's own loading is
     exact and faster.
+
+    Collective where a process group is up: every rank calls it, and all succeed or none does. A rank reads of dense
+    states the rows that it keeps, in blocks, and of compressed ones the old shards that its own overlaps. Each file's
+    checksums are verified by one rank.
 
     Args:
         target: a converted optimizer, a trainer's wrapper of one, or a DeepSpeed engine that trains with one.
@@ -47,15 +58,25 @@ def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
 
     Raises:
         TypeError: `target` is no converted optimizer.
-        ValueError: the checkpoint does not fit. Nothing was changed then.
+        ValueError: the checkpoint does not fit, or was altered. Nothing was changed then, on any rank.
     """
     wrapper, inner = wrapper_of(target), unwrap(target)
     if not isinstance(inner, CompressedOptimizer):
         raise TypeError(f"restore() needs a converted optimizer, got {type(inner).__name__}; call compress() first")
-    if wrapper is not None:
-        inner.bind(wrapper)
-    saved = read_checkpoint(path, inner._compression.names, optimizer=optimizer)
-    loaded = _Restored(inner, saved)
+
+    def open_() -> Opened:
+        if wrapper is not None:
+            inner.bind(wrapper)
+        model = inner._compression.model()
+        order = None if model is None else [layer.fqn for layer in named_layers(model).values()]
+        return open_checkpoint(path, inner._compression.names, optimizer=optimizer, order=order)
+
+    found = all_or_none(open_)
+    try:
+        verify_together(found.unverified)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    loaded = all_or_none(lambda: _Restored(inner, found.saved))
     loaded.commit(wrapper)
     return loaded.errors
 
@@ -117,7 +138,8 @@ class _Restored:
         state: dict[str, Any] = {"step": as_float_tensor(present[0].step)}
         group = self.saved.group_of(present[0].fqn)
         if not flat.parts:
-            return state | self._kept_run(flat, flat.segments, 0, flat.tensor.numel(), "")
+            kept = self._kept_run(flat, flat.segments, 0, flat.tensor.numel(), "")
+            return state | {name: value.view(flat.tensor.shape) for name, value in kept.items()}  # torch's step has it
         for part in flat.parts:
             if part.layer.compressed:
                 layer = found[part.layer.fqn]
@@ -166,7 +188,7 @@ class _Restored:
             spec = part.spec(name, param, group)
             held = torch.zeros_like(local(param))
             if name in sources:
-                held.copy_(dense_of(spec, sources[name]).view(held.shape))
+                fill_dense(spec, sources[name], part.shard.as_rows(held))
             state[name] = dense_like(param, held)
         return state
 
@@ -197,7 +219,7 @@ class _Restored:
             for name, flat in state.items():
                 if name in sources:
                     spec = dataclasses.replace(part, prefix="").spec(name, param, group)
-                    flat[start:stop] = dense_of(spec, sources[name]).flatten()
+                    fill_dense(spec, sources[name], part.shard.as_rows(flat[start:stop]))
 
     def _dense_states(self, group: Mapping[str, Any]) -> dict[str, bool]:
         """The states that torch keeps of a parameter, and whether each may be negative."""

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_sketch.portable.checksums import Piece, pieces_of_file, small, verify
 
-def load_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """``torch.load`` on the CPU with ``weights_only=True``, memory-mapped, checksums verified.
+
+def load_file(path: Path, allowed: Sequence[Any] = ()) -> tuple[Any, list[Piece]]:
+    """``torch.load`` on the CPU with ``weights_only=True``, memory-mapped: of tensors, only what is touched is read.
 
     Args:
         path: of ``torch.save``.
         allowed: classes that may be in it beside tensors and primitives.
 
+    Returns:
+        its contents, and its pieces, of which the small ones were verified.
+
     Raises:
         ValueError: it is truncated, altered, no such file, or holds other objects.
     """
-    _verify(path)
+    pieces = pieces_of_file(path)
+    verify(small(pieces))
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), pieces
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path.name} cannot be read with weights_only=True: {str(error).splitlines()[0]}") from error
 
@@ -41,17 +45,6 @@ def check_metadata(path: Path) -> None:
             _MetadataUnpickler(file).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path.name} cannot be trusted: {error}") from error
-
-
-def _verify(path: Path) -> None:
-    # torch checks no checksums of memory-mapped files.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path.name} cannot be read: it is truncated or no file of torch.save ({error})") from error
-    if bad is not None:
-        raise ValueError(f"{path.name} cannot be read: {bad} in it was altered (its checksum is wrong)")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

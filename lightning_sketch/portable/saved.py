@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of
 from lightning_sketch.dtensor_state import SHARDS, sources
 from lightning_sketch.layer import RECORDS, Layer
-from lightning_sketch.reshard import Source, reshard
+from lightning_sketch.reshard import LazyTensor, Source, reshard
 from lightning_sketch.sharding import Shard, is_dtensor
 
 
@@ -97,14 +97,14 @@ def from_state_dict(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]
 
 
 def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> SavedLayer:
-    """Read one parameter's entry of a state dict; see `from_state_dict`."""
+    """Read one parameter's entry of a state dict, whose tensors may be lazy; see `from_state_dict`."""
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in entry.values()):
         raise ValueError(f"{fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
     step = entry.get("step")
     step = None if step is None else float(step)
     if layer is not None:
         return SavedLayer(fqn, layer.shape, step, layer, lambda: dict(_compressed(layer, entry)))
-    dense = {key: value for key, value in entry.items() if isinstance(value, Tensor) and key != "step"}
+    dense = {key: value for key, value in entry.items() if isinstance(value, Tensor | LazyTensor) and key != "step"}
     shape = next((tuple(value.shape) for value in dense.values()), ())
     whole = Shard.whole(shape)
     return SavedLayer(
@@ -145,7 +145,7 @@ def tensors_of(codec: Codec, state: str, ndim: int, entry: Mapping[str, Any]) ->
         ValueError: one is missing.
     """
     keys = [key_of(state, suffix) for suffix in codec.axes(ndim)]
-    missing = [key for key in keys if not isinstance(entry.get(key), Tensor)]
+    missing = [key for key in keys if not isinstance(entry.get(key), Tensor | LazyTensor)]
     if missing:
         raise ValueError(f"the checkpoint has no {', '.join(missing)} (it holds {sorted(map(str, entry))})")
     scale = key_of(state, "scale")
