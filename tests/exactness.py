@@ -1,10 +1,10 @@
 """How far every codec under every engine is from one process: measured, and written into docs/sharding.md.
 
-    python -m tests.exactness          # measure with 2, 3 and 4 ranks and rewrite the tables of docs/sharding.md
+    python -m tests.exactness          # measure with 1 to 4 ranks and rewrite the tables of docs/sharding.md
 
 Two hundred AdamW steps with prescribed gradients, so that what happens to one layer cannot reach another through the
-loss; parameters are compared with those of one process. `tests/test_exactness.py` measures the same with 2 and 3 ranks
-and holds the tables to it.
+loss; parameters are compared with those of one process. `demo_exactness.py` does the same with the demo's model, whose
+gradients react. `tests/test_exactness.py` measures some of both again and holds the tables to it.
 """
 
 from __future__ import annotations
@@ -194,12 +194,15 @@ def between(document: str, name: str) -> str:
 
 
 def main() -> None:
+    from tests import demo_exactness  # needs Lightning, which takes seconds: not for the ranks that measure here
+
     torch.set_num_threads(1)
     ranks = {world_size: run_ranks(measure, world_size) for world_size in (2, 3, 4)}
     whole, bytes_whole = one_process()
     tables = {
         "exactness": exactness_table(exactness({n: found[0] for n, found in ranks.items()}, whole), other_seed(whole)),
         "memory": memory_table(ranks, bytes_whole),
+        **demo_exactness.tables(),
     }
     document = DOCUMENT.read_text()
     for name, table in tables.items():

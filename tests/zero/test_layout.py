@@ -85,7 +85,7 @@ def ranks() -> Callable[[int], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_each_rank_holds_its_share_of_the_states(ranks, world_size, stage, name):
     model = Table()
     optimizer = optimizer_of(model, CODECS[name])
@@ -96,7 +96,7 @@ def test_each_rank_holds_its_share_of_the_states(ranks, world_size, stage, name)
     assert sum(found) <= nbytes(optimizer) * 1.01
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_table_of_a_rank_names_its_rows(ranks, world_size):
     first, *_, last = (result["tables"][3] for result in ranks(world_size))
     rows, columns = divmod(-(-41 * 8 // world_size), 8)  # of "sketch", 41 x 8, ZeRO-3 gives each rank a share
