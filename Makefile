@@ -1,6 +1,7 @@
 # Everything sets itself up in a virtual environment of its own; Python 3.11 or newer is all that is needed.
 #   make demo          train the same model twice, plain and compressed; table and picture in runs/demo/
 #   make test          the whole test suite
+#   make bench         the speed measurements behind docs/performance.md (ten minutes; leave the machine alone)
 #   make bench-quality the measurements behind docs/quality.md (hours on two cores; continues where it stopped)
 # `make TORCH=torch demo` takes the newest torch with CUDA instead of the CPU build of the tested version.
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench-quality clean
+.PHONY: demo test bench bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/run.py
@@ -17,6 +18,10 @@ demo: $(VENV)/.demo
 # Two workers of one thread each; a file to a worker, because the tests of a file share the processes they spawn.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.speed_tables
 
 bench-quality: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.sparse_lm --workers 2
@@ -31,8 +36,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/pip install $(TORCH)
 	touch $@
 
-# Tests without the compiled kernels would test half of it.
-$(VENV)/.test: export LIGHTNING_SKETCH_REQUIRE_KERNELS = 1
+# Tests without the compiled kernels would test half of it, and there would be nothing to measure.
+$(VENV)/.test $(VENV)/.bench: export LIGHTNING_SKETCH_REQUIRE_KERNELS = 1
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(wildcard lightning_sketch/kernels/csrc/*)
 	$(BIN)/pip install -e '.[$*]'

@@ -34,7 +34,7 @@ def main() -> None:
     for name, make in tables.items():
         source = RESULTS / f"{name.removesuffix('_marks')}.json"
         if source.exists():
-            text = _replace(text, name, make(json.loads(source.read_text())["methods"]))
+            text = replace_between(text, name, make(json.loads(source.read_text())["methods"]), PAGE.name)
     PAGE.write_text(text)
     for name, title in {
         "sparse_lm": "Language model, two sparse tables of 109,213 words",
@@ -206,10 +206,15 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * k for k in range(first, math.floor(high / step) + 1, every)]
 
 
-def _replace(text: str, name: str, table: str) -> str:
+def replace_between(text: str, name: str, table: str, page: str) -> str:
+    """Put a table between the marks of `name` in the text of a page.
+
+    Raises:
+        ValueError: the page, named `page`, has no such marks.
+    """
     pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{PAGE.name} has no <!-- begin:{name} --> ... <!-- end:{name} -->")
+        raise ValueError(f"{page} has no <!-- begin:{name} --> ... <!-- end:{name} -->")
     return pattern.sub(lambda match: match[1] + "\n" + table + "\n\n" + match[2], text)
 
 

@@ -23,7 +23,7 @@ class Kind(IntEnum):
     SKETCH = 8  # true / scale, [depth, width, *row_shape]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples what making one costs, and every step makes them
 class Stored:
     """A codec state after ``begin``: ``s <- decay * s + weight * x``.
 
@@ -53,7 +53,7 @@ class Stored:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FusedStep:
     r"""One step of one layer, in the form that all rules share.
 

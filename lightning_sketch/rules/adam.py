@@ -110,7 +110,7 @@ class AdamRule(UpdateRule):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Numbers:
     """Hyperparameters of one step.
 
