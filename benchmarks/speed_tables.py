@@ -131,7 +131,9 @@ def _threads(count: str, processors: int) -> str:
 
 
 def _short(value: float) -> str:
-    return "0" if value < 0.0005 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+    if value < 0.0005:
+        return "0" if value < 0.00005 else f"{value:.4f}"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 if __name__ == "__main__":

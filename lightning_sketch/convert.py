@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
-from lightning_sketch.guard import guard_foreign_steps, refuse_zero_redundancy
+from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
@@ -93,7 +93,6 @@ def compress(
     compression = Compression(chosen, weakref.ref(model), nonfinite, records, names, errors)
     inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, cls)
-    guard_foreign_steps()
     _refresh_wrapper(optimizer)
     return optimizer
 

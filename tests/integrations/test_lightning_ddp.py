@@ -56,8 +56,9 @@ def assert_replicas_agree(world_size):
 
 
 @pytest.mark.distributed
-def test_two_spawned_ranks():
-    fit(2, POLICY, sparse=False, start_method="spawn")
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_two_spawned_ranks(sparse):
+    fit(2, SKETCH if sparse else POLICY, sparse=sparse, start_method="spawn")
     assert_replicas_agree(2)
 
 

@@ -15,17 +15,22 @@ STEPS = 200
 SCRIPT = Path(__file__).with_name("trainer_script.py")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module",
+    params=[(2, "dense"), (3, "dense"), (2, "sparse"), (3, "sparse")],
+    ids=lambda param: f"{param[0]} {param[1]}",
+)
 def replicas(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank of one run ended with."""
+    world_size, gradients = request.param
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*torchrun, str(SCRIPT), str(STEPS)], cwd=folder, env=environment, capture_output=True, text=True
+        [*torchrun, str(SCRIPT), str(STEPS), gradients], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.mark.distributed

@@ -1,6 +1,6 @@
 """What test_transformers_ddp.py runs under torchrun: a Trainer over a tiny Llama; every rank saves what it ended with.
 
-``torchrun --nproc_per_node 2 trainer_script.py STEPS``
+``torchrun --nproc_per_node 2 trainer_script.py STEPS [sparse]``: "sparse" gives the embedding sparse gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ POLICY = Policy(
 )
 
 
-def main(steps: int) -> None:
+class WithoutNorm(Trainer):
+    """The Trainer logs the norm of all gradients, which torch does not compute for sparse ones."""
+
+    def _get_grad_norm(self, *args: object, **kwargs: object) -> None:
+        return None
+
+
+def main(steps: int, sparse: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,13 +42,14 @@ def main(steps: int) -> None:
     args = TrainingArguments(
         "out", max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=10, use_cpu=True,
         save_strategy="steps", save_steps=steps * 3 // 4, disable_tqdm=True, report_to=[],
+        max_grad_norm=0.0 if sparse else 1.0,
     )  # fmt: skip
 
     seen: list[list[int]] = []
 
     def train(resume: str | None) -> tuple[Trainer, dict[str, Tensor]]:
-        trainer = Trainer(
-            LlamaForCausalLM(config), args, train_dataset=[{"input_ids": x, "labels": x} for x in words],
+        trainer = (WithoutNorm if sparse else Trainer)(
+            make_model(config, sparse), args, train_dataset=[{"input_ids": x, "labels": x} for x in words],
             optimizer_cls_and_kwargs=compressed_optimizer(args, POLICY),
         )  # fmt: skip
         trainer.model.register_forward_pre_hook(
@@ -60,5 +68,11 @@ def main(steps: int) -> None:
     os._exit(0)  # without destructors: gloo's joins a thread while holding the GIL that this thread may wait for
 
 
+def make_model(config: LlamaConfig, sparse: bool) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(config)
+    model.get_input_embeddings().sparse = sparse
+    return model
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:] == ["sparse"])

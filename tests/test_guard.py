@@ -1,0 +1,50 @@
+"""A plain optimizer that was given a compressed one's states says so, instead of failing obscurely or training on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from lightning_sketch import Policy, RowWise, Rule, compress
+
+
+def compressed_state(path: Path) -> None:
+    layer = nn.Linear(4, 3)
+    optimizer = compress(AdamW(layer.parameters()), layer, Policy([Rule(name="weight", exp_avg_sq=RowWise())]))
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path)
+
+
+def test_a_plain_optimizer_that_loaded_a_compressed_checkpoint(tmp_path: Path) -> None:
+    compressed_state(tmp_path / "state.pt")
+    layer = nn.Linear(4, 3)
+    plain = AdamW(layer.parameters())
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    layer(torch.ones(2, 4)).sum().backward()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="compress"):
+        plain.step()
+    assert torch.equal(before, layer.weight)
+
+
+def test_importing_the_package_is_enough(tmp_path: Path) -> None:
+    compressed_state(tmp_path / "state.pt")
+    program = (
+        "import torch, lightning_sketch\n"
+        "layer = torch.nn.Linear(4, 3)\n"
+        "plain = torch.optim.AdamW(layer.parameters())\n"
+        f"plain.load_state_dict(torch.load({str(tmp_path / 'state.pt')!r}, weights_only=True))\n"
+        "layer(torch.ones(2, 4)).sum().backward()\n"
+        "plain.step()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "KeyError" not in done.stderr
+    assert "compress" in done.stderr.splitlines()[-1]
