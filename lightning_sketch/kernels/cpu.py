@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 
-
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
 _STATE_FORMAT = "4i q Q 4f 3q"
 _STATE = struct.Struct("@" + _STATE_FORMAT)
@@ -85,9 +84,7 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
     )
 
 
-def _pack(
-    step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]
-) -> bytes:
+def _pack(step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]) -> bytes:
     """The step as a ``Layer``; its tensors are appended to the lists."""
     rows = step.grad.shape[0]
     return _LAYER.pack(

@@ -93,7 +93,7 @@ def test_what_a_killed_convert_leaves_is_whole(kind: str, tmp_path: Path) -> Non
             if path.name.endswith(".partial"):
                 continue  # says what it is
             if path.is_dir() and not (path / ".metadata").exists():
-                with pytest.raises(ValueError, match="it has no .metadata"):
+                with pytest.raises(ValueError, match=r"it has no \.metadata"):
                     read_checkpoint(path)
                 continue
             check(states(path), expected)
