@@ -21,6 +21,10 @@ def fused_kernel(device: torch.device) -> FusedKernel | None:
         from lightning_sketch.kernels import cpu  # defines torch operators
 
         return cpu.step
+    if device.type == "cuda" and native.wants_triton():
+        from lightning_sketch.kernels import triton
+
+        return triton.step
     return None
 
 

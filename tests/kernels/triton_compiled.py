@@ -1,0 +1,150 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: registers, spills, and no recompilation.
+
+Run by test_triton.py in a process of its own, whose Triton believes in a device. Steps are launched as they are on a
+device, through Triton's own handling of arguments; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise, kernels
+from lightning_sketch.kernels.triton import launch, ops
+from tests.kernels.fused_cases import Case, train
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+#: Of a thread: a multiprocessor has 65,536, so this lets 18 of its 64 warps run at a time (16 if of 16 warps each).
+MOST_REGISTERS = 112
+
+CODECS: list[tuple[Codec, Codec]] = [
+    (RowWise(), Drop()),
+    (RowWise(), BFloat16()),
+    (RowWise(compression=4), Drop()),
+    (SM3(), Drop()),
+    (SM3(), BFloat16()),
+    (Factored(), Drop()),
+    (Factored(), BFloat16()),
+    (CountSketch(compression=4), Drop()),
+    (CountSketch(compression=4), CountSketch(compression=4)),
+    (BFloat16(), BFloat16()),
+    (RowWise(), Keep()),
+]
+
+
+class Pretended:
+    """A driver of a device that can be compiled for, and not run on."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+Launched = list[tuple[str, dict[str, Any], Any]]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]:
+    """Compile for a target what is launched: name, arguments and compiled kernel of each launch."""
+    found: Launched = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.fn.__name__, kwargs, compiled))
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(kernels, "fused_kernel", lambda device: ops.step)
+
+    def on(target: GPUTarget) -> Launched:
+        monkeypatch.setattr(driver, "_active", Pretended(target))
+        for function in (launch.apply, launch.hash_rows, launch.insert_rows, launch.sum_squares):
+            function.device_caches.clear()
+        return found
+
+    return on
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_kernel_spills(
+    arch: int, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = launched(GPUTarget("cuda", arch, 32))
+    for second, first in CODECS:
+        for sparse in (False, True):
+            for dtype in (torch.float32, torch.bfloat16):
+                train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, dtype=dtype, steps=1))
+    for columns in (1, 64, 8192):
+        train(Case("adamw", RowWise(), BFloat16(), rows=256, columns=columns, steps=1))
+    train(Case("adam", CountSketch(compression=4, depth=8), CountSketch(compression=4, depth=8), 256, 512, steps=1))
+    train(Case("nesterov", Drop(), BFloat16(), 256, 512, steps=1))
+    train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
+
+    used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
+    assert len(used) > 50
+    print(f"\nsm_{arch}: registers and bytes of local memory of {len(used)} kernels")
+    found_out = {}
+    for name, arguments, compiled in used.values():
+        registers, local = _resources(compiled.asm["cubin"], tmp_path / "cubin")
+        line = f"{registers:3} {local:2} {name:12} {_constants(arguments)}"
+        print(f"  {line}")
+        found_out[line] = registers, local
+    assert not [line for line, (_, local) in found_out.items() if local]
+    assert not [line for line, (registers, _) in found_out.items() if registers > MOST_REGISTERS]
+    assert {name for name, _, _ in used.values()} == {"apply", "hash_rows", "insert_rows", "sum_squares"}
+
+
+@pytest.mark.parametrize(("second", "first"), CODECS[:-1], ids=repr)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_nothing_is_compiled_again_from_step_to_step(
+    second: Codec, first: Codec, sparse: bool, launched: Callable[[GPUTarget], Launched]
+) -> None:
+    found = launched(GPUTarget("cuda", 90, 32))
+    train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, steps=1))
+    before = {compiled.hash for _, _, compiled in found}
+    assert before
+    train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, steps=5))
+    assert {compiled.hash for _, _, compiled in found} == before
+
+
+def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) -> None:
+    found = launched(GPUTarget("cuda", 90, 32))
+    for rows, columns in ((1000, 768), (1001, 1024), (4000, 640), (16, 512)):
+        train(Case("adamw", CountSketch(compression=4), Drop(), rows, columns, steps=1))
+    assert len({compiled.hash for _, _, compiled in found}) == 3  # hash_rows, insert_rows, apply
+
+
+def _resources(cubin: bytes, path: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory, where spilled registers lie."""
+    path.write_bytes(cubin)
+    output = subprocess.run(
+        [os.fspath(CUOBJDUMP), "--dump-resource-usage", os.fspath(path)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", output)
+    assert found, output
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _constants(arguments: dict[str, Any]) -> str:
+    """Compile-time arguments, in words."""
+    return " ".join(f"{key}={value}" for key, value in arguments.items() if key.isupper() or key == "num_warps")

@@ -1,0 +1,313 @@
+"""The Triton kernels against the reference, in Triton's interpreter on CPU tensors.
+
+Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.library import opcheck
+
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Policy,
+    RowWise,
+    Rule,
+    compress,
+    kernels,
+)
+from lightning_sketch.codecs.bfloat16 import stochastic_round
+from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.reference import hash_rows
+from lightning_sketch.kernels.triton import insert, launch, ops
+from lightning_sketch.kernels.triton.bits import narrow, narrow_stochastically
+from lightning_sketch.kernels.triton.jit import kernel
+from tests.kernels.fused_cases import FIRST, RULES, SECOND, Case, by_reference, train
+
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+#: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.
+ULPS = 16
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
+    """Have every step done by the Triton kernels, and see which."""
+    seen: list[FusedStep] = []
+
+    def step(steps: list[FusedStep]) -> None:
+        seen.extend(steps)
+        ops.step(steps)
+
+    monkeypatch.setattr(kernels, "fused_kernel", lambda device: step)
+    return seen
+
+
+def check(case: Case) -> None:
+    found = train(case)
+    with by_reference():
+        expected = train(case)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            assert found[key] == pytest.approx(value), key
+            continue
+        # A state in bfloat16 rounds to its other neighbour where an exact value differs in its last bit.
+        halves = [t.dtype for t in expected.values() if isinstance(t, Tensor) and t.dtype == torch.bfloat16]
+        tolerance = ULPS * ULP[torch.bfloat16 if halves else torch.float32]
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
+
+
+PAIRS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
+    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("second", "first"), PAIRS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_every_pair_of_codecs_under_adam(second: Codec, first: Codec, sparse: bool, fused: list[FusedStep]) -> None:
+    check(Case("adamw", second, first, rows=37, columns=19, sparse=sparse, steps=2))
+    assert len(fused) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("second", [RowWise(), SM3(), CountSketch(compression=3), BFloat16(), Factored()], ids=repr)
+def test_every_rule(rule: str, second: Codec, dtype: torch.dtype, fused: list[FusedStep]) -> None:
+    first = BFloat16() if rule in ("sgd", "nesterov") else Drop()
+    check(Case(rule, second, first, rows=23, columns=33, sparse=rule == "sparse_adam", dtype=dtype))
+    assert len(fused) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_momentum_of_sm3(momentum: float, dtype: torch.dtype, fused: list[FusedStep]) -> None:
+    check(Case("adagrad", SM3(momentum=momentum), Drop(), rows=23, columns=33, dtype=dtype))
+    assert all(step.momentum is not None for step in fused)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rule=st.sampled_from(["adamw", "adam", "adagrad"]),
+    second=st.sampled_from(list(SECOND.values())),
+    first=st.sampled_from(list(FIRST.values())),
+    rows=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from([1023, 1025, 2050])),
+    sparse=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(
+    rule: str, second: Codec, first: Codec, rows: int, columns: int, sparse: bool, dtype: torch.dtype
+) -> None:
+    if sparse and rule != "adamw":
+        rule = "adamw"  # torch's own classes refuse the others' weight decay under sparse gradients
+    if second == first == Keep() or (rule == "adagrad" and second == Keep()):
+        second = RowWise()
+    check(Case(rule, second, first, rows, columns, sparse, dtype, steps=2))
+
+
+@pytest.mark.parametrize("second", ["RowWise", "RowWise sketched", "SM3", "Factored", "CountSketch", "BFloat16"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_parts_of_large_layers(
+    second: str, sparse: bool, fused: list[FusedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this small layer were large: waves of rows, several tiles a program, rows wider than a tile."""
+    monkeypatch.setattr(launch, "WAVE", 16)
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "CHUNKS", 3)
+    monkeypatch.setattr(launch, "TILE", 64)
+    monkeypatch.setattr(launch, "TILE_SM3", 32)
+    monkeypatch.setattr(launch, "TILE_COLUMNS", 16)
+    monkeypatch.setattr(launch, "WIDEST_ROW", 16)
+    for columns in (5, 77):
+        check(Case("adamw", SECOND[second], CountSketch(compression=4), 101, columns, sparse, steps=2))
+    assert launch._Tiling.of(101, 5, tile=launch.TILE).groups > 1
+    assert launch._Tiling.of(101, 77, tile=launch.TILE).column_tiles > 1
+
+
+def test_many_rows_in_few_buckets_and_in_many() -> None:
+    for compression in (2, 30):  # a slot for each row, and for each bucket
+        codec = CountSketch(compression=compression)
+        check(Case("adamw", codec, codec, rows=200, columns=15))
+        check(Case("adamw", codec, CountSketch(compression=compression, depth=5), rows=200, columns=7))
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+def test_medians_of_every_depth(depth: int, fused: list[FusedStep]) -> None:
+    check(Case("adamw", RowWise(), CountSketch(compression=2, depth=depth), rows=80, columns=3, steps=2))
+    assert len(fused) == 2
+
+
+def test_empty_layers_and_gradients_and_single_rows(fused: list[FusedStep]) -> None:
+    for rows, columns in ((0, 4), (4, 0), (1, 1), (1, 1030)):
+        for second in SECOND.values():
+            check(Case("adamw", second, BFloat16(), rows, columns, steps=1))
+    layer = nn.Embedding(5, 3, sparse=True)
+    policy = Policy([Rule(name="*", exp_avg_sq=RowWise())])
+    optimizer = compress(torch.optim.SparseAdam(layer.parameters()), layer, policy)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3), (5, 3))
+    optimizer.step()
+    assert torch.equal(before, layer.weight)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_noise_of_stochastic_rounding_is_that_of_the_reference(sparse: bool, dtype: torch.dtype) -> None:
+    """Bit for bit: the first value of an average, a product, is the same number before it is rounded."""
+    case = Case("adamw", RowWise(), BFloat16(), rows=150, columns=140, sparse=sparse, dtype=dtype, steps=1)
+    found = train(case)["exp_avg"]
+    with by_reference():
+        expected = train(case)["exp_avg"]
+    assert isinstance(found, Tensor)
+    assert found.count_nonzero()
+    assert torch.equal(found, expected)
+
+
+def _step_rows(second: Codec, touched: list[list[int]], eps: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """A table of 6 x 5 ones after a sparse step of each list of rows, with gradients 0, 1, 2, ...; its states."""
+    layer = nn.Embedding(6, 5, sparse=True)
+    nn.init.ones_(layer.weight)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, eps=eps, weight_decay=0.0)
+    compress(optimizer, layer, Policy([Rule(name="*", first_moment=Drop(), second_moment=second)]))
+    for number, rows in enumerate(touched):
+        values = torch.arange(len(rows)).float()[:, None].expand(-1, 5) / (1 + 9 * number)
+        layer.weight.grad = torch.sparse_coo_tensor(torch.tensor([rows]), values, (6, 5), check_invariants=True)
+        optimizer.step()
+    return layer.weight.detach(), dict(optimizer.state[layer.weight])
+
+
+@pytest.mark.parametrize("second", [RowWise(), SM3(), Factored(), BFloat16(), CountSketch(width=20)], ids=repr)
+def test_rows_without_gradients_stay_even_without_eps(second: Codec) -> None:
+    weight, _ = _step_rows(second, [[0, 1, 2]], eps=0.0)
+    assert torch.equal(weight[0], torch.ones(5))
+    assert torch.allclose(weight[1:3], torch.full((2, 5), 0.9), atol=0.08)
+
+
+def test_rows_that_are_absent_still_bound_the_columns_of_sm3() -> None:
+    touched = [[0, 1, 2], [3, 4, 5]]  # of the second step, smaller gradients
+    _, found = _step_rows(SM3(), touched, eps=1e-8)
+    with by_reference():
+        _, expected = _step_rows(SM3(), touched, eps=1e-8)
+    for name in ("exp_avg_sq_dim0", "exp_avg_sq_dim1"):
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1030])
+def test_vectors_have_no_columns_to_be_bounded_by(rows: int, fused: list[FusedStep]) -> None:
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.LayerNorm(rows)
+        policy = Policy([Rule(name="*", exp_avg=BFloat16(), exp_avg_sq=SM3())])
+        optimizer = compress(torch.optim.AdamW(layer.parameters()), layer, policy)
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn(rows)
+        optimizer.step()
+        return torch.cat([parameter.detach() for parameter in layer.parameters()])
+
+    found = run()
+    assert len(fused) == 2
+    with by_reference():
+        torch.testing.assert_close(found, run(), rtol=1e-6, atol=1e-7)
+
+
+def test_many_layers_in_one_call(fused: list[FusedStep]) -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 5), nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
+        rules = [
+            Rule(name="0.weight", exp_avg=CountSketch(width=2), exp_avg_sq=Factored()),
+            Rule(name="1.weight", exp_avg=BFloat16(), exp_avg_sq=SM3()),
+            Rule(name="*", exp_avg=Drop(), exp_avg_sq=RowWise()),
+        ]
+        optimizer = compress(torch.optim.AdamW(model.parameters()), model, Policy(rules))
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    found = run()
+    assert len(fused) == 10
+    with by_reference():
+        torch.testing.assert_close(found, run(), rtol=1e-5, atol=1e-6)
+
+
+@kernel()
+def _round(
+    x: tl.tensor, noise: tl.tensor, nearest: tl.tensor, stochastic: tl.tensor, count: tl.int32, TILE: tl.constexpr
+) -> None:
+    at = tl.arange(0, TILE)
+    value = tl.load(x + at, mask=at < count, other=0.0)
+    bits = tl.load(noise + at, mask=at < count, other=0).to(tl.uint32, bitcast=True)
+    tl.store(nearest + at, narrow(value), mask=at < count)
+    tl.store(stochastic + at, narrow_stochastically(value, bits), mask=at < count)
+
+
+def test_roundings_are_those_of_torch() -> None:
+    special = torch.tensor([0, 0x7F800000, 0x7FC00000, 0x7F7FFFFF, 0x3F808000, 0x3F818000, 0x3FFFFFFF, 1])
+    patterns = torch.cat([special, special | -(1 << 31), torch.randint(-(1 << 31), 1 << 31, (4000,))])
+    x = patterns.to(torch.int32).view(torch.float32)
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32)
+    nearest, stochastic = torch.empty(2, len(x), dtype=torch.int16)
+    _round[(1,)](x, noise, nearest, stochastic, len(x), TILE=8192)
+    for found, expected in ((nearest, x.bfloat16()), (stochastic, stochastic_round(x, noise))):
+        torch.testing.assert_close(found.view(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -3])
+def test_hashes_are_those_of_the_reference(seed: int) -> None:
+    ids = torch.cat([torch.arange(40), torch.randint(0, 1 << 40, (40,))])
+    expected, _ = hash_rows(ids + 7, seed, 3, 1000)
+    for level in range(3):
+        found = torch.empty(80, dtype=torch.int32)
+        arguments = {"rows": 80, "row_offset": 7, "level": level, "width": 1000, "seed": seed}
+        insert.hash_rows[(1,)](ids, found, **arguments, TILE=128)
+        assert torch.equal(found.long(), expected[level])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_operator_is_what_it_says(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[object, ...]] = []
+    implementation = ops._launch
+
+    def spy(*arguments: object) -> None:
+        given.append(tuple([x.clone() if isinstance(x, Tensor) else x for x in argument] for argument in arguments))
+        implementation(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "_launch", spy)
+    train(Case("adamw", CountSketch(compression=4), BFloat16(), 20, 10, sparse=sparse, steps=1))
+    opcheck(torch.ops.lightning_sketch.triton_step.default, given[0])
+
+
+def test_a_program_holds_the_steps(fused: list[FusedStep]) -> None:
+    train(Case("adam", Factored(), CountSketch(compression=4), 20, 10, steps=1))
+    train(Case("adagrad", SM3(momentum=0.9), Drop(), 20, 10, steps=1))
+    program = ops.Program()
+    for step in fused:
+        program.add(step)
+    for before, after in zip(fused, program.steps(), strict=True):
+        for name in FusedStep.__dataclass_fields__:
+            assert _plain(getattr(before, name)) == _plain(getattr(after, name)), name
+
+
+def _plain(value: object) -> object:
+    """Tensors by address."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value
