@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.classes import compressed_class, unwrap
+from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
-from lightning_sketch.layer import RECORDS
+from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
@@ -76,7 +77,6 @@ def compress(
     _refuse_replaced(inner)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
-    _announce(made)
 
     errors: dict[str, dict[str, float]] = {}
     for group, planned in zip(inner.param_groups, made.groups, strict=True):
@@ -94,6 +94,8 @@ def compress(
     inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)
+    assert isinstance(inner, CompressedOptimizer)
+    _announce(made, inner)
     return optimizer
 
 
@@ -207,10 +209,30 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
-def _announce(made: Plan) -> None:
+def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return
     for state, names in made.dropped().items():
         # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
         logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(names))
+    parts = [part for _, _, parts in optimizer.compressed_tensors() for part in parts]
+    if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:
+        logger.warning(
+            "%s: sharded by rows, so every rank sketches its own rows only; where frequent rows lie together, as in "
+            "vocabularies sorted by frequency, that costs quality. RowWise() is exact under row shards, and a sketch "
+            "under column shards (fully_shard(..., shard_placement_fn=...) with Shard(1))",
+            ", ".join(sketched),
+        )
+
+
+def _sketches_some_rows(part: LayerShard) -> bool:
+    """Whether a layer has several rows to a bucket, and not all of its rows here."""
+    rows = part.shard.table_rows
+    sketches = [
+        codec.sketch() if isinstance(codec, RowWise) and codec.compression > 1 else codec
+        for codec in part.layer.codecs.values()
+    ]
+    return rows < part.shard.global_rows and any(
+        isinstance(codec, CountSketch) and codec.table_shape(part.shard)[1] < rows for codec in sketches
+    )
