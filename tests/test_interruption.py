@@ -55,31 +55,41 @@ def run(checkpoint: Path) -> None:
 
 
 def test_killed_at_fifty_random_moments_and_resumed(tmp_path):
-    """Each child inherits this process and is killed after a random share of what a whole run takes."""
+    """Each child inherits this process, and is killed a random time after it has made some step, or before."""
     undisturbed = tmp_path / "undisturbed.pt"
     began = time.perf_counter()
     run(undisturbed)
-    whole_run = time.perf_counter() - began
+    one_step = (time.perf_counter() - began) / STEPS
     moments = random.Random(0)
-    kills, checkpoint = 0, tmp_path / "last.pt"
+    checkpoint = tmp_path / "last.pt"
     steps_seen = set()
-    while kills < 50:
+    for kill in range(50):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
         child = os.fork()
         if child == 0:
             run(checkpoint)
             os._exit(0)
-        time.sleep(moments.uniform(0, whole_run / 4))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += 1
+        status = None
+        # Every other time after a step at least, however slow the machine is at the moment.
+        while kill % 2 and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else None) == before:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            status = None
+            time.sleep(one_step / 10)
+        if status is None:
+            time.sleep(moments.uniform(0, 4 * one_step))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         if checkpoint.exists():
             steps_seen.add(torch.load(checkpoint)["step"])  # always whole
         if os.WIFEXITED(status):  # it came to the end before the signal: the next begins anew
+            assert os.WEXITSTATUS(status) == 0
             assert_same(torch.load(checkpoint), torch.load(undisturbed))
             checkpoint.unlink()
     run(checkpoint)
     assert_same(torch.load(checkpoint), torch.load(undisturbed))
-    assert len(steps_seen) > 1
+    assert len(steps_seen) > 3
 
 
 def test_a_step_that_raises_leaves_nothing_half_done(tmp_path):
