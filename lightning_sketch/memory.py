@@ -146,7 +146,7 @@ def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
 
 def _fused_bytes(part: LayerShard) -> int:
     """Memory that the CPU kernels ask for: nothing in it is as large as the parameter."""
-    depth = max((getattr(codec, "depth", 0) for codec in part.layer.codecs.values()), default=0)
+    depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
     by_row = 4 * (1 + 2 * depth) * min(part.shard.local_rows, _WAVE)
     return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096

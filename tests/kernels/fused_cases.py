@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
@@ -59,6 +61,15 @@ FIRST: dict[str, Codec] = {
     "CountSketch, wide": CountSketch(width=10_000),
     "Keep": Keep(),
 }
+
+
+#: Every pair of codecs that has something to compress.
+PAIRS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
+    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
+
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+#: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.
+ULPS = 16
 
 
 @dataclass(frozen=True)
@@ -125,3 +136,20 @@ def by_isa(number: int) -> Any:
         yield
     finally:
         native.isa = found
+
+
+def check(case: Case) -> None:
+    """Parameter and states are those of the reference."""
+    found = train(case)
+    with by_reference():
+        expected = train(case)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            assert found[key] == pytest.approx(value), key
+            continue
+        # A state in bfloat16 rounds to its other neighbour where an exact value differs in its last bit.
+        halves = [t.dtype for t in expected.values() if isinstance(t, Tensor) and t.dtype == torch.bfloat16]
+        tolerance = ULPS * ULP[torch.bfloat16 if halves else torch.float32]
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")

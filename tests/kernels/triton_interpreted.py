@@ -5,7 +5,6 @@ Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET whe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -36,11 +35,7 @@ from lightning_sketch.kernels.reference import hash_rows
 from lightning_sketch.kernels.triton import insert, launch, ops
 from lightning_sketch.kernels.triton.bits import narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel
-from tests.kernels.fused_cases import FIRST, RULES, SECOND, Case, by_reference, train
-
-ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
-#: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.
-ULPS = 16
+from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train
 
 
 @pytest.fixture(autouse=True)
@@ -54,26 +49,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
 
     monkeypatch.setattr(kernels, "fused_kernel", lambda device: step)
     return seen
-
-
-def check(case: Case) -> None:
-    found = train(case)
-    with by_reference():
-        expected = train(case)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            assert found[key] == pytest.approx(value), key
-            continue
-        # A state in bfloat16 rounds to its other neighbour where an exact value differs in its last bit.
-        halves = [t.dtype for t in expected.values() if isinstance(t, Tensor) and t.dtype == torch.bfloat16]
-        tolerance = ULPS * ULP[torch.bfloat16 if halves else torch.float32]
-        scale = float(value.abs().max()) if value.numel() else 0.0
-        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
-
-
-PAIRS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
-    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("second", "first"), PAIRS)

@@ -74,7 +74,6 @@ inline const float* gradient_of(const Layer& layer, int64_t i, int64_t c, int64_
 // Mean of the squares of a row.
 inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
     F total[4] = {};
-
     for (int64_t c = 0; c < layer.columns; c += CHUNK) {
         int64_t count = least(CHUNK, layer.columns - c);
         const float* g = gradient_of(layer, i, c, count, buffer);
@@ -179,8 +178,9 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
                 const float* g = gradient_of(layer, i, c, count, buffer);
                 for (const State* state : states)
                     if (state) {
-                        Bucket b = bucket_of(*state, (uint64_t)(row_of(layer, i) + layer.row_offset), level);
-                        insert_row(*state, bucket_row(layer, *state, level, bucket) + c, g, b.sign, count);
+                        uint64_t id = (uint64_t)(row_of(layer, i) + layer.row_offset);
+                        float sign = state->is_signed ? bucket_of(*state, id, level).sign : 1.0f;
+                        insert_row(*state, bucket_row(layer, *state, level, bucket) + c, g, sign, count);
                     }
             }
         }
@@ -483,14 +483,19 @@ struct ToBuffer {
     INLINE void prefetch(int64_t, int64_t) const {}
 };
 
+INLINE StochasticState stochastic_state(const Layer& layer, const State& state, int64_t row, int64_t c) {
+    uint32_t noise = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
+    return {(uint16_t*)state.data + row * layer.columns + c, (const uint32_t*)state.scratch + c, noise,
+            same(state.decay), same(state.weight)};
+}
+
 // Calls work with the state's columns from c of a row.
 template <class Work>
 INLINE void with_state(const Layer& layer, const State& state, int64_t row, int64_t c, const Work& work) {
     int64_t at = row * layer.columns + c;
     F decay = same(state.decay), weight = same(state.weight);
     if (state.kind == STOCHASTIC) {
-        uint32_t noise = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
-        work(StochasticState{(uint16_t*)state.data + at, (const uint32_t*)state.scratch + c, noise, decay, weight});
+        work(stochastic_state(layer, state, row, c));
     } else if (state.kind == SCALED) {
         work(ScaledState{(float*)state.data + at, weight, same(state.scale)});
     } else if (state.dtype == BFLOAT16) {
@@ -570,13 +575,10 @@ template <class Second>
 INLINE void update(const Layer& layer, const Numbers& numbers, const Place& place, const Hashes& hashes, int64_t k,
                    Second& second, Buffers& buffers) {
     const State& first = layer.first;
-    int64_t at = place.row * layer.columns + place.c;
     if (first.kind == NONE) {
         update_into(layer, numbers, place, second, NoState{}, buffers.momentum);
     } else if (first.kind == STOCHASTIC) {
-        uint32_t noise = (uint32_t)mix64((uint64_t)(place.row + layer.row_offset), first.seed);
-        StochasticState state{(uint16_t*)first.data + at, (const uint32_t*)first.scratch + place.c, noise,
-                              same(first.decay), same(first.weight)};
+        StochasticState state = stochastic_state(layer, first, place.row, place.c);
         update_into(layer, numbers, place, second, state, buffers.momentum);
     } else {
         if (is_sketch(first))
