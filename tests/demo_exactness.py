@@ -113,15 +113,8 @@ def distance_table(
     seeds: dict[str, list[Compared]],
 ) -> str:
     """Codecs by engines: the distance of the parameters for every number of ranks."""
-    rows = {
-        name: [
-            *(_cell(found[kind, name], lambda c: c.word or f"{c.distance:.1%}") for kind in ENGINES),
-            f"{single['ddp', name].spread:.0e}",
-            " / ".join(f"{c.distance:.1%}" for c in seeds.get(name, ())),
-        ]
-        for name in LABELS
-    }
-    return _table(["the batch in parts", "other hash seeds"], rows)
+    spread = {name: f"{single['ddp', name].spread:.0e}" for name in LABELS}
+    return _comparison(found, seeds, lambda c: f"{c.distance:.1%}", "the batch in parts", spread)
 
 
 def loss_table(
@@ -130,15 +123,27 @@ def loss_table(
     seeds: dict[str, list[Compared]],
 ) -> str:
     """Codecs by engines: what the loss is higher by for every number of ranks."""
+    loss = {name: f"{loss_of(single['ddp', name].parts[1]):.3f}" for name in LABELS}
+    return _comparison(found, seeds, lambda c: f"{c.loss:+.3f}", "one process", loss)
+
+
+def _comparison(
+    found: dict[Pair, dict[int, Compared]],
+    seeds: dict[str, list[Compared]],
+    show: Callable[[Compared], str],
+    reference: str,
+    references: dict[str, str],
+) -> str:
+    """A row for each codec: every engine, one process (under the heading `reference`), other hash seeds."""
     rows = {
         name: [
-            *(_cell(found[kind, name], lambda c: f"{c.loss:+.3f}" if not c.word else c.word) for kind in ENGINES),
-            f"{loss_of(single['ddp', name].parts[1]):.3f}",
-            " / ".join(f"{c.loss:+.3f}" for c in seeds.get(name, ())),
+            *(_cell(found[kind, name], lambda c: c.word or show(c)) for kind in ENGINES),
+            references[name],
+            " / ".join(map(show, seeds.get(name, ()))),
         ]
         for name in LABELS
     }
-    return _table(["one process", "other hash seeds"], rows)
+    return _table([reference, "other hash seeds"], rows)
 
 
 def _cell(by_world: dict[int, Compared], show: Callable[[Compared], str]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from lightning_sketch.portable.checksums import Piece, fingerprint, share, verify
+from lightning_sketch.sharding.agree import from_all
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ def all_or_none(function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:  # whatever it is: the other ranks are waiting for a word
         problem = error
-    said = _gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    said = from_all(None if problem is None else f"{type(problem).__name__}: {problem}")
     if problem is not None:
         raise problem
     for rank, words in enumerate(said):
@@ -39,16 +40,8 @@ def verify_together(pieces: Sequence[Piece]) -> None:
     Raises:
         ValueError: on all ranks, if one is wrong; the message names the file.
     """
-    prints = _gather(all_or_none(lambda: fingerprint(pieces)))
+    prints = from_all(all_or_none(lambda: fingerprint(pieces)))
     rank = dist.get_rank() if len(prints) > 1 else 0
     # Ranks with files of their own, on a node's disk for instance, share with nobody else.
     team = [other for other, theirs in enumerate(prints) if theirs == prints[rank]]
     all_or_none(lambda: verify(share(pieces, team.index(rank), len(team))))
-
-
-def _gather(value: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

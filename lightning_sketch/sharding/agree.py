@@ -54,16 +54,22 @@ def any_of_all(decide: Callable[[], bool]) -> bool:
         yes = decide()
     except Exception as error:  # whatever it is: the other ranks are waiting for an answer
         raised = error
-    answers: list[tuple[bool, str | None]] = [(yes, None if raised is None else str(raised))]
-    if dist.is_available() and dist.is_initialized():
-        answers *= dist.get_world_size()
-        dist.all_gather_object(answers, answers[0])
+    answers: list[tuple[bool, str | None]] = from_all((yes, None if raised is None else str(raised)))
     if raised is not None:
         raise raised
     for _, problem in answers:
         if problem is not None:
             raise ValueError(problem)
     return any(yes for yes, _ in answers)
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order; of a single process its own. Collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def vote_device(group: Any, device: torch.device) -> torch.device:
