@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.gloo import one_thread
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on `world_size` spawned processes joined by gloo.
@@ -41,12 +43,8 @@ def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any]
     faulthandler.enable()  # a rank that dies of a signal says where
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # One collective at a time: with gloo's two threads, torch 2.13's sparse all-reduces corrupt the heap now and then
-    # (once in 22,000 steps of three ranks; the core dump shows nothing but c10d::AsyncSparseAllreduceWork at work).
-    options = dist.ProcessGroupGloo._Options()
-    options._devices, options._threads = [dist.ProcessGroupGloo.create_default_device()], 1
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, pg_options=options)
+    one_thread()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), Path(folder, f"{rank}.pt"))
     dist.barrier()
     Path(folder, f"{rank}.done").touch()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.gloo import launched
 
 EXAMPLE = Path(__file__).parents[1] / "examples/deepspeed_zero.py"
 
@@ -20,9 +21,8 @@ def test_two_processes_hold_half_of_each_table_and_resume_exactly():
         ast.parse(EXAMPLE.read_text())
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*torchrun, EXAMPLE, "--stage", "3"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=launched(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     ranges = re.findall(r"(\S+): rows (\S+) to (\S+)", run.stdout.replace(",", ""))
     assert [name for name, *_ in ranges] == ["table.weight", "head.weight"] * 2, "on each rank"

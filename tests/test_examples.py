@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.gloo import launched
+
 SHARDED = ("accelerate_fsdp2", "fsdp2_lightning")
 EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = launched() | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run(launch(path), env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "less than dense" in run.stdout, "it prints what the states cost"

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import AdamW
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, restore
+from tests.gloo import one_thread
 from tests.portable.engines import make
 from tests.tiny import Tiny, assert_same, snapshot, train
 
@@ -107,6 +108,7 @@ def test_a_step_that_raises_leaves_nothing_half_done(tmp_path):
 def doomed(rank: int, world_size: int, folder: str) -> None:
     """One of three ranks dies in the middle of training."""
     torch.set_num_threads(1)
+    one_thread()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.gloo import launched
 
 STEPS = 200
 SCRIPT = Path(__file__).with_name("trainer_script.py")
@@ -25,9 +26,8 @@ def replicas(request, tmp_path_factory) -> list[dict[str, Any]]:
     world_size, gradients = request.param
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*torchrun, str(SCRIPT), str(STEPS), gradients], cwd=folder, env=environment, capture_output=True, text=True
+        [*torchrun, str(SCRIPT), str(STEPS), gradients], cwd=folder, env=launched(), capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
