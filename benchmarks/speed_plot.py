@@ -24,43 +24,58 @@ def plot(stored: dict[str, Any], path: Path) -> None:
     count = PLOTTED if PLOTTED in measured else measured[0]
     rows = [row for row in threads[count]["peers"] if "error" not in row]
     figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=110)
-    sizes = [10 ** (x / 50) for x in range(-150, 60)]  # 0.001 to 15 bytes
+    sizes = [10 ** (x / 50) for x in range(-185, 60)]  # 0.0002 to 15 bytes
     roofline = [(LEAST + 2 * size) / FUSED_ADAMW for size in sizes]  # a state is read and written
     axes.plot(sizes, roofline, color="black", lw=1, label="memory bandwidth: (12 + 2 x state) / 28")
     styles = {
-        None: ("o", "tab:gray", "tab:gray", "other libraries"),
-        "raise": ("o", "tab:blue", "tab:blue", "lightning_sketch"),
-        "propagate": ("o", "tab:blue", "white", "lightning_sketch, no check of the gradient"),
+        None: ("tab:gray", "tab:gray", "other libraries"),
+        "raise": ("tab:blue", "tab:blue", "lightning_sketch"),
+        "propagate": ("tab:blue", "white", "lightning_sketch, no check of the gradient"),
     }
     named: set[str] = set()
-    for place, row in enumerate(sorted(rows, key=lambda row: row["state_bytes_per_parameter"])):
-        marker, edge, face, label = styles[row["nonfinite"]]
+    points: dict[str, list[tuple[float, float]]] = {}  # of each name: with and without the check
+    for row in rows:
+        edge, face, label = styles[row["nonfinite"]]
         at = row["state_bytes_per_parameter"], row["ratio"]
-        axes.plot(
-            *at,
-            marker,
-            markeredgecolor=edge,
-            markerfacecolor=face,
-            label=label if label not in named else None,
-        )
+        axes.plot(*at, "o", markeredgecolor=edge, markerfacecolor=face, label=label if label not in named else None)
         named.add(label)
-        if row["nonfinite"] != "propagate":  # the same name beside it
-            beside = (6, 4) if place % 4 < 2 else (6, -9)  # above and below in turn: some hold as many bytes as others
-            axes.annotate(_brief(row["label"]), at, xytext=beside, textcoords="offset points", fontsize=7)
+        points.setdefault(_brief(row["label"]), []).append(at)
+    for both in points.values():
+        axes.plot(*zip(*both, strict=True), color="tab:blue", lw=0.7, zorder=0)
     axes.axhline(1, color="gray", lw=0.7, ls="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(8e-4, 60)
+    axes.set_xlim(2e-4, 150)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("optimizer state, bytes per parameter")
     axes.set_ylabel("time of a step / time of AdamW(fused=True)")
     axes.set_title(f"One dense float32 table on the CPU, {count} thread{'s' * (count != '1')}")
     axes.grid(alpha=0.3, which="major")
     axes.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
+    _label(axes, points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
 
 
+def _label(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
+    """Write the names to the right of their points, lowest first, each above those that it would cover."""
+    from matplotlib.transforms import Bbox
+
+    drawn = [axes.transData.transform(at) for both in points.values() for at in both]
+    shown = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in drawn]
+    for name, both in sorted(points.items(), key=lambda item: min(y for _, y in item[1])):
+        x, y = both[0][0], min(y for _, y in both)
+        for up in range(-3, 200):
+            text = axes.annotate(name, (x, y), xytext=(9, up), textcoords="offset points", fontsize=7)
+            extent = text.get_window_extent()
+            if not any(extent.overlaps(other) for other in shown):
+                shown.append(extent)
+                break
+            text.remove()
+
+
 def _brief(label: str) -> str:
-    return label.split(" (")[0]
+    return label.split(" (")[0].removesuffix(", no check")
