@@ -316,11 +316,11 @@ def test_dcp_saves_and_restores_it(case, flat, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = started(case, LOSSY)
     optimizer.zero_grad()
-    dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path)
 
     resumed, again = started(case, LOSSY, steps=0)
     template = get_optimizer_state_dict(resumed, again, options=options)
-    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(template, checkpoint_id=tmp_path)
     set_optimizer_state_dict(resumed, again, template, options=options)
     resumed.load_state_dict(model.state_dict())
     assert_same(snapshot(resumed, again), snapshot(model, optimizer))

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_sketch.dtensor_state import tensor_axes
@@ -128,7 +128,8 @@ class Directory:
                 wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:
             reader = _Reader(self.directory, self.metadata)
-            load(wanted, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
+            # Each rank reads for itself, whether there are others or not; `load` cannot be told so in older versions.
+            _load_state_dict(wanted, reader, no_dist=True, planner=_SafePlanner())
         except CheckpointException as error:  # a BaseException
             first = next(iter(error.failures.values()))[0]
             raise ValueError(f"cannot be read: {str(first).splitlines()[0]}") from error

@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
     model, optimizer = started()
     torch.save(optimizer.state_dict(), folder / "good.pt")
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "good", no_dist=True)
+    dcp.save(state, checkpoint_id=folder / "good")
 
 
 def flip(path: Path, offset: int) -> None:
@@ -97,7 +97,7 @@ def test_torch_does_not_notice(checkpoints, name):
     if name == "good":
         model, optimizer = started()
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=checkpoints / "bad", no_dist=True)
+        dcp.load(state, checkpoint_id=checkpoints / "bad")
     else:
         torch.load(checkpoints / "bad", mmap=True)
 

@@ -74,7 +74,7 @@ def test_to_plain_loads_into_a_plain_optimizer(written, tmp_path, kind):
         saved = torch.load(tmp_path / "plain")
     else:
         saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(saved, checkpoint_id=tmp_path / "plain", no_dist=True)
+        dcp.load(saved, checkpoint_id=tmp_path / "plain")
         saved = saved["optimizer"]
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     compressed = optimizer_of(fresh_model())

@@ -51,7 +51,7 @@ def written(tmp_path) -> tuple[Path, Two, list[Any]]:
     optimizers = [compress(optimizer, model, LOSSY) for optimizer in optimizers]
     for part, optimizer in zip((model.first, model.second), optimizers, strict=True):
         train(part, optimizer, range(2))
-    dcp.save(checkpoint_of(model, optimizers), checkpoint_id=tmp_path / "old", no_dist=True)
+    dcp.save(checkpoint_of(model, optimizers), checkpoint_id=tmp_path / "old")
     return tmp_path, model, optimizers
 
 
@@ -65,7 +65,7 @@ def test_every_optimizer_of_a_directory_is_converted(written, monkeypatch, capsy
 
     fresh, plain = started()
     loaded = checkpoint_of(fresh, plain)
-    dcp.load(loaded, checkpoint_id=folder / "plain", no_dist=True)
+    dcp.load(loaded, checkpoint_id=folder / "plain")
     assert_same(loaded["state_dict"], dict(model.state_dict()))
     assert (loaded["epoch"], loaded["loops"]) == (3, {"steps": [1, 2]})
     for number, optimizer in enumerate(plain):
@@ -90,7 +90,8 @@ def test_nothing_is_left_of_a_conversion_that_fails(written, capsys):
     folder, _, _ = written
     for file in (folder / "old").glob("*.distcp"):
         content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
+        for position in range(0, len(content), 50):  # a single bit may lie where nothing does
+            content[position] ^= 1
         file.write_bytes(content)
     assert main(["convert", str(folder / "old"), str(folder / "new"), "--to", "plain"]) == 1
     assert "cannot be read" in capsys.readouterr().err

@@ -38,7 +38,7 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def refuse(path, match=""):
+def refuse(path, match):
     """`restore` raises ValueError and changes nothing."""
     model, optimizer = started()
     before = snapshot(model, optimizer)
@@ -59,7 +59,7 @@ def good(tmp_path_factory) -> Path:
 def good_directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("good") / "dcp"
     model, optimizer = started()
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path, no_dist=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)
     return path
 
 
@@ -137,7 +137,7 @@ def test_a_directory_that_lacks_a_file(tmp_path, good_directory):
     shutil.copytree(good_directory, tmp_path / "lacking")
     for file in (tmp_path / "lacking").glob("*.distcp"):
         file.unlink()
-    refuse(tmp_path / "lacking")
+    refuse(tmp_path / "lacking", "distcp is missing")
 
 
 def test_a_damaged_file_of_a_directory(tmp_path, good_directory):
@@ -147,7 +147,7 @@ def test_a_damaged_file_of_a_directory(tmp_path, good_directory):
     for position in range(0, len(content), 50):
         content[position] ^= 0xFF
     file.write_bytes(bytes(content))
-    refuse(tmp_path / "damaged")
+    refuse(tmp_path / "damaged", "cannot be read")
 
 
 def edited(good, change, tmp_path):

@@ -71,7 +71,7 @@ def test_what_a_killed_convert_leaves_is_whole(kind: str, tmp_path: Path) -> Non
         torch.save(optimizer.state_dict(), source)
     else:
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(state, checkpoint_id=source, no_dist=True)
+        dcp.save(state, checkpoint_id=source)
     convert_checkpoint(source, tmp_path / "expected", to="plain")
     before, expected = states(source), states(tmp_path / "expected")
     wait = random.Random(0)

@@ -185,7 +185,7 @@ def test_lazy_tensors_index_and_narrow_like_tensors(tmp_path):
         "none": torch.empty(0, 4),
         "many": torch.arange(3 * BLOCK_NUMEL).view(-1, 3),
     }
-    dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
+    dcp.save(saved, checkpoint_id=tmp_path / "saved")
     stored = Directory(tmp_path / "saved")
     for name, tensor in saved.items():
         lazy = stored.tensor(name)
@@ -211,7 +211,7 @@ def test_a_transposed_parameters_states_are_restored(tmp_path):
     optimizer.step()
     assert not optimizer.state[model.weight]["exp_avg"].is_contiguous()
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "saved")
     other, target = fresh()
     restore(target, tmp_path / "saved")
     assert torch.equal(target.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
