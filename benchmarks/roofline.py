@@ -7,13 +7,21 @@ from collections.abc import Callable
 
 import torch
 
+Timed = Callable[[Callable[[], object]], float]  # runs what it is given, and returns the seconds
 NUMEL = 1 << 26  # floats in each array: 256 MiB, far beyond any cache
 REPEATS = 9
 
 
-def bandwidth(numel: int = NUMEL) -> dict[str, float]:
-    """Bytes per second of a read, a copy, and an update in place (two reads and a write), by torch's own kernels:
-    the best of a few, because a bound must not be what a disturbed machine reached.
+def wall_time(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def bandwidth(numel: int = NUMEL, timed: Timed = wall_time) -> dict[str, float]:
+    """Bytes per second of a read, a copy, and an update in place (two reads and a write), by torch's own kernels on its
+    default device: the best of a few, because a bound must not be what a disturbed machine reached.
 
     Counted is what the program asks for: where a copy makes the processor read the target before it is written, that
     traffic is not in the figure.
@@ -28,9 +36,7 @@ def bandwidth(numel: int = NUMEL) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in patterns}
     for _ in range(REPEATS):
         for name, (_, run) in patterns.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
+            taken[name].append(timed(run))
     return {name: moved / min(taken[name]) for name, (moved, _) in patterns.items()}
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.roofline import Timed, wall_time
 from benchmarks.step_cost import transient
 
 Row = dict[str, Any]
+Temporaries = Callable[[Optimizer, tuple[Tensor, ...]], int]  # the most bytes allocated in a step with these gradients
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,14 @@ class Contestant:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
 
-def race(contestants: Sequence[Contestant], *, warm_up: int, rounds: int) -> list[Row]:
+def race(
+    contestants: Sequence[Contestant],
+    *,
+    warm_up: int,
+    rounds: int,
+    timed: Timed = wall_time,
+    temporaries: Temporaries = transient,
+) -> list[Row]:
     """Step all optimizers in turn, round after round, so that a disturbance of the machine hits all of them.
 
     Who goes first, and which gradient it gets, moves on from round to round: nobody always finds the caches as the same
@@ -61,7 +69,7 @@ def race(contestants: Sequence[Contestant], *, warm_up: int, rounds: int) -> lis
     Returns:
         a row for each contestant; one that failed has ``error`` in place of measurements.
     """
-    errors = {entry.name: error for entry in contestants if (error := _first_step(entry)) is not None}
+    errors = {entry.name: error for entry in contestants if (error := _first_step(entry, timed)) is not None}
     running = [entry for entry in contestants if entry.name not in errors]
     seconds: dict[str, list[float]] = {entry.name: [] for entry in running}
     gc.collect()
@@ -70,7 +78,7 @@ def race(contestants: Sequence[Contestant], *, warm_up: int, rounds: int) -> lis
         for i in range(warm_up + rounds):
             for j in range(len(running)):
                 entry = running[(i + j) % len(running)]
-                taken = _step(entry, entry.gradients[(i + j) % len(entry.gradients)])
+                taken = _step(entry, entry.gradients[(i + j) % len(entry.gradients)], timed)
                 if i >= warm_up:
                     seconds[entry.name].append(taken)
     finally:
@@ -88,7 +96,7 @@ def race(contestants: Sequence[Contestant], *, warm_up: int, rounds: int) -> lis
             | {"milliseconds": 1e3 * middle, "quartiles": [1e3 * low, 1e3 * high], "rounds": rounds}
             | {"against": entry.against, "ratio": medians[entry.name] / medians[entry.against]}
             | {"bytes_moved": entry.moved}
-            | _bytes(entry)
+            | _bytes(entry, temporaries)
         )
     return rows
 
@@ -113,10 +121,10 @@ def gradient_bytes(grad: Tensor) -> int:
     return tensor_bytes(grad)
 
 
-def _first_step(entry: Contestant) -> str | None:
+def _first_step(entry: Contestant, timed: Timed) -> str | None:
     """Allocate the states, and compile what compiles. Returns the text of an error."""
     try:
-        _step(entry, entry.gradients[0])
+        _step(entry, entry.gradients[0], timed)
     except Exception as error:
         if not entry.may_fail:
             raise
@@ -124,24 +132,22 @@ def _first_step(entry: Contestant) -> str | None:
     return None
 
 
-def _step(entry: Contestant, gradients: Sequence[Tensor]) -> float:
+def _step(entry: Contestant, gradients: Sequence[Tensor], timed: Timed) -> float:
     """Seconds of one step. Gradients are taken away again: others step the same parameters."""
     parameters = entry.parameters
     for param, grad in zip(parameters, gradients, strict=True):
         param.grad = grad
-    began = time.perf_counter()
-    entry.optimizer.step()
-    taken = time.perf_counter() - began
+    taken = timed(entry.optimizer.step)
     for param in parameters:
         param.grad = None
     return taken
 
 
-def _bytes(entry: Contestant) -> Row:
+def _bytes(entry: Contestant, temporaries: Temporaries) -> Row:
     numel = sum(param.numel() for param in entry.parameters)
     state = sum(tensor_bytes(dict(held)) for held in entry.optimizer.state.values())
     own = sum(map(gradient_bytes, entry.gradients[0]))
-    temporary = transient(entry.optimizer, tuple(entry.gradients[0]))
+    temporary = temporaries(entry.optimizer, tuple(entry.gradients[0]))
     return {
         "parameters": numel,
         "state_bytes_per_parameter": state / numel,

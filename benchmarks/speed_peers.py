@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.roofline import dense_bytes
 from benchmarks.speed_cases import DENSE, LR, Codecs, Sizes, dense_race
 from benchmarks.speed_measure import Contestant
 
+NOT_INSTALLED = "not installed"
 Make = Callable[[Iterable[Tensor]], Optimizer]
 
 
@@ -106,12 +107,12 @@ class Absent(Optimizer):
         raise self.error
 
 
-def peers(sizes: Sizes) -> list[Contestant]:
-    """Fused AdamW, ours, and every peer, over one table."""
-    entries: list[Contestant] = dense_race(sizes.peers, OURS)
+def peers(sizes: Sizes, others: Mapping[str, Peer] = PEERS, dtype: torch.dtype = torch.float32) -> list[Contestant]:
+    """Fused AdamW, ours, and every other, over one table."""
+    entries: list[Contestant] = dense_race(sizes.peers, OURS, dtype)
     table: nn.Embedding = entries[0].keep
-    for key, peer in PEERS.items():
-        moved = table.weight.numel() * dense_bytes(4, state=peer.state, passes=peer.passes)
+    for key, peer in others.items():
+        moved = table.weight.numel() * dense_bytes(dtype.itemsize, state=peer.state, passes=peer.passes)
         try:
             optimizer = peer.make(table.parameters())
         except Exception as error:  # not installed, or it refuses: that is the result
@@ -128,4 +129,4 @@ def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

@@ -96,13 +96,14 @@ def _dtensors(sizes: Sizes, gradients: list[Tensor], nonfinite: Any, mesh: Any) 
 
 
 def _mesh() -> Any:
-    """One rank on its own, without a network."""
+    """One rank on its own, without a network, on torch's default device."""
     from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
 
+    device = torch.get_default_device().type
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    return init_device_mesh("cpu", (1,))
+        dist.init_process_group({"cpu": "gloo", "cuda": "nccl"}[device], store=HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (1,))
 
 
 def _moved(model: Model, check: bool) -> float:

@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 HERE = Path(__file__).parent
+LIMIT = 900  # seconds: each takes about one minute
 
 
 def test_kernels_equal_the_reference_in_the_interpreter() -> None:
@@ -31,6 +32,7 @@ def _pytest(file: str, **environment: str) -> str:
         cwd=HERE.parent.parent,
         capture_output=True,
         text=True,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout

@@ -25,8 +25,17 @@ from lightning_sketch.kernels.triton import launch, ops
 from tests.kernels.fused_cases import Case, train
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-#: Of a thread: a multiprocessor has 65,536, so this lets 18 of its 64 warps run at a time (16 if of 16 warps each).
-MOST_REGISTERS = 112
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Of a thread. A multiprocessor of NVIDIA's has 65,536, so 112 let 18 of its 64 warps run at a time (16 if of 16 warps
+#: each); a SIMD unit of gfx942 has 512 for each lane, so 72 let 7 of its 8 wavefronts run at a time.
+MOST_REGISTERS = {"cuda": 112, "hip": 72}
+
+#: Bytes of scratch memory, and registers spilled there or (scalar ones) into lanes of vector registers.
+AMD_SPILLS = ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
 
 CODECS: list[tuple[Codec, Codec]] = [
     (RowWise(), Drop()),
@@ -85,11 +94,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]
     return on
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", TARGETS)
 def test_no_kernel_spills(
-    arch: int, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arch: str, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = launched(GPUTarget("cuda", arch, 32))
+    target = TARGETS[arch]
+    found = launched(target)
     for second, first in CODECS:
         for sparse in (False, True):
             for dtype in (torch.float32, torch.bfloat16):
@@ -102,15 +112,15 @@ def test_no_kernel_spills(
 
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
     assert len(used) > 50
-    print(f"\nsm_{arch}: registers and bytes of local memory of {len(used)} kernels")
+    print(f"\n{arch}: registers and bytes of local memory of {len(used)} kernels")
     found_out = {}
     for name, arguments, compiled in used.values():
-        registers, local = _resources(compiled.asm["cubin"], tmp_path / "cubin")
+        registers, local = _resources(compiled.asm, tmp_path / "cubin")
         line = f"{registers:3} {local:2} {name:12} {_constants(arguments)}"
         print(f"  {line}")
         found_out[line] = registers, local
     assert not [line for line, (_, local) in found_out.items() if local]
-    assert not [line for line, (registers, _) in found_out.items() if registers > MOST_REGISTERS]
+    assert not [line for line, (registers, _) in found_out.items() if registers > MOST_REGISTERS[target.backend]]
     assert {name for name, _, _ in used.values()} == {"apply", "hash_rows", "insert_rows", "sum_squares"}
 
 
@@ -119,7 +129,7 @@ def test_no_kernel_spills(
 def test_nothing_is_compiled_again_from_step_to_step(
     second: Codec, first: Codec, sparse: bool, launched: Callable[[GPUTarget], Launched]
 ) -> None:
-    found = launched(GPUTarget("cuda", 90, 32))
+    found = launched(TARGETS["sm_90"])
     train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, steps=1))
     before = {compiled.hash for _, _, compiled in found}
     assert before
@@ -128,21 +138,29 @@ def test_nothing_is_compiled_again_from_step_to_step(
 
 
 def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) -> None:
-    found = launched(GPUTarget("cuda", 90, 32))
+    found = launched(TARGETS["sm_90"])
     for rows, columns in ((1000, 768), (1001, 1024), (4000, 640), (16, 512)):
         train(Case("adamw", CountSketch(compression=4), Drop(), rows, columns, steps=1))
     assert len({compiled.hash for _, _, compiled in found}) == 3  # hash_rows, insert_rows, apply
 
 
-def _resources(cubin: bytes, path: Path) -> tuple[int, int]:
+def _resources(asm: dict[str, Any], path: Path) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack and local memory, where spilled registers lie."""
-    path.write_bytes(cubin)
+    if "amdgcn" in asm:
+        return _of_amdgcn(asm["amdgcn"], "vgpr_count"), sum(_of_amdgcn(asm["amdgcn"], name) for name in AMD_SPILLS)
+    path.write_bytes(asm["cubin"])
     output = subprocess.run(
         [os.fspath(CUOBJDUMP), "--dump-resource-usage", os.fspath(path)], capture_output=True, text=True, check=True
     ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", output)
     assert found, output
     return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _of_amdgcn(text: str, name: str) -> int:
+    """A number from the metadata of a kernel, at the end of its assembly."""
+    (found,) = re.findall(rf"^ +\.{name}: +(\d+)$", text, re.MULTILINE)
+    return int(found)
 
 
 def _constants(arguments: dict[str, Any]) -> str:

@@ -38,9 +38,9 @@ def advance(
     if KIND == SCALED:
         s = store(data, at, load(data, at, mask) + x * weight, mask) * scale
     elif KIND == STOCHASTIC:
-        seed = seed.to(tl.uint64)
-        rows = mix64(row_id, seed).to(tl.uint32)
-        columns = mix64(column_id, ~seed).to(tl.uint32)
+        rows = mix64(row_id, seed.to(tl.uint64)).to(tl.uint32)
+        # Inverted while it is signed: the interpreter of Triton 3.7 cannot invert unsigned numbers.
+        columns = mix64(column_id, (~seed.to(tl.int64)).to(tl.uint64)).to(tl.uint32)
         exact = load(data, at, mask) * decay + x * weight
         half = narrow_stochastically(exact, noise16(rows[:, None], columns[None, :]))
         tl.store(data + at, half, mask=mask)
