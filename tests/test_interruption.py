@@ -6,19 +6,15 @@ import os
 import random
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import AdamW
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, restore
-from tests.gloo import one_thread
+from tests import forked
+from tests.deepspeed_tools import init_deepspeed
 from tests.portable.engines import make
 from tests.tiny import Tiny, assert_same, snapshot, train
 
@@ -105,38 +101,46 @@ def test_a_step_that_raises_leaves_nothing_half_done(tmp_path):
     assert_same(snapshot(model, optimizer), before)
 
 
-def doomed(rank: int, world_size: int, folder: str) -> None:
+def doomed(rank: int, world_size: int, kind: str, checkpoint: Path) -> None:
     """One of three ranks dies in the middle of training."""
-    torch.set_num_threads(1)
-    one_thread()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
-    made = make("rows")
-    for step in range(6):
-        made.train(range(step, step + 1))
-        if step == 3:
-            dcp.save(
-                {"optimizer": get_optimizer_state_dict(made.model, made.optimizer)}, checkpoint_id=f"{folder}/last"
-            )
-            if rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-    dist.destroy_process_group()
+    if kind.startswith("zero"):
+        init_deepspeed(rank, world_size)
+    made = make(kind)
+    made.train(range(4))
+    made.save(checkpoint)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.train(range(4, 6))
+
+
+def resume(rank: int, world_size: int, kind: str, checkpoint: Path) -> list[list[int]]:
+    """Step counts after restoring, and two steps later."""
+    if kind.startswith("zero"):
+        init_deepspeed(rank, world_size)
+    made = make(kind)
+    restore(made.target, checkpoint)
+    found = []
+    for more in (range(0), range(4, 6)):
+        made.train(more)
+        found.append([int(state["step"]) for state in made.optimizer.state.values()])
+    return found
 
 
 @pytest.mark.distributed
-def test_the_others_end_with_an_error_and_the_checkpoint_resumes_on_fewer(tmp_path):
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=doomed, args=(rank, 3, str(tmp_path))) for rank in range(3)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    codes = [process.exitcode for process in ranks]
+@pytest.mark.parametrize("kind", ["rows", "ddp", "zero2"])
+def test_the_others_end_with_an_error_and_the_checkpoint_resumes_on_fewer(kind, tmp_path):
+    checkpoint = tmp_path / "last"
+    context = forked.start(3, tmp_path / "three", doomed, kind, checkpoint)
+    for process in context.processes:
+        process.join(timeout=forked.HANG)
+    codes = [process.exitcode for process in context.processes]
+    forked.kill(context)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, None)  # None: it hangs
     assert codes[2] not in (0, None)
-    survivor = make("single")
-    restore(survivor.optimizer, tmp_path / "last")
-    assert all(int(state["step"]) == 4 for state in survivor.optimizer.state.values())
-    survivor.train(range(4, 6))
+    for fewer in (2, 1):
+        folder = tmp_path / f"{fewer}"
+        for loaded, later in forked.finish(fewer, folder, resume, kind if fewer > 1 else "single", checkpoint):
+            assert loaded
+            assert set(loaded) == {4}
+            assert set(later) == {6}

@@ -27,6 +27,9 @@ def rank_files(directory: Path) -> list[Path]:
 
     Args:
         directory: of ``save_checkpoint`` (then its latest tag counts) or of one tag.
+
+    Raises:
+        ValueError: the name of the latest tag is missing.
     """
     paths = _tag(directory).glob("*.pt")
     found = [(int(match[1]), path) for path in paths if (match := _RANK_FILE.search(path.name))]
@@ -47,7 +50,12 @@ def stage0_file(directory: Path) -> Path | None:
 
 def _tag(directory: Path) -> Path:
     latest = directory / "latest"
-    return directory / latest.read_text().strip() if latest.is_file() else directory
+    if not latest.is_file():
+        return directory
+    name = latest.read_text().strip()
+    if not name:
+        raise ValueError("its file 'latest' is empty: a save ended in the middle; give the directory of a tag")
+    return directory / name
 
 
 def read_deepspeed(files: Sequence[Path]) -> tuple[SavedOptimizer, list[Piece]]:
@@ -62,7 +70,7 @@ def read_deepspeed(files: Sequence[Path]) -> tuple[SavedOptimizer, list[Piece]]:
         the optimizer, and the pieces of all files.
 
     Raises:
-        ValueError: a file is not of a converted optimizer.
+        ValueError: a file is not of a converted optimizer, or is of another save than the others.
     """
     found: list[Piece] = []
     collected = _Collection()
@@ -154,7 +162,12 @@ def _collect(
     segments = [NamedSegment.from_list(values) for values in entry[LAYOUT]]
     step = float(entry["step"]) if "step" in entry else None
     for segment in segments:
-        layers.setdefault(segment.fqn, _Collected(segment.shape, step, records.get(segment.fqn)))
+        layer = layers.setdefault(segment.fqn, _Collected(segment.shape, step, records.get(segment.fqn)))
+        if layer.step != step:
+            raise ValueError(
+                f"{path.name} holds {segment.fqn} at step {step}, another rank's file at step {layer.step}: the "
+                "directory was overwritten in part, by a save that ended in the middle"
+            )
     ours = any("]." in key for key in entry)  # some rank had a compressed layer in this tensor
     parts = flat_parts(segments, records) if ours else ()
     for part in parts:

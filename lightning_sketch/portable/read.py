@@ -91,8 +91,9 @@ def _open(
         stored = dcp.Directory(path)
         return dcp.read_dcp(stored, stored.root(optimizer))
     raise ValueError(
-        "it is neither a torch.distributed.checkpoint directory (it has no .metadata) nor one of DeepSpeed's (it has "
-        "neither zero_pp_rank files nor an mp_rank file)"
+        "it is neither a torch.distributed.checkpoint directory (it has no .metadata, which is written last and so is "
+        "missing where a save was interrupted) nor one of DeepSpeed's (it has neither zero_pp_rank files nor an "
+        "mp_rank file)"
     )
 
 

@@ -20,7 +20,7 @@ from lightning_sketch.engine import attach
 from tests.deepspeed_tools import config, init_deepspeed
 from tests.ranks import run_ranks_in
 
-ROWS, DIM, WORLD = 50, 6, 2
+ROWS, DIM, WORLD, OTHER_WORLD = 50, 6, 2, 3
 STEPS, SAVED_AT, ACCUMULATED, CLIP = 40, 30, 2, 0.05
 POLICIES = {
     # what one process computes element by element, partitions compute
@@ -61,6 +61,10 @@ CASES = (
     *(Case(stage, "shared", "bf16") for stage in (1, 2, 3)),
     *(Case(stage, "Adagrad") for stage in (2, 3)),
 )
+#: Those that another number of ranks trains, too.
+ON_OTHER_RANKS = (Case(1, "elementwise"), Case(2, "shared"), Case(3, "elementwise"))
+#: With the number of ranks.
+EVERY_CASE = (*((WORLD, case) for case in CASES), *((OTHER_WORLD, case) for case in ON_OTHER_RANKS))
 
 
 class Words(nn.Module):
@@ -83,7 +87,7 @@ def batches(rank: int) -> Tensor:
     return words
 
 
-def make(policy: str | None) -> tuple[nn.Module, Any, StepLR]:
+def make(policy: str | None, world: int) -> tuple[nn.Module, Any, StepLR]:
     model = Words()
     groups = [
         {"params": [model.first.weight, model.second.weight, model.head.bias], "weight_decay": 0.0},
@@ -94,23 +98,23 @@ def make(policy: str | None) -> tuple[nn.Module, Any, StepLR]:
     else:
         plain = torch.optim.AdamW(groups, lr=2e-2, weight_decay=0.1)
     optimizer = compress(plain, model, POLICIES[policy]) if policy else plain
-    return model, optimizer, StepLR(optimizer, 10 * WORLD, gamma=0.5)  # Accelerate steps it once for each process
+    return model, optimizer, StepLR(optimizer, 10 * world, gamma=0.5)  # Accelerate steps it once for each process
 
 
-def one_process(policy: str) -> list[float]:
+def one_process(policy: str, world: int) -> list[float]:
     """Losses of rank 0's batches in training on those of all ranks, without DeepSpeed or Accelerate."""
-    model, optimizer, scheduler = make(policy)
+    model, optimizer, scheduler = make(policy, world)
     losses = []
-    for step in zip(*map(batches, range(WORLD)), strict=True):
+    for step in zip(*map(batches, range(world)), strict=True):
         for rank, accumulated in enumerate(step):
             for words in accumulated:
                 loss = model(words)
-                (loss / (WORLD * ACCUMULATED)).backward()
+                (loss / (world * ACCUMULATED)).backward()
                 losses += [loss.item()] if rank == 0 else []
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        for _ in range(WORLD):
+        for _ in range(world):
             scheduler.step()
     return losses
 
@@ -154,10 +158,10 @@ def snapshot(optimizer: Any) -> dict[str, Any]:
     return tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
-def train_and_resume(rank: int, case: Case) -> dict[str, Any]:
+def train_and_resume(rank: int, world: int, case: Case) -> dict[str, Any]:
     """Train and save on the way; then train the last steps once more, from what was saved."""
     accelerator, data = accelerate(case), batches(rank)
-    first = accelerator.prepare(*make(case.policy))
+    first = accelerator.prepare(*make(case.policy, world))
     losses = train(accelerator, *first, data[:SAVED_AT])
     accelerator.save_state(f"{case}")
     losses += train(accelerator, *first, data[SAVED_AT:])
@@ -170,7 +174,7 @@ def train_and_resume(rank: int, case: Case) -> dict[str, Any]:
         "resumed": [],
     }
     accelerator.free_memory()
-    model, *others = make(case.policy)
+    model, *others = make(case.policy, world)
     nn.init.zeros_(model.head.weight)
     second = accelerator.prepare(model, *others)
     for _ in range(2):  # into a new engine, and into one that has trained
@@ -209,7 +213,7 @@ def exchange(rank: int, stage: int) -> dict[str, Any]:
 
     def prepare(policy: str | None) -> tuple[Any, tuple[Any, Any, StepLR]]:
         accelerator = accelerate(case)
-        return accelerator, accelerator.prepare(*make(policy))
+        return accelerator, accelerator.prepare(*make(policy, WORLD))
 
     accelerator, plain = prepare(None)
     train(accelerator, *plain, data[:SAVED_AT])
@@ -236,15 +240,19 @@ def replace(rank: int, case: Case) -> dict[str, str]:
 
     CPUAdamBuilder.load = lambda self, verbose=False: NoArithmetic()
     accelerator = accelerate(case, zero_force_ds_cpu_optimizer=True)  # DeepSpeed's default
-    prepared = accelerator.prepare(*make(case.policy))
+    prepared = accelerator.prepare(*make(case.policy, WORLD))
     found = errors(attach=lambda: attach(prepared[0]), step=lambda: train(accelerator, *prepared, batches(rank)[:1]))
     return {"client": type(unwrap(prepared[1])).__name__, **found}
 
 
-def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+def on_any_number(rank: int, world_size: int) -> dict[str, Any]:
     init_deepspeed(rank, world_size)
     os.environ["LOCAL_WORLD_SIZE"] = f"{world_size}"
-    found: dict[str, Any] = {f"{case}": train_and_resume(rank, case) for case in CASES}
+    return {f"{case}": train_and_resume(rank, world_size, case) for world, case in EVERY_CASE if world == world_size}
+
+
+def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+    found = on_any_number(rank, world_size)
     found["exchanged"] = [exchange(rank, stage) for stage in (1, 2, 3)]
     found["replaced"] = [replace(rank, Case(stage, "shared", zero=OFFLOAD)) for stage in (2, 3)]
     return found
@@ -255,32 +263,42 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     return run_ranks_in(tmp_path_factory.mktemp("ranks"), all_cases, WORLD)
 
 
+@pytest.fixture(scope="module")
+def other_ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks_in(tmp_path_factory.mktemp("ranks"), on_any_number, OTHER_WORLD)
+
+
+@pytest.fixture
+def any_ranks(request, world) -> list[dict[str, Any]]:
+    return request.getfixturevalue("ranks" if world == WORLD else "other_ranks")
+
+
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_our_optimizer_trains_on_all_ranks(ranks, case):
-    one, other = (rank[f"{case}"] for rank in ranks)
-    for found in (one, other):
-        assert found["processes"] == WORLD
+@pytest.mark.parametrize(("world", "case"), EVERY_CASE, ids=str)
+def test_our_optimizer_trains_on_all_ranks(any_ranks, world, case):
+    every = [rank[f"{case}"] for rank in any_ranks]
+    for found in every:
+        assert found["processes"] == world
         assert found["client"] == ("CompressedAdagrad" if case.policy == "Adagrad" else "CompressedAdamW")
         assert found["saved"] > 1.2
         assert found["end"]["lrs"] == [2e-2 / 2**4, 1e-2 / 2**4]
         assert sum(found["losses"][-20:]) < sum(found["losses"][:20])
-    assert one["losses"] != other["losses"], "every rank has its own batches"
+    assert every[0]["losses"] != every[1]["losses"], "every rank has its own batches"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=str)
-def test_it_is_the_training_of_one_process(ranks, case):
+@pytest.mark.parametrize(("world", "case"), [each for each in EVERY_CASE if each[1].precision == "fp32"], ids=str)
+def test_it_is_the_training_of_one_process(any_ranks, world, case):
     # Sketches and row means are per rank; the sums of gradients differ in rounding.
     close = 0.2 if case.policy == "shared" else 1e-5
-    found = torch.tensor(ranks[0][f"{case}"]["losses"])
-    torch.testing.assert_close(found, torch.tensor(one_process(case.policy)), rtol=0, atol=close)
+    found = torch.tensor(any_ranks[0][f"{case}"]["losses"])
+    torch.testing.assert_close(found, torch.tensor(one_process(case.policy, world)), rtol=0, atol=close)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_save_state_and_load_state_are_exact(ranks, case):
-    for rank in ranks:
+@pytest.mark.parametrize(("world", "case"), EVERY_CASE, ids=str)
+def test_save_state_and_load_state_are_exact(any_ranks, case):
+    for rank in any_ranks:
         found = rank[f"{case}"]
         for resumed in found["resumed"]:
             assert resumed["losses"] == found["losses"][SAVED_AT * ACCUMULATED :]

@@ -130,17 +130,25 @@ def refusal(run: Run, path: str) -> str:
     return "accepted"
 
 
-def undisturbed_and_resumed(kind: str) -> dict[str, Any]:
+def saved_by(world_size: int, kind: str) -> str:
+    return f"{kind} of {world_size}"
+
+
+def undisturbed_and_resumed(kind: str, path: str) -> dict[str, Any]:
     run = start(POLICY, kind)
     found: dict[str, Any] = {"first losses": run.train(range(SAVED_AT)), "saved": run.shards()}
-    run.accelerator.save_state(kind)
+    run.accelerator.save_state(path)
     found |= {"losses": run.train(range(SAVED_AT, MICRO_BATCHES)), "end": run.shards()}
     run = start(POLICY, kind, seed=1)
-    run.accelerator.load_state(kind)
-    found |= {"resumed": run.train(range(SAVED_AT, MICRO_BATCHES)), "resumed end": run.shards()}
-    found["other seed"] = refusal(start(Policy(POLICY.rules, seed=1), kind), kind)
-    found["other policy"] = refusal(start(SAME_AS_ONE, kind), kind)
-    return found
+    run.accelerator.load_state(path)
+    return found | {"resumed": run.train(range(SAVED_AT, MICRO_BATCHES)), "resumed end": run.shards()}
+
+
+def refused(kind: str, path: str) -> dict[str, str]:
+    return {
+        "other seed": refusal(start(Policy(POLICY.rules, seed=1), kind), path),
+        "other policy": refusal(start(SAME_AS_ONE, kind), path),
+    }
 
 
 def from_plain(kind: str) -> dict[str, Any]:
@@ -177,23 +185,27 @@ def prepared_both_ways() -> dict[str, Any]:
     return found
 
 
-def every_case(rank: int, world_size: int) -> dict[str, Any]:
+def on_any_number(world_size: int) -> dict[str, Any]:
     same = start(SAME_AS_ONE)
     found: dict[str, Any] = {"same as one": same.train(range(MICRO_BATCHES)), "same as one, end": same.shards()}
-    found["prepared"] = prepared_both_ways()
+    return found | {kind: undisturbed_and_resumed(kind, saved_by(world_size, kind)) for kind in KINDS}
+
+
+def every_case(rank: int, world_size: int) -> dict[str, Any]:
+    found = on_any_number(world_size) | {"prepared": prepared_both_ways()}
     for kind in KINDS:
-        found[kind] = undisturbed_and_resumed(kind)
+        found[f"{kind}, refused"] = refused(kind, saved_by(world_size, kind))
         found[f"{kind}, plain"] = from_plain(kind)
     return found
 
 
-def resume_all(rank: int, world_size: int) -> dict[str, Any]:
-    """Resume what another number of ranks saved."""
-    found = {}
+def on_other_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    """Train, and resume what another number of ranks saved."""
+    found = on_any_number(world_size)
     for kind in KINDS:
         run = start(POLICY, kind, seed=1)
-        load_state(run.accelerator, kind)
-        found[kind] = {"loaded": run.shards(), "losses": run.train(range(SAVED_AT, MICRO_BATCHES))}
+        load_state(run.accelerator, saved_by(WORLD, kind))
+        found[f"{kind}, moved"] = {"loaded": run.shards(), "losses": run.train(range(SAVED_AT, MICRO_BATCHES))}
     return found
 
 
@@ -209,29 +221,35 @@ def ranks(folder) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def other_ranks(ranks, folder) -> list[dict[str, Any]]:
-    return run_ranks_in(folder, resume_all, OTHER_WORLD)
+    return run_ranks_in(folder, on_other_ranks, OTHER_WORLD)
+
+
+@pytest.fixture(params=[WORLD, OTHER_WORLD])
+def any_ranks(request) -> list[dict[str, Any]]:
+    return request.getfixturevalue("ranks" if request.param == WORLD else "other_ranks")
 
 
 @pytest.mark.distributed
-def test_sharded_training_is_that_of_one_process(ranks):
+def test_sharded_training_is_that_of_one_process(any_ranks):
     model, optimizer = make(SAME_AS_ONE)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
-    losses: list[list[float]] = [[] for _ in range(WORLD)]
+    world = len(any_ranks)
+    losses: list[list[float]] = [[] for _ in range(world)]
     for number in range(MICRO_BATCHES):
-        for rank in range(WORLD):
+        for rank in range(world):
             loss = model(words(number, rank))
-            (loss / WORLD / 2).backward()
+            (loss / world / 2).backward()
             losses[rank].append(loss.item())
         if number % 2:
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    for rank, alone in zip(ranks, losses, strict=True):
+    for rank, alone in zip(any_ranks, losses, strict=True):
         torch.testing.assert_close(rank["same as one"], alone)
         assert rank["same as one, end"]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
     for name, param in model.named_parameters():
-        joined = torch.cat([rank["same as one, end"][name] for rank in ranks])
+        joined = torch.cat([rank["same as one, end"][name] for rank in any_ranks])
         torch.testing.assert_close(joined, param.detach(), msg=name)
 
 
@@ -251,21 +269,24 @@ def test_the_prepared_optimizer_holds_dtensors_and_its_policy_by_position(ranks,
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_undisturbed_one(ranks, kind):
-    for rank in ranks:
+def test_a_resumed_run_is_the_undisturbed_one(any_ranks, kind):
+    for rank in any_ranks:
         assert rank[kind]["resumed"] == rank[kind]["losses"]
         assert_same(rank[kind]["resumed end"], rank[kind]["end"])
         assert rank[kind]["end"]["tables.0.weight.step"] == MICRO_BATCHES / 2, "two micro-batches make a step"
-    assert ranks[0][kind]["losses"] != ranks[1][kind]["losses"]
+    assert any_ranks[0][kind]["losses"] != any_ranks[1][kind]["losses"]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_another_policy_is_refused_on_all_ranks(ranks, kind):
     for rank in ranks:
-        assert "tables.1.weight: its hash seed in the checkpoint" in rank[kind]["other seed"]
-        assert "tables.0.weight: its codecs in the checkpoint" in rank[kind]["other policy"]
-        assert "hidden.weight: compressed in the checkpoint, kept by the policy" in rank[kind]["other policy"]
+        assert "tables.1.weight: its hash seed in the checkpoint" in rank[f"{kind}, refused"]["other seed"]
+        assert "tables.0.weight: its codecs in the checkpoint" in rank[f"{kind}, refused"]["other policy"]
+        assert (
+            "hidden.weight: compressed in the checkpoint, kept by the policy"
+            in rank[f"{kind}, refused"]["other policy"]
+        )
 
 
 @pytest.mark.distributed
@@ -284,7 +305,7 @@ def test_a_plain_checkpoint_is_loaded_compressed(ranks, kind):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_loaded_on_another_number_of_ranks(ranks, other_ranks, kind):
-    then, now = [rank[kind]["saved"] for rank in ranks], [rank[kind]["loaded"] for rank in other_ranks]
+    then, now = [rank[kind]["saved"] for rank in ranks], [rank[f"{kind}, moved"]["loaded"] for rank in other_ranks]
     for name in ("tables.0.weight", "tables.2.weight.exp_avg", "head.weight.exp_avg_sq", "kind.weight.exp_avg"):
         assert_same(torch.cat([x[name] for x in now]), torch.cat([x[name] for x in then]), name)
     table = "tables.1.weight.exp_avg_sq"

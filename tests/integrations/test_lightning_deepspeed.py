@@ -23,7 +23,8 @@ from tests.deepspeed_tools import init_deepspeed
 from tests.integrations.lightning_tools import DIM, ROWS, Tiny, batches, tiny, trainer
 from tests.ranks import run_ranks_in
 
-WORLD, BATCHES, ACCUMULATED, CLIP = 2, 80, 2, 0.05
+WORLD, OTHER_WORLD, ACCUMULATED, CLIP = 2, 3, 2, 0.05
+BATCHES = 40  # of a rank in an epoch
 POLICIES = {
     # what one process computes element by element, partitions compute
     "elementwise": Policy([Rule(name="table.weight", exp_avg=BFloat16(), exp_avg_sq=BFloat16())]),
@@ -91,6 +92,10 @@ CASES = (
     Case(3, "elementwise", special="configure_model"),
     Case(3, "shared", special="without callback"),
 )
+#: Those that another number of ranks trains, too.
+ON_OTHER_RANKS = (Case(1, "elementwise"), Case(2, "shared"), Case(3, "elementwise"))
+#: With the number of ranks.
+EVERY_CASE = (*((WORLD, case) for case in CASES), *((OTHER_WORLD, case) for case in ON_OTHER_RANKS))
 
 
 def configure(policy: str) -> Any:
@@ -107,18 +112,18 @@ def configure(policy: str) -> Any:
     return configure_optimizers
 
 
-def one_process(policy: str) -> list[float]:
+def one_process(policy: str, world: int) -> list[float]:
     """Losses of rank 0's batches in training on those of all ranks, without DeepSpeed or Lightning."""
     module = tiny(configure(policy))
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     compress(optimizer, module, POLICIES[policy])
     losses = []
-    for i, (tokens, target) in enumerate([*batches(BATCHES)] * 2):
+    for i, (tokens, target) in enumerate([*batches(world * BATCHES)] * 2):
         loss = nn.functional.cross_entropy(module.head(module.table(tokens).mean(1)), target)
-        (loss / (WORLD * ACCUMULATED)).backward()
-        losses += [loss.item()] if i % WORLD == 0 else []
-        if (i + 1) % (WORLD * ACCUMULATED) == 0:
+        (loss / (world * ACCUMULATED)).backward()
+        losses += [loss.item()] if i % world == 0 else []
+        if (i + 1) % (world * ACCUMULATED) == 0:
             nn.utils.clip_grad_norm_(module.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -142,6 +147,7 @@ def make(case: Case) -> Any:
 
 def fit(rank: int, case: Case, ckpt_path: str | None = None, **config: Any) -> dict[str, Any]:
     """Train two epochs, or the rest of them from a checkpoint; `config` goes into DeepSpeed's configuration."""
+    world = torch.distributed.get_world_size()
     module = make(case)
     if ckpt_path:
         nn.init.zeros_(module.table.weight)  # what is loaded must replace
@@ -159,7 +165,7 @@ def fit(rank: int, case: Case, ckpt_path: str | None = None, **config: Any) -> d
     if case.special not in ("plain", "without callback"):
         callbacks.append(OptimizerStateCompression(POLICIES[case.policy]))
     made = trainer(
-        devices=WORLD,
+        devices=world,
         strategy=strategy,
         precision=case.precision,
         enable_checkpointing=True,
@@ -169,7 +175,7 @@ def fit(rank: int, case: Case, ckpt_path: str | None = None, **config: Any) -> d
         gradient_clip_val=CLIP,
         accumulate_grad_batches=ACCUMULATED,
     )
-    own = DataLoader([*batches(BATCHES)][rank::WORLD], batch_size=None)
+    own = DataLoader([*batches(world * BATCHES)][rank::world], batch_size=None)
     made.fit(module, own, ckpt_path=ckpt_path)
     client, memory = unwrap(made.optimizers[0]), report(made.optimizers[0])
     tensors = [p for group in client.param_groups for p in group["params"]]
@@ -194,12 +200,17 @@ def error(rank: int, case: Case, *args: Any, **config: Any) -> str:
     return "no error"
 
 
-def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+def on_any_number(rank: int, world_size: int) -> dict[str, Any]:
     init_deepspeed(rank, world_size)
     os.environ["NODE_RANK"] = "0"  # as torchrun sets it: Lightning then starts no processes of its own
     found: dict[str, Any] = {}
-    for case in CASES:
+    for case in [case for world, case in EVERY_CASE if world == world_size]:
         found[f"{case}"] = {"whole": fit(rank, case), "resumed": fit(rank, case, f"{case}/epoch=0.ckpt")}
+    return found
+
+
+def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+    found = on_any_number(rank, world_size)
     for stage in (1, 2, 3):
         plain, case = Case(stage, "elementwise", special="plain"), Case(stage, "elementwise")
         found[f"{plain}"] = {"whole": fit(rank, plain), "resumed": fit(rank, case, f"{plain}/epoch=0.ckpt")}
@@ -214,39 +225,48 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     return run_ranks_in(tmp_path_factory.mktemp("ranks"), all_cases, WORLD)
 
 
+@pytest.fixture(scope="module")
+def other_ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks_in(tmp_path_factory.mktemp("ranks"), on_any_number, OTHER_WORLD)
+
+
+@pytest.fixture
+def any_ranks(request, world) -> list[dict[str, Any]]:
+    return request.getfixturevalue("ranks" if world == WORLD else "other_ranks")
+
+
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_our_optimizer_trains_on_all_ranks(ranks, case):
-    one, other = (rank[f"{case}"]["whole"] for rank in ranks)
-    for found in (one, other):
-        assert found["world"] == WORLD
+@pytest.mark.parametrize(("world", "case"), EVERY_CASE, ids=str)
+def test_our_optimizer_trains_on_all_ranks(any_ranks, world, case):
+    every = [rank[f"{case}"]["whole"] for rank in any_ranks]
+    for found in every:
+        assert found["world"] == world
         assert found["client"] == ("CompressedAdagrad" if case.policy == "Adagrad" else "CompressedAdamW")
-        assert len(found["losses"]) == 2 * BATCHES // WORLD
+        assert len(found["losses"]) == 2 * BATCHES
         assert found["lrs"][-1] == [2e-2 / 2**4, 1e-2 / 2**4]
-        first, second = found["losses"][: BATCHES // WORLD], found["losses"][BATCHES // WORLD :]
+        first, second = found["losses"][:BATCHES], found["losses"][BATCHES:]
         assert sum(second) < sum(first), "the same batches"
         assert found["state"] < 0.6 * found["dense_state"]
-    assert one["losses"] != other["losses"], "every rank has its own batches"
+    assert every[0]["losses"] != every[1]["losses"], "every rank has its own batches"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "32-true"], ids=str)
-def test_it_is_the_training_of_one_process(ranks, case):
+@pytest.mark.parametrize(("world", "case"), [each for each in EVERY_CASE if each[1].precision == "32-true"], ids=str)
+def test_it_is_the_training_of_one_process(any_ranks, world, case):
     # Row means of cut rows are per rank; the sums of gradients differ in rounding.
     close = 0.05 if case.policy == "shared" else 1e-4
-    found = torch.tensor(ranks[0][f"{case}"]["whole"]["losses"])
-    torch.testing.assert_close(found, torch.tensor(one_process(case.policy)), rtol=0, atol=close)
+    found = torch.tensor(any_ranks[0][f"{case}"]["whole"]["losses"])
+    torch.testing.assert_close(found, torch.tensor(one_process(case.policy, world)), rtol=0, atol=close)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ckpt_path_resumes_exactly(ranks, case):
-    for rank in ranks:
+@pytest.mark.parametrize(("world", "case"), EVERY_CASE, ids=str)
+def test_ckpt_path_resumes_exactly(any_ranks, case):
+    for rank in any_ranks:
         whole, resumed = rank[f"{case}"]["whole"], rank[f"{case}"]["resumed"]
-        count = BATCHES // WORLD  # of an epoch
-        assert len(resumed["losses"]) == count
-        assert resumed["losses"] == whole["losses"][-count:]
-        assert resumed["lrs"] == whole["lrs"][-count:]
+        assert len(resumed["losses"]) == BATCHES
+        assert resumed["losses"] == whole["losses"][-BATCHES:]
+        assert resumed["lrs"] == whole["lrs"][-BATCHES:]
         torch.testing.assert_close(resumed["end"], whole["end"], rtol=0, atol=0)
 
 
@@ -255,7 +275,7 @@ def test_a_plain_checkpoint_resumes_compressed(ranks, stage):
     for rank in ranks:
         plain, resumed = rank[f"ZeRO-{stage} elementwise 32-true plain"].values()
         assert (plain["client"], resumed["client"]) == ("AdamW", "CompressedAdamW")
-        after = plain["losses"][BATCHES // WORLD :]
+        after = plain["losses"][BATCHES:]
         assert resumed["losses"][:ACCUMULATED] == after[:ACCUMULATED], "the same weights"
         assert resumed["losses"] != after
         # bfloat16 states

@@ -44,6 +44,10 @@ SAME_AS_ONE = {
     "columns": Policy([Rule(name="net.tables.*", first_moment=CountSketch(3), second_moment=CountSketch(3))]),
 }
 PLACEMENTS, FORMATS = ("rows", "columns"), ("distributed", "full")
+CASES = {
+    WORLD: [(placement, saved_as) for placement in PLACEMENTS for saved_as in FORMATS],
+    OTHER_WORLD: [("rows", "distributed"), ("columns", "full")],
+}
 
 
 class Net(nn.Module):
@@ -197,30 +201,47 @@ def listen(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return result | {"messages": messages, "warnings": [str(warning.message) for warning in caught]}
 
 
-def every_case(rank: int, world_size: int) -> dict[str, Any]:
+def saved_by(world_size: int, case: str) -> str:
+    return f"{case} of {world_size}"
+
+
+def on_any_number(world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for placement in PLACEMENTS:
         found[f"same as one, {placement}"] = fit(SAME_AS_ONE[placement], placement)
+    for placement, saved_as in CASES[world_size]:
+        case = f"{placement}-{saved_as}"
+        path = saved_by(world_size, case)
+        found[case] = fit(POLICY, placement, save_to=path, saved_as=saved_as)
+        found[f"{case}, resumed"] = fit(POLICY, placement, ckpt_path=path, saved_as=saved_as, seed=1)
+    return found
+
+
+def every_case(rank: int, world_size: int) -> dict[str, Any]:
+    found = on_any_number(world_size)
+    for placement in PLACEMENTS:
         for saved_as in FORMATS:
-            path, dense = f"{placement}-{saved_as}", f"{placement}-{saved_as}-dense"
-            found[path] = fit(POLICY, placement, save_to=path, saved_as=saved_as)
-            found[f"{path}, resumed"] = fit(POLICY, placement, ckpt_path=path, saved_as=saved_as, seed=1)
+            case, dense = f"{placement}-{saved_as}", f"{placement}-{saved_as}-dense"
+            path = saved_by(world_size, case)
             found[dense] = fit(None, placement, save_to=dense, saved_as=saved_as, steps=SAVED_AT)
             found[f"{dense}, resumed"] = fit(POLICY, placement, ckpt_path=dense, saved_as=saved_as, seed=1)
             reseeded = Policy(POLICY.rules, seed=1)
-            found[f"{path}, other seed"] = refusal(reseeded, placement, ckpt_path=path, saved_as=saved_as)
+            found[f"{case}, other seed"] = refusal(reseeded, placement, ckpt_path=path, saved_as=saved_as)
             other = Policy([Rule(min_rows=ROWS, first_moment=BFloat16(), second_moment=RowWise())])
-            found[f"{path}, other policy"] = refusal(other, placement, ckpt_path=path, saved_as=saved_as)
+            found[f"{case}, other policy"] = refusal(other, placement, ckpt_path=path, saved_as=saved_as)
     found["printed"] = listen(fit, POLICY, steps=1, log_memory=True)
     found["Lightning's default"] = listen(fit, POLICY, steps=1, data_parallel_size="auto")
     found["data_parallel_size=1"] = listen(fit, POLICY, steps=1, data_parallel_size=1, log_memory=True)
     return found
 
 
-def resume_all(rank: int, world_size: int) -> dict[str, Any]:
-    """Resume what another number of ranks saved."""
-    cases = [(placement, saved_as) for placement in PLACEMENTS for saved_as in FORMATS]
-    return {f"{p}-{s}": fit(POLICY, p, ckpt_path=f"{p}-{s}", saved_as=s, seed=1) for p, s in cases}
+def on_other_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    """Train, and resume what another number of ranks saved."""
+    found = on_any_number(world_size)
+    for placement, saved_as in CASES[WORLD]:
+        path = saved_by(WORLD, f"{placement}-{saved_as}")
+        found[f"{placement}-{saved_as}, moved"] = fit(POLICY, placement, ckpt_path=path, saved_as=saved_as, seed=1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -235,21 +256,26 @@ def ranks(folder) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def other_ranks(ranks, folder) -> list[dict[str, Any]]:
-    return run_ranks_in(folder, resume_all, OTHER_WORLD)
+    return run_ranks_in(folder, on_other_ranks, OTHER_WORLD)
 
 
-def train_alone(policy: Policy) -> tuple[dict[str, Tensor], list[list[float]]]:
+@pytest.fixture
+def any_ranks(request, world) -> list[dict[str, Any]]:
+    return request.getfixturevalue("ranks" if world == WORLD else "other_ranks")
+
+
+def train_alone(policy: Policy, world: int) -> tuple[dict[str, Tensor], list[list[float]]]:
     """One process that sees every rank's batches: weights, and losses by rank."""
     torch.manual_seed(0)
     holder = nn.Module()  # names as in `Words`
     holder.net = net = Net()
     optimizer = compress(torch.optim.AdamW(holder.parameters(), lr=0.02), holder, policy)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
-    losses: list[list[float]] = [[] for _ in range(WORLD)]
+    losses: list[list[float]] = [[] for _ in range(world)]
     for step in range(STEPS):
-        per_rank = [net(words(step, rank)) for rank in range(WORLD)]
+        per_rank = [net(words(step, rank)) for rank in range(world)]
         optimizer.zero_grad()
-        (sum(per_rank) / WORLD).backward()
+        (sum(per_rank) / world).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 0.5)
         optimizer.step()
         scheduler.step()
@@ -260,12 +286,13 @@ def train_alone(policy: Policy) -> tuple[dict[str, Tensor], list[list[float]]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_sharded_training_is_that_of_one_process(ranks, placement):
-    weights, losses = train_alone(SAME_AS_ONE[placement])
-    for rank, alone in zip(ranks, losses, strict=True):
+@pytest.mark.parametrize("world", CASES)
+def test_sharded_training_is_that_of_one_process(any_ranks, world, placement):
+    weights, losses = train_alone(SAME_AS_ONE[placement], world)
+    for rank, alone in zip(any_ranks, losses, strict=True):
         # Losses are float32: one of its last bits may differ, as gradients are summed over ranks.
         assert rank[f"same as one, {placement}"]["losses"] == pytest.approx(alone, rel=1e-6)
-    torch.testing.assert_close(ranks[0][f"same as one, {placement}"]["weights"], weights)
+    torch.testing.assert_close(any_ranks[0][f"same as one, {placement}"]["weights"], weights)
 
 
 @pytest.mark.distributed
@@ -281,14 +308,16 @@ def test_every_rank_holds_its_part_of_the_states(ranks, placement):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("saved_as", FORMATS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_resumed_fit_is_the_undisturbed_one(ranks, placement, saved_as):
-    for rank in ranks:
-        undisturbed, resumed = rank[f"{placement}-{saved_as}"], rank[f"{placement}-{saved_as}, resumed"]
+@pytest.mark.parametrize(
+    ("world", "placement", "saved_as"), [(world, *case) for world in CASES for case in CASES[world]]
+)
+def test_a_resumed_fit_is_the_undisturbed_one(any_ranks, placement, saved_as):
+    case = f"{placement}-{saved_as}"
+    for rank in any_ranks:
+        undisturbed, resumed = rank[case], rank[f"{case}, resumed"]
         assert resumed["losses"] == undisturbed["losses"][SAVED_AT:]
         assert_same(resumed["end"], undisturbed["end"])
-    assert ranks[0][f"{placement}-{saved_as}"]["losses"] != ranks[1][f"{placement}-{saved_as}"]["losses"]
+    assert any_ranks[0][case]["losses"] != any_ranks[1][case]["losses"]
 
 
 @pytest.mark.distributed
@@ -327,7 +356,7 @@ def test_a_checkpoint_of_another_policy_is_refused_on_all_ranks(ranks, placement
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, other_ranks, placement, saved_as):
     then = [rank[f"{placement}-{saved_as}"]["saved"] for rank in ranks]
-    now = [rank[f"{placement}-{saved_as}"]["start"] for rank in other_ranks]
+    now = [rank[f"{placement}-{saved_as}, moved"]["start"] for rank in other_ranks]
     columns = int(placement == "columns")
     joined = {"net.tables.2.weight": columns, "net.tables.2.weight.exp_avg": columns, "net.head.weight.exp_avg_sq": 0}
     joined |= {"net.kind.weight.exp_avg": 0, "net.head.bias": 0, "net.tables.3.weight.exp_avg": columns}
@@ -338,7 +367,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, other_ranks, pla
         torch.testing.assert_close(torch.cat(means[0]), torch.cat(means[1]))
     assert all(x["net.tables.0.weight.step"] == SAVED_AT and x["lr"] == then[0]["lr"] for x in now)
     assert all(x["net.tables.0.weight.exp_avg_table"].any() for x in now)
-    assert all(len(rank[f"{placement}-{saved_as}"]["losses"]) == STEPS - SAVED_AT for rank in other_ranks)
+    assert all(len(rank[f"{placement}-{saved_as}, moved"]["losses"]) == STEPS - SAVED_AT for rank in other_ranks)
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
@@ -87,10 +88,11 @@ def optimizer_of(model: nn.Module, policy: Policy | None = POLICY, separate: boo
 class Run:
     """A training under one engine."""
 
-    kind: str  # "single", "rows", "columns", "zero1" ...
+    kind: str  # "single", "ddp", "rows", "columns", "zero1" ...
     model: Model
     optimizer: Any
     engine: Any = None
+    replica: nn.Module | None = None  # what DDP makes of the model
 
     @property
     def target(self) -> Any:
@@ -103,6 +105,11 @@ class Run:
                 self.engine.backward(self.engine(step))
                 self.engine.step()
                 continue
+            if self.replica is not None:
+                self.optimizer.zero_grad()
+                self.replica(step).backward()
+                self.optimizer.step()
+                continue
             for position, param in enumerate(self.model.parameters()):
                 full = gradient(param.shape, step, position)
                 sharded = isinstance(param, DTensor)
@@ -113,6 +120,10 @@ class Run:
         """By the engine's own means."""
         if self.engine is not None:
             self.engine.save_checkpoint(str(path), tag="step")
+        elif self.kind == "ddp":
+            if dist.get_rank() == 0:
+                torch.save(self.optimizer.state_dict(), path)
+            dist.barrier()
         elif self.kind == "single":
             torch.save(self.optimizer.state_dict(), path)
         else:
@@ -129,7 +140,7 @@ def make(kind: str, policy: Policy | None = POLICY, separate: bool = False) -> R
     optimizer = optimizer_of(model, policy, separate)
     if kind.startswith("zero"):
         return Run(kind, model, optimizer, engine(model, optimizer, int(kind[-1])))
-    return Run(kind, model, optimizer)
+    return Run(kind, model, optimizer, replica=DistributedDataParallel(model) if kind == "ddp" else None)
 
 
 def kinds(world_size: int) -> list[str]:

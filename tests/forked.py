@@ -1,0 +1,67 @@
+"""Ranks that are forked from a process which has imported everything: they start in a moment, and may be killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing as mp
+
+from tests import ranks
+
+#: What is imported once.
+PRELOAD = (
+    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.testing",
+    "lightning.pytorch", "accelerate", "transformers.integrations.deepspeed", "deepspeed", "lightning_sketch",
+)  # fmt: skip
+#: Seconds after which ranks are taken to hang.
+HANG = 300
+
+
+def start(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Start ``function(rank, world_size, *args)`` on ranks joined by gloo; on one rank without a process group.
+
+    Args:
+        folder: made; results come into it.
+        function: a module-level function; what it returns must be loadable with ``weights_only=True``.
+
+    Returns:
+        torch's ``ProcessContext``.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    folder.mkdir()
+    arguments = (world_size, str(folder), function, args)
+    return mp.start_processes(_entry, arguments, nprocs=world_size, join=False, start_method="forkserver")
+
+
+def finish(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function` returns on every rank; see `start`.
+
+    Raises:
+        ProcessRaisedException, ProcessExitedException: a rank raised or died; the others were ended.
+    """
+    context = start(world_size, folder, function, *args)
+    deadline = time.monotonic() + HANG
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            kill(context)
+            raise AssertionError("the ranks hang")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def kill(context: Any) -> None:
+    """Kill all ranks at once."""
+    for process in context.processes:
+        process.kill()
+    for process in context.processes:
+        process.join()
+
+
+def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if world_size > 1:
+        ranks._entry(rank, world_size, folder, function, args)  # ends the process
+    torch.set_num_threads(1)
+    torch.save(function(rank, world_size, *args), Path(folder, f"{rank}.pt"))
