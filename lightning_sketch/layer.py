@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import codecs as codec_lib
-from lightning_sketch.codecs import SM3, Codec, CodecState, Drop, Keep, StateSpec, codec_from
-from lightning_sketch.gradient import RowGradient
-from lightning_sketch.rules import LayerStep, StateDef, UpdateRule
-from lightning_sketch.sharding import Shard, global_shape, local
+from lightning_sketch.codecs import Codec, Drop, Keep, StateSpec, codec_from
+from lightning_sketch.gradient import RowGradient, row_gradient
+from lightning_sketch.rules import StateDef, UpdateRule
+from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
 
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
@@ -139,6 +139,16 @@ class LayerShard:
         held = local(tensor)
         return self.shard.as_rows(held if self.span is None else held.view(-1)[self.span])
 
+    def gradient(self, grad: Tensor) -> RowGradient:
+        """This part of the gradient of the optimizer's tensor.
+
+        Raises:
+            TypeError: its layout is not supported.
+        """
+        if self.span is None:
+            return row_gradient(local(grad), self.shard, self.layer.fqn)
+        return RowGradient(self.shard, None, self.rows(grad))
+
     def spec(self, state: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a state is to be stored; `param` gives dtype and device."""
         signed = self.layer.signed[state]
@@ -161,38 +171,23 @@ class LayerShard:
             tensors |= codec_lib.allocate(codec, self.spec(state, param, group))
         return tensors
 
-    def step(
-        self,
-        param: Tensor,
-        gradient: RowGradient,
-        group: Mapping[str, Any],
-        tensors: dict[str, Any],
-        step: int,
-    ) -> LayerStep:
-        """One step, to be run (it modifies `param` and `tensors` in place).
 
-        Args:
-            gradient: of this part.
-            tensors: ``optimizer.state[param]``.
-            step: number of this step, from 1.
-        """
-        states: dict[str, CodecState] = {}
-        momentum, momentum_beta = None, 0.0
-        for state, codec in self.layer.stored().items():
-            spec = self.spec(state, param, group)
-            states[state] = codec.bind(spec, tensors)
-            if isinstance(codec, SM3):
-                momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        return LayerStep(
-            param=self.rows(param),
-            gradient=gradient.touched_only() if self.layer.lazy else gradient,
-            states=states,
-            momentum=momentum,
-            momentum_beta=momentum_beta,
-            group=group,
-            step=step,
-            dtype=compute_dtype(param),
-        )
+def part_of(record: str, param: Tensor) -> LayerShard:
+    """The part of a recorded layer that `param` holds: all of it, or a DTensor's local rows or columns."""
+    if is_dtensor(param):
+        return _part(record, shard_of(param, Layer.from_record(record).fqn))
+    return _whole_part(record, param.shape)
+
+
+# Parts are asked for at every step; they are made of nothing but their arguments, so each is made once.
+@functools.lru_cache(maxsize=1 << 16)
+def _part(record: str, shard: Shard) -> LayerShard:
+    return LayerShard(Layer.from_record(record), shard)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _whole_part(record: str, shape: tuple[int, ...]) -> LayerShard:
+    return _part(record, Shard.whole(tuple(shape)))
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

@@ -7,22 +7,24 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 from torch.optim import Optimizer
 
 from lightning_sketch import checkpoint
+from lightning_sketch.bound import Bindings, OwnTensor
 from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
-from lightning_sketch.gradient import RowGradient, row_gradient
 from lightning_sketch.kernels import all_finite
-from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
 from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import LayerStep, UpdateRule, run
-from lightning_sketch.sharding import local, shard_of, show_shards
+from lightning_sketch.sharding import show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
@@ -95,33 +97,42 @@ class CompressedOptimizer(Optimizer):
         if self._bind_if_flat():
             return loss
         with torch.no_grad():
-            ours = [found for found in self.compressed_tensors() if found[1].grad is not None]
-            hidden = [(param, param.grad) for _, param, _ in ours]
-            gradients = self._read_gradients(ours)
+            ours = self._own_tensors()
+            ready = self._usable(ours)
             try:
-                for param, _ in hidden:
-                    param.grad = None
+                for own in ours:
+                    own.param.grad = None
                 _unhooked(self.stock.step)(self)
             finally:
-                for param, grad in hidden:
-                    param.grad = grad
-            steps = (step for group, param, parts in gradients for step in self._steps(group, param, parts))
-            run(self.rule, steps)
+                for own in ours:
+                    own.param.grad = own.grad
+            self._step_compressed(ready)
         return loss
 
-    def _steps(
-        self, group: dict[str, Any], param: Tensor, parts: list[tuple[LayerShard, RowGradient]]
-    ) -> Iterator[LayerStep]:
-        """The next step of every part of a tensor (its step count is raised)."""
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            for part, _ in parts:
-                state.update(part.allocate(param, group))
-        state["step"] += 1
-        step = int(state["step"])
-        for part, gradient in parts:
-            yield part.step(param, gradient, group, state, step)
+    @_disable_dynamo  # Dynamo can make nothing of kernels
+    def _step_compressed(self, ready: list[OwnTensor]) -> None:
+        for own in ready:
+            if own.bound is None:
+                if not own.state:
+                    own.state = self.state[own.param]
+                    own.state["step"] = torch.tensor(0.0)
+                    for part in own.parts:
+                        own.state.update(part.allocate(own.param, own.group))
+                own.bound = self._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+        counts = [own.state["step"] for own in ready]
+        if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
+            torch._foreach_add_(counts, [torch.tensor(1.0, device="cpu")] * len(counts))
+        run(self.rule, self._steps(ready, counts))
+
+    def _steps(self, ready: list[OwnTensor], counts: list[Tensor]) -> Iterator[LayerStep]:
+        numbers: dict[tuple[int, int], Any] = {}  # by group and step
+        for own, count in zip(ready, counts, strict=True):
+            group, step = own.group, int(count.item())
+            if (key := (id(group), step)) not in numbers:
+                numbers[key] = self.rule.numbers(group, step)
+            negate = bool(group.get("maximize", False))
+            for part, gradient in zip(own.bound or (), own.gradients, strict=True):
+                yield part.step(gradient, numbers[key], step, negate=negate)
 
     def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
         """Every tensor that our rules step, as ``(group, tensor, parts)``.
@@ -136,8 +147,7 @@ class CompressedOptimizer(Optimizer):
             elif group["params"]:
                 for record, param in zip(self._records(group), group["params"], strict=True):
                     if record is not None:
-                        layer = Layer.from_record(record)
-                        yield group, param, (LayerShard(layer, shard_of(param, layer.fqn)),)
+                        yield group, param, (part_of(record, param),)
 
     def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
         """Every compressed layer as ``(group, layer, tensor)``; once for each tensor that holds a part of it."""
@@ -174,6 +184,10 @@ class CompressedOptimizer(Optimizer):
             )
         return found
 
+    @cached_property
+    def _bindings(self) -> Bindings:
+        return Bindings()
+
     def _bind_if_flat(self) -> bool:
         """Find out which layers lie in flat tensors; whether this is only DeepSpeed trying out the step."""
         flat = self._flat_tensors
@@ -194,6 +208,7 @@ class CompressedOptimizer(Optimizer):
         model, policy = self._model_and_policy()
         layers = [Layer.from_record(record) for record in self._compression.records]
         named = named_layers(model, policy.role_hints)
+        self._bindings.clear()
         self._flat_tensors = FlatTensors(read_layout(wrapper), named, {layer.fqn: layer for layer in layers})
         # Adagrad allocates in its constructor, for parameters that are in no group any more.
         for param in [p for p in self.state if isinstance(p, nn.Parameter)]:
@@ -227,27 +242,42 @@ class CompressedOptimizer(Optimizer):
             )
         return model, policy
 
-    def _read_gradients(
-        self, ours: list[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]
-    ) -> list[tuple[dict[str, Any], Tensor, list[tuple[LayerShard, RowGradient]]]]:
-        """The gradients of our tensors, part by part, checked before anything changes."""
-        found = []
-        for group, param, parts in ours:
-            for part in parts:
-                self._check(group, part, param)
-            found.append((group, param, [(part, _part_gradient(part, param)) for part in parts]))
-        if not found:
+    @_disable_dynamo
+    def _own_tensors(self) -> list[OwnTensor]:
+        """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet."""
+        if len(self._bindings) > len(self.state):  # states were dropped: with layers that are gone
+            self._bindings.clear()
+        ours: list[OwnTensor] = []
+        needed: dict[int, set[str]] = {}  # states, by group
+        for group, param, parts in self.compressed_tensors():
+            if (grad := param.grad) is None:
+                continue
+            if (names := needed.get(id(group))) is None:
+                self.rule.check(group, parts[0].layer.fqn)
+                names = needed[id(group)] = {state.name for state in self.rule.states(group)}
+            state = self.state.get(param, {})
+            bound = self._bindings.find(param, parts, names, state)
+            if bound is None:
+                for part in parts:
+                    self._check(group, part)
+            gradients = [part.gradient(grad) for part in parts]
+            ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
+        return ours
+
+    @_disable_dynamo
+    def _usable(self, ours: list[OwnTensor]) -> list[OwnTensor]:
+        """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks."""
+        if not ours:
             self._refuse_replaced()
-        if self._compression.nonfinite == "propagate" or not found:
-            return found
-        values = [[gradient.values for _, gradient in parts] for _, _, parts in found]
-        finite_parts = iter(all_finite([value for tensors in values for value in tensors]))
-        finite = [[next(finite_parts) for _ in tensors] for tensors in values]
-        groups = [self._process_group(param, parts[0][0]) for _, param, parts in found]
-        usable = all_agree([all(ok) for ok in finite], groups, found[0][1].device)
+        if self._compression.nonfinite == "propagate" or not ours:
+            return ours
+        finite_parts = iter(all_finite([gradient.values for own in ours for gradient in own.gradients]))
+        finite = [[next(finite_parts) for _ in own.gradients] for own in ours]
+        groups = [self._process_group(own.param, own.parts[0]) for own in ours]
+        usable = all_agree([all(ok) for ok in finite], groups, ours[0].param.device)
         if not all(usable):
-            self._refuse(found, finite, usable)
-        return [item for item, ok in zip(found, usable, strict=True) if ok]
+            self._refuse(ours, finite, usable)
+        return [own for own, ok in zip(ours, usable, strict=True) if ok]
 
     def _refuse_replaced(self) -> None:
         """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
@@ -264,17 +294,16 @@ class CompressedOptimizer(Optimizer):
                 "compress it after"
             )
 
-    def _check(self, group: dict[str, Any], part: LayerShard, param: Tensor) -> None:
+    def _check(self, group: dict[str, Any], part: LayerShard) -> None:
         layer = part.layer
-        self.rule.check(group, layer.fqn)
         if lacking := layer.lacking(self.rule, group):
             raise ValueError(
                 f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
                 "ask for; call decompress(optimizer) and compress it again"
             )
-        if part.span is None and tuple(param.shape) != layer.shape:
+        if part.shard.global_shape != layer.shape:
             raise ValueError(
-                f"{layer.fqn} now has shape {list(param.shape)}, but its states were laid out for "
+                f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
                 f"{list(layer.shape)}; compress the new optimizer again"
             )
 
@@ -283,14 +312,14 @@ class CompressedOptimizer(Optimizer):
             return shard_group(param, part.layer.fqn)
         return self._flat_tensors.group if self._flat_tensors is not None else None
 
-    def _refuse(self, found: list[Any], finite: list[list[bool]], usable: list[bool]) -> None:
+    def _refuse(self, ours: list[OwnTensor], finite: list[list[bool]], usable: list[bool]) -> None:
         """Raise for non-finite gradients, or warn and count."""
         bad: list[str] = []
-        for (_, _, parts), oks, tensor_ok in zip(found, finite, usable, strict=True):
-            here = [part.layer.fqn for (part, _), ok in zip(parts, oks, strict=True) if not ok]
+        for own, oks, tensor_ok in zip(ours, finite, usable, strict=True):
+            here = [part.layer.fqn for part, ok in zip(own.parts, oks, strict=True) if not ok]
             if not tensor_ok:
                 # A shard whose counterpart on another rank is bad must be skipped with it: states would drift apart.
-                bad += here or [f"{parts[0][0].layer.fqn} on another rank"]
+                bad += here or [f"{own.parts[0].layer.fqn} on another rank"]
         if self._compression.nonfinite == "raise":
             raise FloatingPointError(
                 f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
@@ -349,6 +378,7 @@ class CompressedOptimizer(Optimizer):
             self._optimizer_load_state_dict_post_hooks = after
         for param, tensors in restored:
             self.state[param] = tensors
+        self._bindings.clear()  # let go of the states of before
         for post_hook in after.values():
             post_hook(self)
 
@@ -358,14 +388,6 @@ class CompressedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compression": self._compression}
-
-
-def _part_gradient(part: LayerShard, param: Tensor) -> RowGradient:
-    grad = param.grad
-    assert grad is not None
-    if part.span is None:
-        return row_gradient(local(grad), part.shard, part.layer.fqn)
-    return RowGradient(part.shard, None, part.rows(grad))
 
 
 def _no_model() -> None:

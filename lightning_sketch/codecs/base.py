@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class StateSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return (self.shard.local_rows, *self.shard.row_shape)
+        return self.shard.local_shape
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the given shape holding the initial value."""
@@ -165,6 +166,7 @@ class Codec(ABC):
         }
 
 
+@functools.cache  # asked for several times a step for every state; there are few
 def key_of(state: str, suffix: str) -> str:
     """Key in ``optimizer.state[param]``, e.g. ``exp_avg_sq_table``."""
     return f"{state}_{suffix}" if suffix else state

@@ -48,7 +48,7 @@ class _BFloat16State(DenseState):
         return self.spec.seed + self.step * 2 + self.spec.signed
 
     def stored(self) -> Stored:
-        return Stored(Kind.STOCHASTIC, self[""], decay=self.decay, weight=self.weight, seed=self.salt)
+        return Stored(Kind.STOCHASTIC, self.dense, decay=self.decay, weight=self.weight, seed=self.salt)
 
     def store(self, block: Block, values: Tensor) -> Tensor:
         salt = self.salt

@@ -38,11 +38,15 @@ class DenseState(CodecState):
     weight: float
     step: int
 
+    def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
+        super().__init__(spec, tensors)
+        self.dense: Tensor = self[""]  # [local_rows, *row_shape], or a scalar's own shape
+
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.decay, self.weight, self.step = decay, weight, step
 
     def add(self, block: Block, x: Tensor) -> None:
-        dense = self.spec.shard.as_rows(self[""])
+        dense = self.spec.shard.as_rows(self.dense)
         if isinstance(block.index, slice) and dense.dtype == x.dtype:
             dense[block.index].mul_(self.decay).add_(x, alpha=self.weight)
         else:
@@ -51,18 +55,16 @@ class DenseState(CodecState):
 
     def store(self, block: Block, values: Tensor) -> Tensor:
         """What is written for `values`."""
-        return values.to(self[""].dtype)
+        return values.to(self.dense.dtype)
 
     def fusable(self) -> bool:
-        contiguous: bool = self[""].is_contiguous()
-        return contiguous
+        return self.dense.is_contiguous()
 
     def stored(self) -> Stored:
-        return Stored(Kind.DENSE, self[""], decay=self.decay, weight=self.weight)
+        return Stored(Kind.DENSE, self.dense, decay=self.decay, weight=self.weight)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
 
     def estimate(self, block: Block) -> Tensor:
-        dense: Tensor = self.spec.shard.as_rows(self[""])
-        return dense[block.index].to(self.spec.dtype)
+        return self.spec.shard.as_rows(self.dense)[block.index].to(self.spec.dtype)

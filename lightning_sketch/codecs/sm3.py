@@ -89,8 +89,9 @@ class _SM3(CodecState):
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight
         self["scale"] = decayed(self["scale"], decay, (self.row,))
-        for accumulator in self.others:
-            accumulator.mul_(decay)
+        if decay != 1:
+            for accumulator in self.others:
+                accumulator.mul_(decay)
         self.all_rows = rows is None or rows.numel() == self.spec.shard.local_rows
 
     def estimate(self, block: Block) -> Tensor:
@@ -105,13 +106,13 @@ class _SM3II(_SM3):
     # The step's `nu` needs the accumulators of before the step, so those that blocks share are replaced in `commit`; a
     # row belongs to one block, and to hold all new ones back would be a temporary that grows with the table.
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+    def settle(self) -> None:
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
 
     def fusable(self) -> bool:
-        return len(self.others) <= 1 and all(x.is_contiguous() for x in (self.row, *self.others))
+        one_or_none = len(self.others) <= 1
+        return one_or_none and self.row.is_contiguous() and (not self.others or self.others[0].is_contiguous())
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None
@@ -127,6 +128,7 @@ class _SM3II(_SM3):
     def commit(self) -> None:
         for accumulator, new in zip(self.others, self.new_others, strict=True):
             accumulator.copy_(new)
+        del self.new_others  # a bound state outlives the step
 
 
 class _SM3I(_SM3):
@@ -142,6 +144,7 @@ class _SM3I(_SM3):
     def settle(self) -> None:
         for accumulator, most in zip(self.others, self.most, strict=True):
             accumulator.add_(most, alpha=self.weight)
+        del self.most
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

@@ -15,12 +15,12 @@ from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
-_STATE_FORMAT = "4i q Q 4f 3q"
-_STATE = struct.Struct("@" + _STATE_FORMAT)
-_LAYER = struct.Struct("@ 4q 3q 4i 7f i q" + 3 * _STATE_FORMAT)
-_NO_STATE = _STATE.unpack(bytes(_STATE.size))
+_STATE = struct.Struct("@ 4i q Q 4f 3q")
+_HEAD = struct.Struct("@ 4q 3q 4i 7f i q")  # a layer without its three states
+_LAYER_BYTES = _HEAD.size + 3 * _STATE.size
+_NO_STATE = bytes(_STATE.size)
 
-_ELEMENTWISE = {Kind.NONE, Kind.DENSE, Kind.SCALED}
+_ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
 _BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -55,9 +55,13 @@ def all_finite(tensors: list[Tensor]) -> list[bool]:
 
 def _parts(layer: FusedStep) -> list[FusedStep]:
     """The step, or where nothing but elements counts, the same with lines long enough to be fast."""
-    kinds = {Kind.NONE if state is None else state.kind for state in (layer.second, layer.first, layer.momentum)}
+    if layer.ids is not None:
+        return [layer]
+    for state in (layer.second, layer.first, layer.momentum):
+        if state is not None and state.kind not in _ELEMENTWISE:
+            return [layer]
     numel = layer.grad.numel()
-    if layer.ids is not None or numel // layer.grad.shape[0] >= _LINE or not kinds <= _ELEMENTWISE:
+    if numel // layer.grad.shape[0] >= _LINE:
         return [layer]
     whole = numel // _LINE * _LINE
     return [
@@ -87,7 +91,7 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
 def _pack(step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]) -> bytes:
     """The step as a ``Layer``; its tensors are appended to the lists."""
     rows = step.grad.shape[0]
-    return _LAYER.pack(
+    head = _HEAD.pack(
         rows,
         step.grad.numel() // rows,
         step.row_offset,
@@ -108,16 +112,14 @@ def _pack(step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[
         step.nesterov,
         0,
         0,
-        *_pack_state(step.second, states),
-        *_pack_state(step.first, states),
-        *_pack_state(step.momentum, states),
     )
+    return b"".join((head, *(_pack_state(state, states) for state in (step.second, step.first, step.momentum))))
 
 
-def _pack_state(stored: Stored | None, states: list[Tensor]) -> tuple[Any, ...]:
+def _pack_state(stored: Stored | None, states: list[Tensor]) -> bytes:
     if stored is None:
         return _NO_STATE
-    return (
+    return _STATE.pack(
         stored.kind,
         _BFLOAT16[stored.data.dtype],
         stored.signed,
@@ -147,7 +149,7 @@ def _fused_step(
 ) -> None:
     lib = native.library()
     assert lib is not None
-    count = ctypes.c_int64(program.numel() // _LAYER.size)
+    count = ctypes.c_int64(program.numel() // _LAYER_BYTES)
     tensors = [_addresses(some) for some in (params, grads, ids, states)]
     threads = torch.get_num_threads()
     layers = ctypes.create_string_buffer(program.numel())  # the operator does not change its arguments

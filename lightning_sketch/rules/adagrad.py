@@ -25,8 +25,13 @@ class AdagradRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("sum", signed=False),)
 
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
+        """Learning rate, eps and weight decay."""
+        lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
+        return lr, float(group["eps"]), float(group["weight_decay"])
+
     def reference(self, layer: LayerStep) -> None:
-        lr, eps, weight_decay = self._numbers(layer)
+        lr, eps, weight_decay = layer.numbers
         total = self._begin(layer)
         for block, g in layer.gradients(weight_decay):
             total.add(block, g.square())
@@ -38,7 +43,7 @@ class AdagradRule(UpdateRule):
         total.commit()
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        lr, eps, weight_decay = self._numbers(layer)
+        lr, eps, weight_decay = layer.numbers
         self._begin(layer)
         return layer.fuse("sum", None, lr=lr, eps=eps, weight_decay=weight_decay)
 
@@ -47,9 +52,3 @@ class AdagradRule(UpdateRule):
         assert total is not None  # `Drop` refuses second moments
         begin_momentum(layer)
         return total
-
-    def _numbers(self, layer: LayerStep) -> tuple[float, float, float]:
-        """Learning rate, eps and weight decay of this step."""
-        group = layer.group
-        lr = float(group["lr"]) / (1 + (layer.step - 1) * float(group["lr_decay"]))
-        return lr, float(group["eps"]), float(group["weight_decay"])

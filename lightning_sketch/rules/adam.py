@@ -46,9 +46,8 @@ class AdamRule(UpdateRule):
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
 
     def reference(self, layer: LayerStep) -> None:
-        beta1, beta2 = self._betas(layer)
+        numbers: _Numbers = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
-        numbers = self._numbers(layer)
         for block, g in layer.gradients(numbers.weight_decay):
             if exp_avg is not None:
                 exp_avg.add(block, g)
@@ -61,48 +60,47 @@ class AdamRule(UpdateRule):
             m = g if exp_avg is None else exp_avg.read(block, g)
             v = exp_avg_sq.read(block, g.square())
             if exp_avg is not None and exp_avg.mixes_rows:
-                m = bounded_first_moment(m, v, beta1, beta2)
+                m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
-            layer.apply(block, precondition(layer, block, update), numbers.lr, numbers.shrink)
+            lr = numbers.lr if exp_avg is None else numbers.corrected_lr
+            layer.apply(block, precondition(layer, block, update), lr, numbers.shrink)
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()
 
     def fuse(self, layer: LayerStep) -> FusedStep:
+        numbers: _Numbers = layer.numbers
         exp_avg, _ = self._begin(layer)
-        numbers = self._numbers(layer)
         mixes = exp_avg is not None and exp_avg.mixes_rows
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
-            lr=numbers.lr,
+            lr=numbers.lr if exp_avg is None else numbers.corrected_lr,
             shrink=numbers.shrink,
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
             correction=1 / numbers.root_correction,
-            bound=first_moment_bound(*self._betas(layer)) if mixes else None,
+            bound=first_moment_bound(numbers.beta1, numbers.beta2) if mixes else None,
         )
 
-    def _betas(self, layer: LayerStep) -> tuple[float, float]:
-        beta1, beta2 = layer.group["betas"]
-        return float(beta1), float(beta2)
-
     def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:
-        beta1, beta2 = self._betas(layer)
-        exp_avg = layer.begin("exp_avg", decay=beta1, weight=1 - beta1)
-        exp_avg_sq = layer.begin("exp_avg_sq", decay=beta2, weight=1 - beta2)
+        numbers: _Numbers = layer.numbers
+        exp_avg = layer.begin("exp_avg", decay=numbers.beta1, weight=1 - numbers.beta1)
+        exp_avg_sq = layer.begin("exp_avg_sq", decay=numbers.beta2, weight=1 - numbers.beta2)
         assert exp_avg_sq is not None  # `Drop` refuses second moments
         begin_momentum(layer)
         return exp_avg, exp_avg_sq
 
-    def _numbers(self, layer: LayerStep) -> _Numbers:
-        group, t = layer.group, layer.step
-        beta1, beta2 = self._betas(layer)
+    def numbers(self, group: Mapping[str, Any], step: int) -> _Numbers:
+        beta1, beta2 = map(float, group["betas"])
         lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group.get("weight_decay", 0.0))
         decoupled = group.get("decoupled_weight_decay", self.decoupled)
-        root_correction = (1 - beta2**t) ** 0.5
+        root_correction = (1 - beta2**step) ** 0.5
         return _Numbers(
-            lr=lr if "exp_avg" not in layer.states else lr / (1 - beta1**t),
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            corrected_lr=lr / (1 - beta1**step),
             eps=eps / root_correction if self.early_eps else eps,
             weight_decay=0.0 if decoupled else weight_decay,
             shrink=1 - lr * weight_decay if decoupled else 1.0,
@@ -115,14 +113,19 @@ class _Numbers:
     """Hyperparameters of one step.
 
     Args:
-        lr: with the first moment's bias correction.
+        beta1, beta2: as in torch.
+        lr: as in torch, for layers without a first moment.
+        corrected_lr: with the first moment's bias correction.
         eps: as it is added to the corrected root.
         weight_decay: the coupled one.
         shrink: factor of the parameter, for decoupled weight decay.
         root_correction: the root of the second moment's bias correction, a divisor.
     """
 
+    beta1: float
+    beta2: float
     lr: float
+    corrected_lr: float
     eps: float
     weight_decay: float
     shrink: float

@@ -35,9 +35,10 @@ class LayerStep:
         states: codec states by torch's name (modified in place); a dropped state is absent.
         momentum: SM3's EMA of the preconditioned gradient (modified in place), if the codec has one.
         momentum_beta: the factor of that EMA.
-        group: torch's hyperparameters of the parameter group.
+        numbers: from `UpdateRule.numbers`.
         step: the layer's step number, from 1.
         dtype: dtype of arithmetic.
+        negate: maximize.
     """
 
     param: Tensor
@@ -45,9 +46,10 @@ class LayerStep:
     states: Mapping[str, CodecState]
     momentum: CodecState | None
     momentum_beta: float
-    group: Mapping[str, Any]
+    numbers: Any
     step: int
     dtype: torch.dtype
+    negate: bool = False
 
     def begin(self, name: str, *, decay: float, weight: float) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
@@ -58,15 +60,13 @@ class LayerStep:
 
     def fusable(self) -> bool:
         """Whether fused kernels take these tensors and codec states."""
-        values, states = self.gradient.values, [*self.states.values(), self.momentum]
-        return (
-            self.dtype == torch.float32
-            and self.param.dtype in DTYPES
-            and values.dtype == self.param.dtype
-            and values.is_contiguous()
-            and self.param.is_contiguous()
-            and all(state is None or state.fusable() for state in states)
-        )
+        values, dtype = self.gradient.values, self.param.dtype
+        if dtype not in DTYPES or values.dtype != dtype or not (values.is_contiguous() and self.param.is_contiguous()):
+            return False
+        for state in self.states.values():
+            if not state.fusable():
+                return False
+        return self.momentum is None or self.momentum.fusable()
 
     def fuse(self, second: str | None, first: str | None, *, lr: float, **options: Any) -> FusedStep:
         """The fused step over two of the states, by name, whose step was begun.
@@ -74,31 +74,26 @@ class LayerStep:
         Args:
             options: fields of `FusedStep`.
         """
-
-        def stored(state: CodecState | None) -> Stored | None:
-            return None if state is None else state.stored()
-
-        shard = self.gradient.shard
+        gradient, shard = self.gradient, self.gradient.shard
         return FusedStep(
             param=self.param,
-            grad=self.gradient.values,
-            ids=None if self.gradient.rows is None else self.gradient.rows.contiguous(),
+            grad=gradient.values,
+            ids=None if gradient.rows is None else gradient.rows.contiguous(),
             row_offset=shard.row_offset,
             column_offset=shard.column_offset,
-            second=stored(self.states.get(second)) if second else None,
-            first=stored(self.states.get(first)) if first else None,
-            momentum=stored(self.momentum),
+            second=_stored(self.states.get(second)) if second else None,
+            first=_stored(self.states.get(first)) if first else None,
+            momentum=_stored(self.momentum),
             lr=lr,
-            negate=bool(self.group.get("maximize", False)),
+            negate=self.negate,
             **options,
         )
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
         """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay."""
-        sign = -1 if self.group.get("maximize", False) else 1
         for block in self.gradient.blocks:
             g = self.gradient.values[block.span].to(self.dtype)
-            if sign < 0:
+            if self.negate:
                 g = -g
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
@@ -112,6 +107,10 @@ class LayerStep:
             return
         values = self.param[block.index].to(self.dtype)
         self.param[block.index] = values.mul(shrink).sub_(update, alpha=lr).to(self.param.dtype)
+
+
+def _stored(state: CodecState | None) -> Stored | None:
+    return None if state is None else state.stored()
 
 
 class UpdateRule(ABC):
@@ -134,6 +133,15 @@ class UpdateRule(ABC):
                     f"{flag}=True is not supported for compressed layers, and {fqn} is one; "
                     f"set {flag}=False or let the policy keep {fqn}"
                 )
+
+    @abstractmethod
+    def numbers(self, group: Mapping[str, Any], step: int) -> Any:
+        """The hyperparameters as the rule needs them: the same for all layers of a group that make that step.
+
+        Args:
+            group: torch's parameter group.
+            step: the layers' step number, from 1.
+        """
 
     @abstractmethod
     def reference(self, layer: LayerStep) -> None:

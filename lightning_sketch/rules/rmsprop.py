@@ -34,11 +34,13 @@ class RMSpropRule(UpdateRule):
             found.append(StateDef("momentum_buffer", signed=True))
         return found
 
-    def reference(self, layer: LayerStep) -> None:
-        group = layer.group
-        alpha, momentum = float(group["alpha"]), float(group["momentum"])
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, float, float, float, float]:
+        """alpha, momentum, learning rate, eps and weight decay."""
+        alpha, momentum, lr = float(group["alpha"]), float(group["momentum"]), float(group["lr"])
+        return alpha, momentum, lr, float(group["eps"]), float(group["weight_decay"])
 
+    def reference(self, layer: LayerStep) -> None:
+        alpha, momentum, lr, eps, weight_decay = layer.numbers
         square_avg = layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         assert square_avg is not None  # `Drop` refuses second moments
         grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha)
@@ -77,17 +79,10 @@ class RMSpropRule(UpdateRule):
         return set(states) == {"square_avg"}  # neither centered nor with momentum
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        group = layer.group
-        alpha = float(group["alpha"])
+        alpha, _, lr, eps, weight_decay = layer.numbers
         layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         begin_momentum(layer)
-        return layer.fuse(
-            "square_avg",
-            None,
-            lr=float(group["lr"]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-        )
+        return layer.fuse("square_avg", None, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 def _variance(v: Tensor, grad_avg: CodecState, block: Block, g: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_sketch.codecs import CodecState
@@ -25,37 +26,58 @@ class SGDRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("momentum_buffer", signed=True),) if group["momentum"] else ()
 
-    def reference(self, layer: LayerStep) -> None:
-        group = layer.group
-        lr, momentum, weight_decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
-        nesterov = bool(group["nesterov"])
+    def numbers(self, group: Mapping[str, Any], step: int) -> _Numbers:
+        return _Numbers(
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            weight=1.0 if step == 1 else 1 - float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=bool(group["nesterov"]),
+        )
 
+    def reference(self, layer: LayerStep) -> None:
+        numbers: _Numbers = layer.numbers
         buffer = self._begin(layer)
         if buffer is not None:
-            for block, g in layer.gradients(weight_decay):
+            for block, g in layer.gradients(numbers.weight_decay):
                 buffer.add(block, g)
             buffer.settle()
-        for block, g in layer.gradients(weight_decay):
+        for block, g in layer.gradients(numbers.weight_decay):
             update = g
             if buffer is not None:
                 b = buffer.read(block, g)
-                update = g.add(b, alpha=momentum) if nesterov else b
-            layer.apply(block, update, lr)
+                update = g.add(b, alpha=numbers.momentum) if numbers.nesterov else b
+            layer.apply(block, update, numbers.lr)
         if buffer is not None:
             buffer.commit()
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        group = layer.group
-        self._begin(layer)
+        numbers: _Numbers = layer.numbers
+        buffer = self._begin(layer)
         return layer.fuse(
             None,
             "momentum_buffer",
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
-            nesterov=float(group["momentum"]) if group["nesterov"] and "momentum_buffer" in layer.states else 0.0,
+            lr=numbers.lr,
+            weight_decay=numbers.weight_decay,
+            nesterov=numbers.momentum if numbers.nesterov and buffer is not None else 0.0,
         )
 
     def _begin(self, layer: LayerStep) -> CodecState | None:
-        group = layer.group
-        weight = 1.0 if layer.step == 1 else 1 - float(group["dampening"])
-        return layer.begin("momentum_buffer", decay=float(group["momentum"]), weight=weight)
+        numbers: _Numbers = layer.numbers
+        return layer.begin("momentum_buffer", decay=numbers.momentum, weight=numbers.weight)
+
+
+@dataclass(slots=True)
+class _Numbers:
+    """Hyperparameters of one step.
+
+    Args:
+        lr, momentum, weight_decay, nesterov: as in torch.
+        weight: of the gradient in the buffer.
+    """
+
+    lr: float
+    momentum: float
+    weight: float
+    weight_decay: float
+    nesterov: bool

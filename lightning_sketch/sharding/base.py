@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -64,10 +65,14 @@ class Shard:
         numel: int = math.prod(self.row_shape)
         return numel
 
+    @cached_property
+    def local_shape(self) -> tuple[int, ...]:
+        """``(local_rows, *row_shape)``."""
+        return (self.local_rows, *self.row_shape)
+
     def as_rows(self, tensor: Tensor) -> Tensor:
         """View the local parameter (or a tensor of as many elements) as ``[local_rows, *row_shape]``."""
-        shape = (self.local_rows, *self.row_shape)
-        return tensor if tensor.shape == shape else tensor.view(shape)
+        return tensor if tensor.shape == self.local_shape else tensor.view(self.local_shape)
 
     def blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
         """Cut all local rows, or the given ones, into blocks.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Policy, Rule, compress
+from lightning_sketch.bound import BoundPart
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.rules import run
@@ -120,7 +121,9 @@ def train_shard(
     for step in range(steps):
         state["step"] += 1
         grad = chunk(full_gradients(case, step)[position], world_size, rank, dim)
-        run(optimizer.rule, [part.step(param, RowGradient(part.shard, None, grad), group, state, step + 1)])
+        numbers = optimizer.rule.numbers(group, step + 1)
+        bound = BoundPart.bind(part, param, group, state)
+        run(optimizer.rule, [bound.step(RowGradient(part.shard, None, grad), numbers, step + 1, negate=False)])
     return param, state
 
 

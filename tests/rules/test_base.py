@@ -121,7 +121,7 @@ def _layer(param: torch.Tensor, gradient: RowGradient) -> LayerStep:
         states={},
         momentum=None,
         momentum_beta=0.0,
-        group={},
+        numbers=None,
         step=1,
         dtype=torch.float32,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import CountSketch, Policy, Rule, compress
+from lightning_sketch.bound import BoundPart
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.rules import run
@@ -221,7 +222,9 @@ def step_piece(
     for number, step in enumerate(steps, start=1):
         gradient = mean_gradients(step, world_size)[name]
         values = gradient.flatten()[begin:end].view_as(param)
-        run(optimizer.rule, [part.step(param, RowGradient(shard, None, values), group, state, number)])
+        numbers = optimizer.rule.numbers(group, number)
+        bound = BoundPart.bind(part, param, group, state)
+        run(optimizer.rule, [bound.step(RowGradient(shard, None, values), numbers, number, negate=False)])
     return param.flatten(), state
 
 
