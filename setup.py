@@ -22,6 +22,8 @@ FLAGS = [
     # No fused multiply-adds: the same bits on every processor.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
+#: What is compiled once, for any processor.
+COMMON = ("api.cpp", "coalesce.cpp")
 #: Every instruction set that steps.cpp is compiled for; one is chosen when the library is loaded.
 ISAS = {"generic": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -54,7 +56,7 @@ class BuildKernels(build_ext):
                 depends=ext.depends,
             )
         objects += self.compiler.compile(
-            [f"{SOURCES}/api.cpp"],
+            [f"{SOURCES}/{name}" for name in COMMON],
             output_dir=self.build_temp,
             extra_postargs=[*FLAGS, *extra],
             depends=ext.depends,
@@ -78,6 +80,6 @@ class Wheel(bdist_wheel):
 headers = [f"{SOURCES}/{name}" for name in sorted(os.listdir(SOURCES)) if name.endswith(".h")]
 commands: dict[str, Any] = {"build_ext": BuildKernels, "bdist_wheel": Wheel}
 setup(
-    ext_modules=[Extension("lightning_sketch.kernels._cpu", [f"{SOURCES}/api.cpp"], depends=headers)],
+    ext_modules=[Extension("lightning_sketch.kernels._cpu", [f"{SOURCES}/{name}" for name in COMMON], depends=headers)],
     cmdclass=commands,
 )

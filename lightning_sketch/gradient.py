@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_sketch.kernels import coalesced_rows
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -56,5 +57,4 @@ def row_gradient(grad: Tensor, shard: Shard, fqn: str) -> RowGradient:
             f"the gradient of {fqn} is sparse in {grad.sparse_dim()} dimensions; only row-sparse gradients "
             "(sparse_dim == 1) are supported"
         )
-    grad = grad.coalesce()
-    return RowGradient(shard, grad.indices()[0], grad.values())
+    return RowGradient(shard, *coalesced_rows(grad))

@@ -44,5 +44,24 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     return [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
 
 
+@_disable_dynamo
+def coalesced_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows of a sparse COO gradient with one sparse dimension, and the sums of those that occur repeatedly.
+
+    Compiled, sums are taken in the order of occurrence. torch's depend on its sort, which is not stable.
+
+    Returns:
+        row ids ``[k]``, ascending; values ``[k, *row_shape]``.
+    """
+    if not grad.is_coalesced() and native.library() is not None:
+        ids, values = grad._indices()[0], grad._values()
+        if _plain(values) and grad.shape[0] <= 1 << 32 and len(ids) < 1 << 31:
+            from lightning_sketch.kernels.coalesce import coalesce  # defines a torch operator
+
+            return coalesce(ids, values)
+    grad = grad.coalesce()
+    return grad.indices()[0], grad.values()
+
+
 def _plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()

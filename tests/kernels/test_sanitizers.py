@@ -16,9 +16,10 @@ SOURCES = Path(native.__file__).with_name("csrc")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g0"]
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread"]
 ISAS = {"generic": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
-KERNELS = Path(__file__).with_name("test_cpu.py")
+KERNELS = [str(Path(__file__).with_name(name)) for name in ("test_cpu.py", "test_coalesce.py")]
 #: Every codec once, unaligned memory, odd shapes, empty layers; under the sanitizers a test takes ten times as long.
-TESTS = "every_rule or unaligned or empty or many_rows or lines or finite or momentum or (pair and sparse and Drop)"
+TESTS = "every_rule or unaligned or empty or many_rows or lines or finite or momentum or coalesce"
+TESTS += " or (pair and sparse and Drop)"
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or native.library() is None, reason="needs g++ and the compiled kernels"
@@ -51,7 +52,7 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
                 "no:xdist",
                 "-k",
                 TESTS,
-                str(KERNELS),
+                *KERNELS,
             ],
             env=environment | {native.VARIABLE: isa},
             capture_output=True,
@@ -67,9 +68,10 @@ def compile_with_sanitizers(folder: Path) -> Path:
         objects.append(folder / f"{name}.o")
         command = ["g++", *FLAGS, *SANITIZE, *options, f"-DISA={name}", "-c", str(SOURCES / "steps.cpp")]
         compiling.append(subprocess.Popen([*command, "-o", str(objects[-1])]))
-    objects.append(folder / "api.o")
-    command = ["g++", *FLAGS, *SANITIZE, "-c", str(SOURCES / "api.cpp"), "-o", str(objects[-1])]
-    compiling.append(subprocess.Popen(command))
+    for name in ("api", "coalesce"):
+        objects.append(folder / f"{name}.o")
+        command = ["g++", *FLAGS, *SANITIZE, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[-1])]
+        compiling.append(subprocess.Popen(command))
     assert [process.wait() for process in compiling] == [0] * len(compiling)
     library = folder / "_cpu.so"
     subprocess.run(["g++", "-shared", "-pthread", *SANITIZE, *map(str, objects), "-o", str(library)], check=True)

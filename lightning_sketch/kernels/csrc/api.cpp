@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "export.h"
 #include "hash.h"
 #include "layer.h"
 #include "parallel.h"
@@ -15,10 +16,14 @@
 
 namespace {
 
-constexpr int64_t TASK_NUMEL = 1 << 16;       // elements of a task: a few tens of microseconds
+constexpr int64_t TASK_NUMEL = 1 << 16;       // elements of a task, at least: a few tens of microseconds
+constexpr int64_t LONG_TASK = 1 << 18;        // and at most; the longer, the steadier memory is read
+constexpr int64_t LONG_TASKS = 128;           // of a layer, before they get shorter
 constexpr int64_t REDUCE_ROWS = 256;          // rows of a task that sums up columns, at least
 constexpr int64_t REDUCE_TASKS = 64;          // such tasks of a layer, at most
 constexpr int64_t FINITE_NUMEL = 1 << 18;
+// Bytes before what one thread writes: others fetch ahead past the end of what they read, and would take it away.
+constexpr int64_t GAP = 4096;
 constexpr int64_t NARROW = 64;                // columns, below which sketches are cut by depth and not by columns
 constexpr int64_t TILE = 128;                 // columns of a sketch inserted at once
 constexpr int64_t WAVE = 1 << 14;             // rows whose means or order by bucket are in memory at once
@@ -35,7 +40,10 @@ int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 bool uses(const Layer& layer, Kind kind) { return layer.second.kind == kind || layer.first.kind == kind; }
 
-int64_t apply_rows(const Layer& layer) { return std::max<int64_t>(1, TASK_NUMEL / std::max<int64_t>(1, layer.columns)); }
+int64_t apply_rows(const Layer& layer) {
+    int64_t numel = std::clamp(layer.rows * layer.columns / LONG_TASKS, TASK_NUMEL, LONG_TASK);
+    return std::max<int64_t>(1, numel / std::max<int64_t>(1, layer.columns));
+}
 
 int64_t reduce_rows(const Layer& layer) { return std::max(REDUCE_ROWS, (layer.rows + REDUCE_TASKS - 1) / REDUCE_TASKS); }
 
@@ -124,7 +132,10 @@ struct Scratch {
             partial_columns.push_back(partial);
             largest.push_back(most);
         }
-        for (int i = 0; i < threads; i++) own_largest.push_back(arena.take<float>(padded(widest)));
+        for (int i = 0; i < threads; i++) {
+            if (widest) arena.take<char>(GAP);
+            own_largest.push_back(arena.take<float>(padded(widest)));
+        }
     }
 };
 
@@ -312,8 +323,6 @@ const Steps* steps_for(int isa) {
 }
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // 0 generic, 1 AVX2, 2 AVX-512: the best that this processor has.
 EXPORT int lightning_sketch_isa() {

@@ -31,12 +31,10 @@ INLINE U noise16(uint32_t row, U columns) {
     return x >> 16;
 }
 
-// Up with probability equal to the fraction cut off.
+// Up with probability equal to the fraction cut off; infinities stay, and so does NaN.
 INLINE H round_stochastically(F x, U noise) {
     U bits = float_to_bits(x);
-    U rounded = (bits + noise) >> 16;
-    I finite = (I)((bits & 0x7f800000u) != 0x7f800000u);
-    return __builtin_convertvector(finite ? rounded : (U)__builtin_convertvector(narrow(x), U), H);
+    return to_halves(((bits + (noise & is_finite(bits))) >> 16) | (is_nan(bits) & 0x40u));
 }
 
 }  // namespace

@@ -13,11 +13,16 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 512;  // floats
-constexpr int64_t AHEAD = 12;   // rows to prefetch
-constexpr int64_t FAR = 3;      // scattered chunks of a gradient to prefetch
-constexpr int64_t GROUP = 128;  // rows whose buckets are computed together
-constexpr int64_t PREFETCH = 1024;  // elements
+constexpr int64_t CHUNK = 1024;     // floats
+constexpr int64_t PREFETCH = 1024;  // elements: the processor's own prefetching ends with each page
+constexpr int64_t AHEAD = 12;       // rows of a sketch to prefetch while others are inserted
+// Scattered rows are prefetched so many at once: look-ups of their pages overlap only if little else is between them.
+constexpr int64_t BATCH = 16;
+constexpr int64_t BATCH_BYTES = 1 << 14;  // at most, so that they stay in the first-level cache
+constexpr int TOGETHER = 4;         // rows of a bucket that are inserted at once
+constexpr int64_t PIECE = 512;      // floats of each of them
+constexpr int64_t FAR = 6;          // such pieces to prefetch
+constexpr int64_t GROUP = 128;      // rows whose buckets are computed together
 
 struct Buffers {
     alignas(64) float gradient[CHUNK];
@@ -28,13 +33,16 @@ struct Buffers {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 inline int64_t row_of(const Layer& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
 
 inline const void* element(const void* base, int32_t dtype, int64_t at) {
     return (const char*)base + at * (dtype == BFLOAT16 ? 2 : 4);
 }
 
-inline void prefetch(const void* from, int64_t bytes) {
+// Functions that prefetch must be inlined: GCC takes them for pure and drops calls whose result it does not need.
+INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 1, 3);
 }
 
@@ -43,11 +51,17 @@ inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) 
     int64_t whole = count / LANES * LANES;
     if (dtype == BFLOAT16) {
         const uint16_t* half = (const uint16_t*)from;
-        for (int64_t i = 0; i < whole; i += LANES) store(to + i, widen(load_half(half + i)));
+        for (int64_t i = 0; i < whole; i += LANES) {
+            __builtin_prefetch(half + i + PREFETCH, 0, 3);
+            store(to + i, widen(load_half(half + i)));
+        }
         if (whole < count) store(to + whole, widen(load_half_part(half + whole, count - whole)));
     } else {
         const float* full = (const float*)from;
-        for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(full + i));
+        for (int64_t i = 0; i < whole; i += LANES) {
+            __builtin_prefetch(full + i + PREFETCH, 0, 3);
+            store(to + i, load(full + i));
+        }
         if (whole < count) store(to + whole, load_part(full + whole, count - whole));
     }
 }
@@ -71,29 +85,37 @@ inline const float* gradient_of(const Layer& layer, int64_t i, int64_t c, int64_
     return buffer;
 }
 
-// Mean of the squares of a row.
-inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
+// Sum of the squares of a row; four sums in turn, so that an addition need not wait for the one before.
+struct Squares {
     F total[4] = {};
+
+    INLINE void add(F x) {
+        F next = total[0] + x * x;
+        total[0] = total[1], total[1] = total[2], total[2] = total[3], total[3] = next;
+    }
+    INLINE float mean(int64_t columns) const {
+        return sum((total[0] + total[1]) + (total[2] + total[3])) / (float)columns;
+    }
+};
+
+inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
+    Squares squares;
     for (int64_t c = 0; c < layer.columns; c += CHUNK) {
         int64_t count = least(CHUNK, layer.columns - c);
         const float* g = gradient_of(layer, i, c, count, buffer);
-        const char* next = (const char*)element(layer.grad, layer.dtype, i * layer.columns + c) + 4 * PREFETCH;
         int64_t j = 0;
         for (; j + 4 * LANES <= count; j += 4 * LANES)
             for (int k = 0; k < 4; k++) {
-                __builtin_prefetch(next + (j + k * LANES) * 4, 0, 3);
+                __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
                 F x = load(g + j + k * LANES);
-                total[k] += x * x;
+                squares.total[k] += x * x;
             }
-        for (int k = 0; j < count; j += LANES, k++) {
-            F x = load(g + j);
-            total[k] += x * x;
-        }
+        for (; j < count; j += LANES) squares.add(load(g + j));
     }
-    return sum((total[0] + total[1]) + (total[2] + total[3])) / (float)layer.columns;
+    return squares.mean(layer.columns);
 }
 
-inline void prefetch_gradient(const Layer& layer, int64_t i, int64_t c, int64_t count) {
+INLINE void prefetch_gradient(const Layer& layer, int64_t i, int64_t c, int64_t count) {
     int64_t size = layer.dtype == BFLOAT16 ? 2 : 4;
     const char* from = (const char*)layer.grad + (i * layer.columns + c) * size;
     for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at, 0, 3);
@@ -119,10 +141,11 @@ struct Hashes {
             }
     }
 
-    // Not all of a wide row: it would push out what is in use.
-    void prefetch_row(const Layer& layer, const State& state, int64_t k) const {
-        for (int level = 0; level < state.depth; level++)
-            prefetch(bucket_row(layer, state, level, bucket[level][k]), least(layer.columns * 4, 512));
+    // Columns [begin, end), but not all of a wide row: it would push out what is in use.
+    INLINE void prefetch_row(const Layer& layer, const State& state, int64_t k, int64_t begin, int64_t end,
+                             int first_level, int last_level) const {
+        for (int level = first_level; level < least(last_level, state.depth); level++)
+            prefetch(bucket_row(layer, state, level, bucket[level][k]) + begin, least((end - begin) * 4, 512));
     }
 };
 
@@ -145,6 +168,9 @@ void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int
         for (int s = 0; s < 2; s++)
             if (is_sketch(*states[s])) hashes[s].fill(layer, *states[s], from, rows);
         for (int64_t k = 0; k < rows; k++) {
+            for (int s = 0; s < 2; s++)
+                if (is_sketch(*states[s]) && k + AHEAD < rows)
+                    hashes[s].prefetch_row(layer, *states[s], k + AHEAD, begin, end, first_level, last_level);
             for (int64_t c = begin; c < end; c += CHUNK) {
                 int64_t count = least(CHUNK, end - c);
                 const float* g = gradient_of(layer, from + k, c, count, buffer);
@@ -152,9 +178,6 @@ void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int
                     const State& state = *states[s];
                     if (!is_sketch(state)) continue;
                     for (int level = first_level; level < least(last_level, state.depth); level++) {
-                        if (k + AHEAD < rows)
-                            prefetch(bucket_row(layer, state, level, hashes[s].bucket[level][k + AHEAD]) + c,
-                                     count * sizeof(float));
                         float* table = bucket_row(layer, state, level, hashes[s].bucket[level][k]) + c;
                         insert_row(state, table, g, hashes[s].sign[level][k], count);
                     }
@@ -164,24 +187,61 @@ void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int
     }
 }
 
+template <int rows, bool squares, bool part>
+INLINE void insert_at(float* table, const float* const* g, const F* weight, int64_t j, int64_t some) {
+    F total = get<part>(table + j, some);
+    for (int r = 0; r < rows; r++) {
+        F x = load(g[r] + j);
+        total += (squares ? x * x : x) * weight[r];
+    }
+    put<part>(table + j, total, some);
+}
+
+// Adds rows of one bucket to it at once: an element of the sketch is loaded and stored once for all of them.
+template <int rows, bool squares>
+void insert_rows(const State& state, float* table, const float* const* g, const float* sign, int64_t count) {
+    F weight[rows];
+    for (int r = 0; r < rows; r++) weight[r] = same(squares ? state.weight : state.weight * sign[r]);
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) insert_at<rows, squares, false>(table, g, weight, j, LANES);
+    if (j < count) insert_at<rows, squares, true>(table, g, weight, j, count - j);
+}
+
+template <bool squares>
+void insert_rows(const State& state, float* table, const float* const* g, const float* sign, int64_t count, int rows) {
+    static_assert(TOGETHER == 4, "");
+    void (*const by_rows[])(const State&, float*, const float* const*, const float*, int64_t) = {
+        insert_rows<1, squares>, insert_rows<2, squares>, insert_rows<3, squares>, insert_rows<4, squares>};
+    by_rows[rows - 1](state, table, g, sign, count);
+}
+
 void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, const int32_t* starts,
                     const int32_t* order, bool into_second, bool into_first) {
-    alignas(64) float buffer[CHUNK];
+    alignas(64) float buffer[TOGETHER][PIECE];
     const State* states[2] = {into_second ? &layer.second : nullptr, into_first ? &layer.first : nullptr};
+    const State* with_signs = nullptr;
+    for (const State* state : states)
+        if (state && state->is_signed) with_signs = state;
     for (int64_t bucket = begin; bucket < end; bucket++)
-        for (int64_t c = 0; c < layer.columns; c += CHUNK) {
-            int64_t count = least(CHUNK, layer.columns - c);
-            for (int32_t at = starts[bucket]; at < starts[bucket + 1]; at++) {
-                int64_t i = layer.wave + order[at];
-                // The order array goes on with the next bucket.
-                if (at + FAR < starts[end]) prefetch_gradient(layer, layer.wave + order[at + FAR], c, count);
-                const float* g = gradient_of(layer, i, c, count, buffer);
-                for (const State* state : states)
-                    if (state) {
-                        uint64_t id = (uint64_t)(row_of(layer, i) + layer.row_offset);
-                        float sign = state->is_signed ? bucket_of(*state, id, level).sign : 1.0f;
-                        insert_row(*state, bucket_row(layer, *state, level, bucket) + c, g, sign, count);
-                    }
+        for (int64_t c = 0; c < layer.columns; c += PIECE) {
+            int64_t count = least(PIECE, layer.columns - c);
+            for (int32_t at = starts[bucket]; at < starts[bucket + 1];) {
+                const float* g[TOGETHER];
+                float sign[TOGETHER];
+                int rows = 0;
+                for (; rows < TOGETHER && at < starts[bucket + 1]; rows++, at++) {
+                    int64_t i = layer.wave + order[at];
+                    // The order array goes on with the next bucket.
+                    if (at + FAR < starts[end]) prefetch_gradient(layer, layer.wave + order[at + FAR], c, count);
+                    g[rows] = gradient_of(layer, i, c, count, buffer[rows]);
+                    uint64_t id = (uint64_t)(row_of(layer, i) + layer.row_offset);
+                    sign[rows] = with_signs ? bucket_of(*with_signs, id, level).sign : 1.0f;
+                }
+                for (const State* state : states) {
+                    if (!state) continue;
+                    float* table = bucket_row(layer, *state, level, bucket) + c;
+                    (state->is_signed ? insert_rows<false> : insert_rows<true>)(*state, table, g, sign, count, rows);
+                }
             }
         }
 }
@@ -197,23 +257,32 @@ void insert_means(const Layer& layer, const State& state, int level, int64_t beg
 
 void reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
     const State& state = layer.second;
-    float buffer[CHUNK];
+    alignas(64) float buffer[CHUNK];
     for (int64_t i = begin; i < end; i++) {
-        float mean = mean_square(layer, i, buffer);
         if (state.kind == ROW_SKETCH) {
-            ((float*)state.scratch)[i - layer.wave] = mean;
+            ((float*)state.scratch)[i - layer.wave] = mean_square(layer, i, buffer);
             continue;
         }
-        ((float*)state.data)[row_of(layer, i)] += mean * state.weight;
+        Squares squares;
         for (int64_t c = 0; c < layer.columns; c += CHUNK) {
-            int64_t count = least(CHUNK, layer.columns - c);
+            int64_t count = least(CHUNK, layer.columns - c), j = 0;
             const float* g = gradient_of(layer, i, c, count, buffer);
-            for (int64_t j = 0; j < count; j += LANES) {
+            float* partial = partial_columns + c;
+            for (; j + 4 * LANES <= count; j += 4 * LANES)
+                for (int k = 0; k < 4; k++) {
+                    __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
+                    F x = load(g + j + k * LANES), square = x * x;
+                    squares.total[k] += square;
+                    store(partial + j + k * LANES, load(partial + j + k * LANES) + square);
+                }
+            for (; j < count; j += LANES) {
                 F x = load(g + j);
                 int64_t some = least(count - j, LANES);
-                store_part(partial_columns + c + j, load_part(partial_columns + c + j, some) + x * x, some);
+                squares.add(x);
+                store_part(partial + j, load_part(partial + j, some) + x * x, some);
             }
         }
+        ((float*)state.data)[row_of(layer, i)] += squares.mean(layer.columns) * state.weight;
     }
 }
 
@@ -228,7 +297,7 @@ inline float sketched_row(const Layer& layer, const State& state, int64_t row) {
 }
 
 // What a step touches of a row that comes soon.
-inline void prefetch_row(const Layer& layer, int64_t row) {
+INLINE void prefetch_row(const Layer& layer, int64_t row) {
     int64_t columns = layer.columns;
     prefetch(element(layer.param, layer.dtype, row * columns), columns * (layer.dtype == BFLOAT16 ? 2 : 4));
     const State* states[] = {&layer.second, &layer.first};
@@ -312,26 +381,27 @@ INLINE F clamp(F x, F limit) { return minimum(maximum(x, F{} - limit), limit); }
 INLINE F preconditioned(const Numbers& numbers, F m, F v) {
     F root = square_root(v);
     if (numbers.use_bound) m = clamp(m, root * numbers.bound);
-    return select(v == F{}, F{}, m / (root * numbers.correction + numbers.eps));
+    return unless_zero(v, m / (root * numbers.correction + numbers.eps));
 }
 
 // The update of 16 elements from the first state m and the gradient g. One of these for each way to find v.
 
 struct RowSecond {  // one v for the row
     F denominator, limit;
-    bool zero, use_bound;
+    I nonzero;
+    bool use_bound;
 
     RowSecond(const Numbers& numbers, float v) {
-        F root = square_root(same(v));
+        F root = same(__builtin_sqrtf(v));
         denominator = root * numbers.correction + numbers.eps;
         limit = root * numbers.bound;
-        zero = v == 0.0f;
+        nonzero = I(v != 0.0f ? -1 : 0);
         use_bound = numbers.use_bound;
     }
     template <bool part>
     INLINE F update(const Numbers&, int64_t, F, F m, int64_t) {
         if (use_bound) m = clamp(m, limit);
-        return zero ? F{} : m / denominator;
+        return masked(m / denominator, nonzero);
     }
 };
 
@@ -364,7 +434,7 @@ struct Sm3Second {  // v = min(row, column) + weight * g * g, and the largest v
         F v = minimum(row, load(column + j)) + g * g * weight;
         F result = preconditioned(numbers, m, v);
         if (part)  // beyond the row there are zeros in g, but not in v
-            for (int64_t lane = some; lane < LANES; lane++) v[lane] = 0.0f;
+            for (int64_t lane = some; lane < LANES; lane++) v.set(lane, 0.0f);
         largest_row = maximum(largest_row, v);
         store(largest_columns + j, maximum(load(largest_columns + j), v));
         return result;
@@ -387,6 +457,7 @@ struct NoState {
     INLINE F next(int64_t, F x, int64_t) const {
         return x;
     }
+    INLINE void prefetch(int64_t, int64_t) const {}
 };
 
 struct BufferState {
@@ -396,6 +467,7 @@ struct BufferState {
     INLINE F next(int64_t j, F, int64_t) const {
         return load(values + j);
     }
+    INLINE void prefetch(int64_t, int64_t) const {}
 };
 
 struct FloatState {
@@ -408,6 +480,7 @@ struct FloatState {
         put<part>(values + j, s, some);
         return s;
     }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct ScaledState {
@@ -420,6 +493,7 @@ struct ScaledState {
         put<part>(values + j, s, some);
         return s * scale;
     }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct HalfState {
@@ -432,6 +506,7 @@ struct HalfState {
         put<part>(values + j, s, some);
         return widen(s);
     }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct StochasticState {
@@ -442,13 +517,13 @@ struct StochasticState {
 
     template <bool part>
     INLINE F next(int64_t j, F x, int64_t some) const {
-        U noise;
-        std::memcpy(&noise, columns + j, sizeof noise);
+            U noise = U::load(columns + j);
         F exact = widen(get<part>(values + j, some)) * decay + x * weight;
         H s = round_stochastically(exact, noise16(row, noise));
         put<part>(values + j, s, some);
         return widen(s);
     }
+    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 // Where updates go: param <- shrink * param - lr * update, or a buffer.
@@ -508,9 +583,11 @@ INLINE void with_state(const Layer& layer, const State& state, int64_t row, int6
 // A state's new values of `count` elements into a buffer.
 void fold(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
           float* to) {
+    int64_t ahead = layer.ids ? 0 : PREFETCH;
     with_state(layer, state, row, c, [&](const auto& values) {
         int64_t j = 0;
         for (; j + LANES <= count; j += LANES) {
+            if (ahead) values.prefetch(j, ahead);
             F value = load(x + j);
             store(to + j, values.template next<false>(j, square ? value * value : value, LANES));
         }
@@ -529,8 +606,11 @@ void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, const f
     Second second = of_row;
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
-        __builtin_prefetch(g + j + ahead, 0, 3);
-        target.prefetch(j, ahead);
+        if (ahead) {
+            __builtin_prefetch(g + j + ahead, 0, 3);
+            first.prefetch(j, ahead);
+            target.prefetch(j, ahead);
+        }
         F x = load(g + j);
         F m = first.template next<false>(j, x, LANES);
         target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
@@ -595,17 +675,22 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
     Buffers buffers;
     Hashes second_hashes, first_hashes;
     bool row_second = second.kind == ROW || second.kind == ROW_SKETCH;
+    int64_t batch = most(1, least(BATCH, BATCH_BYTES / (layer.columns * 4))), fetched = begin;
     for (int64_t from = begin; from < end; from += GROUP) {
         int64_t rows = least(GROUP, end - from);
         if (is_sketch(second)) second_hashes.fill(layer, second, from, rows);
         if (is_sketch(first)) first_hashes.fill(layer, first, from, rows);
         for (int64_t k = 0; k < rows; k++) {
             int64_t i = from + k, row = row_of(layer, i);
-            if (layer.ids && i + AHEAD < end) prefetch_row(layer, row_of(layer, i + AHEAD));
-            if (k + AHEAD < rows) {
-                if (is_sketch(second)) second_hashes.prefetch_row(layer, second, k + AHEAD);
-                if (is_sketch(first)) first_hashes.prefetch_row(layer, first, k + AHEAD);
-            }
+            if (layer.ids && i + batch >= fetched)
+                for (int64_t to = least(i + 2 * batch, end); fetched < to; fetched++)
+                    prefetch_row(layer, row_of(layer, fetched));
+            if (k % batch == 0)
+                for (int64_t next = k ? k + batch : 0; next < least(k + 2 * batch, rows); next++) {
+                    int64_t columns = layer.columns;
+                    if (is_sketch(second)) second_hashes.prefetch_row(layer, second, next, 0, columns, 0, MOST_DEPTH);
+                    if (is_sketch(first)) first_hashes.prefetch_row(layer, first, next, 0, columns, 0, MOST_DEPTH);
+                }
 
             float row_v = 0.0f;
             F largest_row = {};
@@ -656,31 +741,33 @@ void column_noise(const Layer& layer, const State& state, uint32_t* noise) {
 }
 
 bool finite(const void* values, int64_t count, int32_t dtype) {
-    // A value is finite if its exponent is not all ones. Summing up instead would miss nothing either, but may overflow.
+    // A value is finite if its exponent is not all ones: then adding one to it does not carry into the sign's bit. Summing
+    // up instead would miss nothing either, but may overflow.
     uint32_t bad = 0;
     if (dtype == BFLOAT16) {
         const uint16_t* half = (const uint16_t*)values;
         H any = {};
         int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) any |= (H)((load_half(half + i) & 0x7f80) == 0x7f80);
-        for (; i < count; i++) bad |= (half[i] & 0x7f80) == 0x7f80;
+        for (; i + LANES <= count; i += LANES) any |= (load_half(half + i) & 0x7f80) + 0x80;
+        for (; i < count; i++) bad |= (half[i] & 0x7f80u) + 0x80u;
         for (int lane = 0; lane < LANES; lane++) bad |= any[lane];
-        return !bad;
+        return !(bad & 0x8000u);
     }
     const float* full = (const float*)values;
     U any[4] = {};
     int64_t i = 0;
     for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int k = 0; k < 4; k++)
-            any[k] |= (U)((float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) == 0x7f800000u);
+        for (int k = 0; k < 4; k++) any[k] |= (float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) + 0x800000u;
     for (; i < count; i++) {
         uint32_t bits;
         std::memcpy(&bits, full + i, sizeof bits);
-        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+        bad |= (bits & 0x7f800000u) + 0x800000u;
     }
     U all = (any[0] | any[1]) | (any[2] | any[3]);
-    for (int lane = 0; lane < LANES; lane++) bad |= all[lane];
-    return !bad;
+    uint32_t words[LANES];
+    all.store(words);
+    for (uint32_t word : words) bad |= word;
+    return !(bad & 0x80000000u);
 }
 
 }  // namespace

@@ -1,0 +1,76 @@
+"""Sparse gradients summed to distinct rows, by the compiled library: a torch operator."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.kernels import native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort row ids and sum the rows that have the same one, in the order in which they come.
+
+    Sums are taken in float32, whatever the dtype, and do not depend on the number of threads.
+
+    Args:
+        ids: int64 ``[n]`` in [0, 2**32), in any order; n below 2**31. On the CPU.
+        values: ``[n, *row_shape]``, float32 or bfloat16.
+
+    Returns:
+        distinct ids ``[k]``, ascending, and their sums ``[k, *row_shape]``.
+
+    Raises:
+        ValueError: an id is outside [0, 2**32).
+    """
+    rows: Tensor
+    sums: Tensor
+    rows, sums = torch.ops.lightning_sketch.coalesce(ids.contiguous(), values.contiguous())
+    return rows, sums
+
+
+def _coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    lib = native.library()
+    assert lib is not None
+    count = ids.numel()
+    rows = torch.empty(count, dtype=torch.int64)
+    order, starts = torch.empty(count, dtype=torch.int32), torch.empty(count + 1, dtype=torch.int32)
+    scratch = torch.empty(2 * count, dtype=torch.int64)
+    lib.lightning_sketch_sort_ids.restype = ctypes.c_int64
+    distinct = lib.lightning_sketch_sort_ids(
+        _address(ids), ctypes.c_int64(count), _address(rows), _address(order), _address(starts), _address(scratch)
+    )
+    if distinct < 0:
+        raise ValueError(f"row ids run from {int(ids.min())} to {int(ids.max())}; they must be in [0, 2**32)")
+    sums = values.new_empty((distinct, *values.shape[1:]))
+    lib.lightning_sketch_sum_rows(
+        _address(values),
+        ctypes.c_int64(values.numel() // max(1, count)),
+        ctypes.c_int32(_DTYPES[values.dtype]),
+        _address(order),
+        _address(starts),
+        ctypes.c_int64(distinct),
+        _address(sums),
+        torch.get_num_threads(),
+        ctypes.c_void_p(native.gomp_parallel()),
+    )
+    return rows[:distinct].clone(), sums
+
+
+def _fake(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    distinct = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(distinct), values.new_empty((distinct, *values.shape[1:]))
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_OPERATORS = torch.library.Library("lightning_sketch", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPERATORS.define("coalesce(Tensor ids, Tensor values) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_OPERATORS.impl("coalesce", _coalesce, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("lightning_sketch::coalesce", _fake)
