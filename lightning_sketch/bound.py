@@ -1,9 +1,9 @@
 """What the steps of a tensor need beside its gradient, kept from one step to the next.
 
 To find a layer's states, and to bind its codecs to them, takes longer than the step of a small layer. So it is done
-once, and again whenever anything that was bound is not what it was: the parameter's memory, shape or dtype
-(``param.data = ...``, ``module.to()``, an engine that moves its shards), an entry of ``optimizer.state[param]``
-(``load_state_dict``, offloading), or a tensor's memory there. That is compared at every step. Numbers are not kept:
+once, and again whenever what was bound is another object: the parameter, a tensor of ``optimizer.state[param]``
+(``load_state_dict``, offloading), its shape, or the parameter's dtype (``module.to()``). Of memory only views are asked
+whether it is still the same (flat tensors, DTensors). That is compared at every step. Numbers are not kept:
 hyperparameters come from the group and scales from the state at every step, and kernels are given tensors, never
 addresses of an earlier step.
 """
@@ -116,6 +116,11 @@ class Bindings:
         """Let go of everything; tensors are bound anew."""
         self._kept.clear()
 
+    def keep_those_in(self, states: Mapping[Tensor, Any]) -> None:
+        """Let go of tensors without a state: of layers that are gone, or whose states were dropped."""
+        for key in [key for key, binding in self._kept.items() if binding.param not in states]:
+            del self._kept[key]
+
     def find(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> list[BoundPart] | None:
@@ -147,7 +152,7 @@ class Bindings:
 class _Binding:
     """Bound parts of one tensor, and what they were bound to."""
 
-    __slots__ = ("_dtype", "_needed", "_param", "_parts", "_shape", "_states", "_stride", "_tensors", "_views", "bound")
+    __slots__ = ("_dtype", "_needed", "_parts", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param")
 
     def __init__(
         self,
@@ -157,8 +162,8 @@ class _Binding:
         tensors: dict[str, Any],
         bound: list[BoundPart],
     ) -> None:
-        self.bound = bound
-        self._param, self._parts, self._needed, self._tensors = param, parts, needed, tensors
+        self.bound, self.param = bound, param
+        self._parts, self._needed, self._tensors = parts, needed, tensors
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
         # Rows of a flat tensor or of a DTensor are tensors of their own, which may be left behind: their distance from
@@ -172,7 +177,7 @@ class _Binding:
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> bool:
         """Whether all is still what was bound."""
-        if param is not self._param or tensors is not self._tensors or parts != self._parts or needed != self._needed:
+        if param is not self.param or tensors is not self._tensors or parts != self._parts or needed != self._needed:
             return False
         memory = local(param)
         if memory.shape != self._shape or memory.dtype != self._dtype:

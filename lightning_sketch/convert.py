@@ -123,8 +123,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         del group[RECORDS]
     del inner._compression
     inner.__dict__.pop("_flat_tensors", None)
-    inner._bindings.clear()
-    del inner._bindings
+    inner.__dict__.pop("_bindings", None)
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]

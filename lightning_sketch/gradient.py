@@ -14,7 +14,7 @@ from lightning_sketch.sharding import Block, Shard
 
 @dataclass  # not frozen: that triples what making one costs, and every step makes them
 class RowGradient:
-    """Rows of a gradient.
+    """Rows of a gradient; not to be modified.
 
     Args:
         shard: the parameter's shard.

@@ -1,4 +1,4 @@
-"""A compressed layer at run time: its codecs, bound to the tensors in ``optimizer.state[param]``."""
+"""A compressed layer: what was decided for it, and the part of it that lies in one tensor of the optimizer."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
 from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
-from lightning_sketch.rules import LayerStep, UpdateRule, run
+from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import show_shards
 from lightning_sketch.sharding.agree import all_agree, shard_group
 from lightning_sketch.sharding.deepspeed import read_layout
@@ -89,6 +89,8 @@ class CompressedOptimizer(Optimizer):
             FloatingPointError: a compressed layer's gradient is not finite, and ``nonfinite="raise"``. Nothing was
                 changed then.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
+            ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
+                Nothing was changed then.
         """
         loss = None
         if closure is not None:
@@ -114,25 +116,30 @@ class CompressedOptimizer(Optimizer):
         for own in ready:
             if own.bound is None:
                 if not own.state:
-                    own.state = self.state[own.param]
-                    own.state["step"] = torch.tensor(0.0)
+                    fresh: dict[str, Any] = {"step": torch.tensor(0.0)}
                     for part in own.parts:
-                        own.state.update(part.allocate(own.param, own.group))
+                        fresh |= part.allocate(own.param, own.group)
+                    own.state = self.state[own.param]
+                    own.state.update(fresh)
                 own.bound = self._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+            if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
+                own.state["step"] = torch.tensor(float(count))  # who wrote a number there meant one
         counts = [own.state["step"] for own in ready]
+        steps = [int(count.item()) + 1 for count in counts]
+        numbers: dict[tuple[int, int], Any] = {}  # by group and step; all of them before anything of ours changes
+        for own, step in zip(ready, steps, strict=True):
+            if (key := (id(own.group), step)) not in numbers:
+                numbers[key] = self.rule.numbers(own.group, step)
         if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
             torch._foreach_add_(counts, [torch.tensor(1.0, device="cpu")] * len(counts))
-        run(self.rule, self._steps(ready, counts))
-
-    def _steps(self, ready: list[OwnTensor], counts: list[Tensor]) -> Iterator[LayerStep]:
-        numbers: dict[tuple[int, int], Any] = {}  # by group and step
-        for own, count in zip(ready, counts, strict=True):
-            group, step = own.group, int(count.item())
-            if (key := (id(group), step)) not in numbers:
-                numbers[key] = self.rule.numbers(group, step)
-            negate = bool(group.get("maximize", False))
-            for part, gradient in zip(own.bound or (), own.gradients, strict=True):
-                yield part.step(gradient, numbers[key], step, negate=negate)
+        run(
+            self.rule,
+            (
+                part.step(gradient, numbers[id(own.group), step], step, negate=bool(own.group.get("maximize", False)))
+                for own, step in zip(ready, steps, strict=True)
+                for part, gradient in zip(own.bound or (), own.gradients, strict=True)
+            ),
+        )
 
     def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
         """Every tensor that our rules step, as ``(group, tensor, parts)``.
@@ -245,8 +252,7 @@ class CompressedOptimizer(Optimizer):
     @_disable_dynamo
     def _own_tensors(self) -> list[OwnTensor]:
         """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet."""
-        if len(self._bindings) > len(self.state):  # states were dropped: with layers that are gone
-            self._bindings.clear()
+        self._bindings.keep_those_in(self.state)
         ours: list[OwnTensor] = []
         needed: dict[int, set[str]] = {}  # states, by group
         for group, param, parts in self.compressed_tensors():
@@ -327,7 +333,7 @@ class CompressedOptimizer(Optimizer):
             )
         for fqn in bad:
             if not self._compression.skipped[fqn]:
-                warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=5)
+                warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=7)
             self._compression.skipped[fqn] += 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

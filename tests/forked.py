@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ HANG = 300
 def start(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
     """Start ``function(rank, world_size, *args)`` on ranks joined by gloo; on one rank without a process group.
 
+    The server that forks the ranks starts with the first call in a process, and keeps the environment of that moment:
+    ranks see the variables that were set then, not those that a later test sets. Set them in `function`.
+
     Args:
         folder: made; results come into it.
         function: a module-level function; what it returns must be loadable with ``weights_only=True``.
@@ -45,15 +49,16 @@ def finish(world_size: int, folder: Path, function: Callable[..., Any], *args: A
     """
     context = start(world_size, folder, function, *args)
     deadline = time.monotonic() + HANG
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            kill(context)
-            raise AssertionError("the ranks hang")
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        kill(context)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
 def kill(context: Any) -> None:
-    """Kill all ranks at once."""
+    """Kill all ranks at once, those that still run."""
     for process in context.processes:
         process.kill()
     for process in context.processes:
@@ -63,5 +68,7 @@ def kill(context: Any) -> None:
 def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     if world_size > 1:
         ranks._entry(rank, world_size, folder, function, args)  # ends the process
+    faulthandler.enable()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     torch.save(function(rank, world_size, *args), Path(folder, f"{rank}.pt"))

@@ -106,12 +106,17 @@ class CodecState(ABC):
         """All blocks were read: make the step permanent."""
 
     def fusable(self) -> bool:
-        """Whether fused kernels take this state; if so, `stored` says how. They want contiguous tensors."""
+        """Whether fused kernels take this state; if so, `stored` says how."""
         return False
 
     def stored(self) -> Stored:
         """What a fused kernel needs to do ``add``, ``settle``, ``read`` and ``commit``; after ``begin``."""
         raise NotImplementedError
+
+    @staticmethod
+    def plain(tensor: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether a kernel may take a tensor's memory for `numel` numbers of that dtype."""
+        return tensor.numel() == numel and tensor.dtype == dtype and tensor.is_contiguous()
 
     @abstractmethod
     def estimate(self, block: Block) -> Tensor:

@@ -47,6 +47,9 @@ class _BFloat16State(DenseState):
         # signed and unsigned states of a layer share the seed, so tell them apart: else m and v round alike
         return self.spec.seed + self.step * 2 + self.spec.signed
 
+    def fusable(self) -> bool:
+        return self.dense.dtype == torch.bfloat16 and super().fusable()
+
     def stored(self) -> Stored:
         return Stored(Kind.STOCHASTIC, self.dense, decay=self.decay, weight=self.weight, seed=self.salt)
 

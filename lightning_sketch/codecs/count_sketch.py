@@ -159,7 +159,8 @@ class _LinearSketch(_Sketch):
             self["scale"] = decayed(self["scale"], decay, (self.table,))
 
     def fusable(self) -> bool:
-        return self.depth <= MOST_DEPTH and self.table.is_contiguous()
+        numel = self.depth * self.width * self.spec.shard.row_numel
+        return self.depth <= MOST_DEPTH and self.plain(self.table, numel)
 
     def stored(self) -> Stored:
         scale: float = self["scale"]

@@ -55,7 +55,8 @@ class _Factored(CodecState):
         self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
 
     def fusable(self) -> bool:
-        return self.row.is_contiguous() and self.col.is_contiguous()
+        shard = self.spec.shard
+        return self.plain(self.row, shard.local_rows) and self.plain(self.col, shard.row_numel)
 
     def stored(self) -> Stored:
         column_weight = self.weight / max(1, self.spec.shard.global_rows)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
-from lightning_sketch.kernels.fused import Kind, Stored
+from lightning_sketch.kernels.fused import DTYPES, Kind, Stored
 from lightning_sketch.sharding import Block
 
 
@@ -58,7 +58,8 @@ class DenseState(CodecState):
         return values.to(self.dense.dtype)
 
     def fusable(self) -> bool:
-        return self.dense.is_contiguous()
+        shard, dense = self.spec.shard, self.dense
+        return dense.dtype in DTYPES and self.plain(dense, shard.local_rows * shard.row_numel, dense.dtype)
 
     def stored(self) -> Stored:
         return Stored(Kind.DENSE, self.dense, decay=self.decay, weight=self.weight)

@@ -85,7 +85,7 @@ class _Rows(CodecState):
             self["scale"] = decayed(self["scale"], decay, (self.row,))
 
     def fusable(self) -> bool:
-        return self.row.is_contiguous()
+        return self.plain(self.row, self.spec.shard.local_rows)
 
     def stored(self) -> Stored:
         scale = self["scale"]

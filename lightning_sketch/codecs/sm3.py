@@ -111,8 +111,9 @@ class _SM3II(_SM3):
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
 
     def fusable(self) -> bool:
-        one_or_none = len(self.others) <= 1
-        return one_or_none and self.row.is_contiguous() and (not self.others or self.others[0].is_contiguous())
+        shard, others = self.spec.shard, self.others
+        columns = not others or (len(others) == 1 and self.plain(others[0], shard.row_numel))
+        return columns and self.plain(self.row, shard.local_rows)
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.kernels import native
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from lightning_sketch.kernels.fused import DTYPES
 
 
 def coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,7 @@ def coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         distinct ids ``[k]``, ascending, and their sums ``[k, *row_shape]``.
 
     Raises:
-        ValueError: an id is outside [0, 2**32).
+        ValueError: an id is outside [0, 2**32), or the tensors are not as said.
     """
     rows: Tensor
     sums: Tensor
@@ -37,20 +36,25 @@ def _coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     lib = native.library()
     assert lib is not None
     count = ids.numel()
+    if ids.dtype != torch.int64 or ids.ndim != 1 or values.dtype not in DTYPES or values.shape[:1] != ids.shape:
+        raise ValueError(
+            f"row ids of shape {list(ids.shape)} and {ids.dtype}, values of {list(values.shape)} and {values.dtype}: "
+            "they must be int64 [n], and float32 or bfloat16 [n, ...]"
+        )
     rows = torch.empty(count, dtype=torch.int64)
     order, starts = torch.empty(count, dtype=torch.int32), torch.empty(count + 1, dtype=torch.int32)
     scratch = torch.empty(2 * count, dtype=torch.int64)
-    lib.lightning_sketch_sort_ids.restype = ctypes.c_int64
     distinct = lib.lightning_sketch_sort_ids(
         _address(ids), ctypes.c_int64(count), _address(rows), _address(order), _address(starts), _address(scratch)
     )
     if distinct < 0:
         raise ValueError(f"row ids run from {int(ids.min())} to {int(ids.max())}; they must be in [0, 2**32)")
+    del scratch  # as large as two columns of the gradient
     sums = values.new_empty((distinct, *values.shape[1:]))
     lib.lightning_sketch_sum_rows(
         _address(values),
         ctypes.c_int64(values.numel() // max(1, count)),
-        ctypes.c_int32(_DTYPES[values.dtype]),
+        ctypes.c_int32(values.dtype == torch.bfloat16),
         _address(order),
         _address(starts),
         ctypes.c_int64(distinct),

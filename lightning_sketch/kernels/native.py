@@ -14,6 +14,8 @@ VARIABLE = "LIGHTNING_SKETCH_KERNELS"
 LIBRARY = "LIGHTNING_SKETCH_CPU_LIBRARY"
 
 ISAS = ("generic", "avx2", "avx512")
+#: Of the C interface, as in csrc/api.cpp. To be raised with every change of its functions or structures.
+VERSION = 2
 
 
 @functools.cache
@@ -23,6 +25,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found = ctypes.CDLL(str(_path()))
     found.lightning_sketch_scratch.restype = ctypes.c_int64
+    found.lightning_sketch_sort_ids.restype = ctypes.c_int64
     return found
 
 
@@ -41,9 +44,12 @@ def why_not() -> str | None:
     if not _path().exists():
         return "not compiled when lightning_sketch was installed (is there a C++ compiler?)"
     try:
-        ctypes.CDLL(str(_path()))
+        found = ctypes.CDLL(str(_path()))
     except OSError as error:
         return f"could not be loaded: {error}"
+    version = getattr(found, "lightning_sketch_version", None)
+    if version is None or version() != VERSION:
+        return "compiled for another version of lightning_sketch: install it again"
     return None
 
 

@@ -62,7 +62,7 @@ class AdamRule(UpdateRule):
             if exp_avg is not None and exp_avg.mixes_rows:
                 m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
-            lr = numbers.lr if exp_avg is None else numbers.corrected_lr
+            lr = numbers.lr if exp_avg is None else numbers.lr / numbers.first_correction
             layer.apply(block, precondition(layer, block, update), lr, numbers.shrink)
         if exp_avg is not None:
             exp_avg.commit()
@@ -75,7 +75,7 @@ class AdamRule(UpdateRule):
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
-            lr=numbers.lr if exp_avg is None else numbers.corrected_lr,
+            lr=numbers.lr if exp_avg is None else numbers.lr / numbers.first_correction,
             shrink=numbers.shrink,
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
@@ -100,7 +100,7 @@ class AdamRule(UpdateRule):
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            corrected_lr=lr / (1 - beta1**step),
+            first_correction=1 - beta1**step,
             eps=eps / root_correction if self.early_eps else eps,
             weight_decay=0.0 if decoupled else weight_decay,
             shrink=1 - lr * weight_decay if decoupled else 1.0,
@@ -114,8 +114,8 @@ class _Numbers:
 
     Args:
         beta1, beta2: as in torch.
-        lr: as in torch, for layers without a first moment.
-        corrected_lr: with the first moment's bias correction.
+        lr: as in torch.
+        first_correction: the first moment's bias correction, a divisor of lr.
         eps: as it is added to the corrected root.
         weight_decay: the coupled one.
         shrink: factor of the parameter, for decoupled weight decay.
@@ -125,7 +125,7 @@ class _Numbers:
     beta1: float
     beta2: float
     lr: float
-    corrected_lr: float
+    first_correction: float
     eps: float
     weight_decay: float
     shrink: float

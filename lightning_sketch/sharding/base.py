@@ -60,7 +60,7 @@ class Shard:
         """Shape of one local row: the trailing dimensions, or the part of them that is held here."""
         return self.global_shape[1:] if self.part_shape is None else self.part_shape
 
-    @property
+    @cached_property
     def row_numel(self) -> int:
         numel: int = math.prod(self.row_shape)
         return numel

@@ -78,6 +78,7 @@ class LightningFSDP2(Lightning):
     """``ModelParallelStrategy(save_distributed_checkpoint=True)``."""
 
     world = 2
+    needed = (".metadata", "*.distcp")
 
     def fit(self, steps: int, *callbacks: Callback, ckpt_path: Path | None = None, saves: bool = False) -> None:
         # The variables that torchrun sets: Lightning then starts no processes of its own. It deletes some of them.

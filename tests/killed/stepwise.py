@@ -115,6 +115,7 @@ class DeepSpeed(Stepwise):
     """ZeRO-2 with ``engine.save_checkpoint``."""
 
     fails_together = False  # each rank loads its own file
+    needed = ("zero_pp_rank_*",)
 
     def make(self) -> engines.Run:
         init_deepspeed(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -156,6 +157,7 @@ class Accelerate(Stepwise):
     """``accelerator.save_state`` on a single process."""
 
     world = 1
+    needed: tuple[str, ...] = ("optimizer.bin",)
 
     def make(self) -> Accelerated:
         from accelerate import Accelerator
@@ -190,6 +192,7 @@ class AccelerateFSDP2(Accelerate):
     """``accelerator.save_state`` under FSDP2."""
 
     world = 2
+    needed = ("optimizer_0/*",)
 
     def make(self) -> Accelerated:
         from tests.integrations.test_accelerate_fsdp2 import POLICY, start

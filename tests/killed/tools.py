@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import restore
 from lightning_sketch.sharding import local
-from tests.forked import kill, start
+from tests.forked import HANG, kill, start
 from tests.tiny import assert_same
 
 #: A run stops by itself after so many saves.
@@ -54,6 +55,8 @@ class Engine(ABC):
     world = 2
     #: Whether all ranks refuse a checkpoint that one of them cannot load, and can go on.
     fails_together = True
+    #: The files of a checkpoint that `restore` needs, as patterns: those that hold the optimizer's states.
+    needed: tuple[str, ...] = ("*",)
 
     @abstractmethod
     def run(self, folder: Path) -> None:
@@ -105,26 +108,42 @@ def held(model: nn.Module, optimizer: Any) -> Held:
 
 
 def kill_while_it_saves(engine: Engine, folder: Path, wait: float, moments: random.Random) -> None:
-    """Run until some saves have begun and at most `wait` seconds longer, then kill all ranks."""
+    """Run until some saves have begun and at most `wait` seconds longer, then kill all ranks.
+
+    Raises:
+        ProcessRaisedException, ProcessExitedException: a rank raised or died by itself.
+    """
     folder.mkdir()
-    context = start(engine.world, folder.with_suffix(".ranks"), _run, engine, folder)
     wanted = moments.randint(2, 4)
-    while len(engine.saved(folder)) < wanted:
-        assert not context.join(timeout=0)  # raises what a rank raised
-        time.sleep(0.001)
-    time.sleep(moments.uniform(0, wait))
-    kill(context)
+    context = start(engine.world, folder.with_suffix(".ranks"), _run, engine, folder)
+    deadline = time.monotonic() + HANG
+    all_run = True  # as of before the saves are counted: what ranks that have ended wrote is counted, too
+    try:
+        while (begun := len(engine.saved(folder))) < wanted:
+            assert all_run, f"a rank has ended after {begun} of {wanted} saves"
+            assert time.monotonic() < deadline, f"the ranks hang after {begun} of {wanted} saves"
+            time.sleep(0.001)
+            context.join(timeout=0)  # raises what a rank raised
+            all_run = all(process.is_alive() for process in context.processes)
+        time.sleep(moments.uniform(0, wait))
+        context.join(timeout=0)
+    finally:
+        kill(context)
 
 
 def _run(rank: int, world: int, engine: Engine, folder: Path) -> None:
     engine.run(folder)
 
 
-def damage(path: Path, folder: Path) -> list[Path]:
-    """Copies of a checkpoint, of which one file each is missing, empty, or ends in the middle."""
+def damage(engine: Engine, path: Path, folder: Path) -> dict[Path, bool]:
+    """Copies of a checkpoint, of which one file each is missing, empty, or ends in the middle.
+
+    Returns:
+        whether it is a file that `restore` needs, by copy.
+    """
     folder.mkdir()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    copies = []
+    copies: dict[Path, bool] = {}
     for file in files:
         for size in (None, 0, file.stat().st_size // 2):
             copy = folder / f"{len(copies)}"
@@ -137,7 +156,8 @@ def damage(path: Path, folder: Path) -> list[Path]:
                 copied.unlink()
             else:
                 os.truncate(copied, size)
-            copies.append(copy)
+            name = str(file.relative_to(path)) if path.is_dir() else path.name
+            copies[copy] = any(fnmatch(name, pattern) for pattern in engine.needed)
     return copies
 
 

@@ -337,6 +337,9 @@ EXPORT int lightning_sketch_isa() {
 }
 
 // To be compared with what Python believes.
+// Of this interface: Python refuses a library that was compiled for another.
+EXPORT int lightning_sketch_version() { return 2; }
+
 EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }
 
 // A copy of the layers with addresses in place of positions (from 1; 0 for none) in the lists of tensors.

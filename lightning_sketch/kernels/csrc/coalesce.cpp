@@ -42,7 +42,8 @@ INLINE void store_some(uint16_t* to, F x, int64_t count) { store_half_part(to, n
 // Sum of `count` elements of several rows, in float32.
 template <class T>
 void sum_piece(const T* values, int64_t columns, const int32_t* rows, const int32_t* end, int64_t count, T* to) {
-    alignas(64) float total[PIECE] = {};
+    alignas(64) float total[PIECE];
+    for (int64_t j = 0; j < count; j += LANES) store(total + j, F{});
     for (; rows < end; rows++)
         for (int64_t j = 0; j < count; j += LANES) {
             F x = load_some(values + *rows * columns + j, std::min<int64_t>(count - j, LANES));

@@ -517,7 +517,7 @@ struct StochasticState {
 
     template <bool part>
     INLINE F next(int64_t j, F x, int64_t some) const {
-            U noise = U::load(columns + j);
+        U noise = U::load(columns + j);
         F exact = widen(get<part>(values + j, some)) * decay + x * weight;
         H s = round_stochastically(exact, noise16(row, noise));
         put<part>(values + j, s, some);
