@@ -211,7 +211,9 @@ def test_it_trains_like_one_that_forgets(happens):
     assert len(optimizer._bindings) > 0
 
 
-@pytest.mark.parametrize("happens", [_other_memory, _other_states, _threads, _other_memory_of_states], ids=str)
+@pytest.mark.parametrize(
+    "happens", [_other_memory, _other_states, _threads, _other_memory_of_states], ids=lambda f: f.__name__
+)
 def test_what_changes_nothing_changes_nothing(happens):
     """The oracle above would not notice if both trained on memory that was left behind."""
     threads = torch.get_num_threads()
