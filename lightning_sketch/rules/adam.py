@@ -62,8 +62,7 @@ class AdamRule(UpdateRule):
             if exp_avg is not None and exp_avg.mixes_rows:
                 m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
-            lr = numbers.lr if exp_avg is None else numbers.lr / numbers.first_correction
-            layer.apply(block, precondition(layer, block, update), lr, numbers.shrink)
+            layer.apply(block, precondition(layer, block, update), numbers.rate(exp_avg), numbers.shrink)
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()
@@ -75,7 +74,7 @@ class AdamRule(UpdateRule):
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
-            lr=numbers.lr if exp_avg is None else numbers.lr / numbers.first_correction,
+            lr=numbers.rate(exp_avg),
             shrink=numbers.shrink,
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
@@ -130,6 +129,10 @@ class _Numbers:
     weight_decay: float
     shrink: float
     root_correction: float
+
+    def rate(self, exp_avg: CodecState | None) -> float:
+        """Learning rate, with the first moment's bias correction where there is one."""
+        return self.lr if exp_avg is None else self.lr / self.first_correction
 
 
 class AdamWRule(AdamRule):
