@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gloo import launched
+from tests.gloo import launch
 
 STEPS = 200
 SCRIPT = Path(__file__).with_name("trainer_script.py")
@@ -26,10 +25,7 @@ def replicas(request, tmp_path_factory) -> list[dict[str, Any]]:
     world_size, gradients = request.param
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    run = subprocess.run(
-        [*torchrun, str(SCRIPT), str(STEPS), gradients], cwd=folder, env=launched(), capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch([*torchrun, str(SCRIPT), str(STEPS), gradients], folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
