@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sketch import huge_pages
 from lightning_sketch.kernels.fused import Stored
 from lightning_sketch.sharding import Block, Shard
 
@@ -52,7 +53,7 @@ class StateSpec:
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the given shape holding the initial value."""
-        return torch.full(shape, self.fill, dtype=dtype or self.dtype, device=self.device)
+        return huge_pages.full(shape, self.fill, dtype or self.dtype, self.device)
 
 
 class CodecState(ABC):
