@@ -160,6 +160,8 @@ class _Load:
 
     def _layer_state(self, layer: Layer, param: Tensor, group: Mapping[str, Any], state: Any) -> dict[str, Any] | str:
         """The live form of a compressed layer's entry, or what is wrong with it."""
+        if problem := dtensor_state.torn(state):
+            return problem
         part = LayerShard(layer, shard_of(param, layer.fqn))
         expected: dict[str, Any] = {"step": torch.tensor(0.0)}
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
@@ -173,11 +175,11 @@ class _Load:
         for name, codec in layer.stored().items():
             try:
                 found = list(dtensor_state.sources(layer, name, codec, state, part.shard))
-                encoded, error = reshard(codec, part.spec(name, param, group), found)
-            except (ValueError, RuntimeError, IndexError) as problem:
-                return f"cannot be moved to this layout: {problem}"
+                encoded, relative = reshard(codec, part.spec(name, param, group), found)
+            except (ValueError, RuntimeError, IndexError) as error:
+                return f"cannot be moved to this layout: {error}"
             tensors |= encoded
-            self.errors.setdefault(layer.fqn, {})[name] = error
+            self.errors.setdefault(layer.fqn, {})[name] = relative
         return tensors
 
     def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:

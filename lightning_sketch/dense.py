@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Drop, decode, encode, relative_error
-from lightning_sketch.dtensor_state import SHARDS, dense_like, sources
+from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, torn
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
@@ -134,10 +134,12 @@ def gathered_to_dense(
         param: a meta tensor of the layer's shape and dtype.
 
     Raises:
-        ValueError: the entry holds DTensors.
+        ValueError: the entry holds DTensors, or its shards are of different steps.
     """
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in saved.values()):
         raise ValueError(f"{layer.fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
+    if problem := torn(saved):
+        raise ValueError(f"{layer.fqn}: {problem}")
     if SHARDS not in saved:
         return decode_layer(layer, param, group, saved)
     part = LayerShard(layer, Shard.whole(layer.shape))

@@ -23,6 +23,9 @@ from lightning_sketch.sharding.dtensor import even_shard, sharded_mesh_dim
 
 #: Beside the states of a sharded layer in a checkpoint: the number of shards, and the dimension they are cut along.
 SHARDS, SHARD_DIM = "shards", "shard_dim"
+#: Beside them where there are stacks: the step that each shard's states are of. Every rank writes its own, so that the
+#: files of two saves, side by side in a directory that was overwritten in part, are not taken for one checkpoint.
+SHARD_STEPS = "shard_steps"
 
 
 def sharding_of(param: Any, fqn: str) -> tuple[int, int]:
@@ -39,12 +42,33 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
         return dict(state)
     axes = tensor_axes(part.layer)
     wrapped: dict[str, Any] = {SHARDS: shards, SHARD_DIM: dim}
+    if any(key != "step" and dim not in axes.get(key, ()) for key in state):
+        # Not in a layer without stacks: torch can load that into another number of shards.
+        step = torch.tensor(float(state["step"]), dtype=torch.float64, device=param.device)
+        wrapped[SHARD_STEPS] = _wrap(step, (), param, dim)
     for key, value in state.items():
         if isinstance(value, float):
             # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
             value = torch.tensor(value, dtype=torch.float64, device=param.device)
         wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim)
     return wrapped
+
+
+def torn(saved: Mapping[str, Any]) -> str | None:
+    """What is wrong with a layer's entry of a checkpoint whose shards are of different steps; ``None`` if they agree.
+
+    Of DTensors each rank sees its own shard's step, and compares it with the one that is saved for all.
+    """
+    step, of_shards = saved.get("step"), saved.get(SHARD_STEPS)
+    if step is None or not isinstance(of_shards, Tensor):
+        return None
+    steps = sorted({float(step), *local(of_shards).tolist()})
+    if len(steps) == 1:
+        return None
+    listed = ", ".join(f"{step:g}" for step in steps)
+    return (
+        f"its shards are of steps {listed}: the directory was overwritten in part, by a save that ended in the middle"
+    )
 
 
 def dense_like(param: Any, held: Tensor) -> Tensor:
@@ -84,7 +108,7 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
     axes = tensor_axes(part.layer)
     state: dict[str, Any] = {}
     for key, value in saved.items():
-        if key in (SHARDS, SHARD_DIM):
+        if key in (SHARDS, SHARD_DIM, SHARD_STEPS):
             continue
         if key in axes:
             if not is_dtensor(value) or (dim not in axes[key] and value.shape[0] != shards):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
-from lightning_sketch.dtensor_state import SHARD_DIM, SHARDS, tensor_axes
+from lightning_sketch.dtensor_state import SHARD_DIM, SHARD_STEPS, SHARDS, tensor_axes
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.policy import Policy
@@ -233,6 +233,8 @@ class _Rewrite:
                 joined[key] = torch.tensor(values, dtype=torch.float64)  # scales: shards may differ
             else:
                 joined[key] = torch.cat(values) if 0 in axes[key] else torch.stack(values)
+        if any(0 not in axes.get(key, ()) for key in joined):
+            joined[SHARD_STEPS] = as_float_tensor(saved.step).to(torch.float64).repeat(self.world_size)
         return joined | {SHARDS: self.world_size, SHARD_DIM: 0}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of
-from lightning_sketch.dtensor_state import SHARDS, sources
+from lightning_sketch.dtensor_state import SHARDS, sources, torn
 from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.reshard import LazyTensor, Source, reshard
 from lightning_sketch.sharding import Shard, is_dtensor
@@ -100,6 +100,8 @@ def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> Saved
     """Read one parameter's entry of a state dict, whose tensors may be lazy; see `from_state_dict`."""
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in entry.values()):
         raise ValueError(f"{fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
+    if problem := torn(entry):
+        raise ValueError(f"{fqn}: {problem}")
     step = entry.get("step")
     step = None if step is None else float(step)
     if layer is not None:
