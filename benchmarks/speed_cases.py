@@ -88,7 +88,7 @@ DENSE = {
     "rw_bf16": Codecs("RowWise, bf16 first moment", ls.RowWise(), _BF16, state=4),
     "sm3_bf16": Codecs("SM3-II, bf16 first moment", ls.SM3(), _BF16, state=4),
     "factored_bf16": Codecs("Factored, bf16 first moment", ls.Factored(), _BF16, state=4, passes=2),
-    "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, state=2 * _CS_STATE, passes=2),
+    "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, state=2 * _CS_STATE),
 }
 SPARSE = {
     "rw": Codecs("RowWise", ls.RowWise(), _DROP, row_state=2 * LINE),

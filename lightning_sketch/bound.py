@@ -2,8 +2,8 @@
 
 To find a layer's states, and to bind its codecs to them, takes longer than the step of a small layer. So it is done
 once, and again whenever what was bound is another object: the parameter, a tensor of ``optimizer.state[param]``
-(``load_state_dict``, offloading), its shape, or the parameter's dtype (``module.to()``). Of memory only views are asked
-whether it is still the same (flat tensors, DTensors). That is compared at every step. Numbers are not kept:
+(``load_state_dict``, offloading), or of another shape, dtype (``module.to()``) or order in memory. Of memory only views
+are asked whether it is still the same (flat tensors, DTensors). That is compared at every step. Numbers are not kept:
 hyperparameters come from the group and scales from the state at every step, and kernels are given tensors, never
 addresses of an earlier step.
 """
@@ -11,7 +11,7 @@ addresses of an earlier step.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from lightning_sketch.codecs import SM3, CodecState
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.layer import LayerShard, compute_dtype
+from lightning_sketch.kernels.fused import Kept
+from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
 from lightning_sketch.rules import LayerStep
-from lightning_sketch.sharding import local
+from lightning_sketch.sharding import is_dtensor, local
+from lightning_sketch.sharding.agree import shard_group
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class BoundPart:
         momentum_beta: the factor of that EMA.
         lazy: whether all-zero rows of a gradient count as absent.
         dtype: dtype of arithmetic.
+        kept: what its steps found out.
     """
 
     param: Tensor
@@ -43,6 +46,7 @@ class BoundPart:
     momentum_beta: float
     lazy: bool
     dtype: torch.dtype
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
     def bind(cls, part: LayerShard, param: Tensor, group: Mapping[str, Any], tensors: dict[str, Any]) -> BoundPart:
@@ -65,42 +69,18 @@ class BoundPart:
             step: number of this step, from 1.
             negate: maximize.
         """
-        return LayerStep(
-            param=self.param,
-            gradient=gradient.touched_only() if self.lazy else gradient,
-            states=self.states,
-            momentum=self.momentum,
-            momentum_beta=self.momentum_beta,
-            numbers=numbers,
-            step=step,
-            dtype=self.dtype,
-            negate=negate,
+        return LayerStep(  # by position: by name it takes twice as long
+            self.param,
+            gradient.touched_only() if self.lazy else gradient,
+            self.states,
+            self.momentum,
+            self.momentum_beta,
+            numbers,
+            step,
+            self.dtype,
+            negate,
+            self.kept,
         )
-
-
-@dataclass(slots=True)
-class OwnTensor:
-    """A tensor with a gradient that our rules step.
-
-    Args:
-        group: its parameter group.
-        param: the tensor.
-        grad: its gradient, which torch's step does not see.
-        parts: what lies in it.
-        needed: states that the group's hyperparameters ask for.
-        state: ``optimizer.state[param]``, empty before the first step.
-        bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part.
-    """
-
-    group: dict[str, Any]
-    param: Tensor
-    grad: Tensor
-    parts: tuple[LayerShard, ...]
-    needed: set[str]
-    state: dict[str, Any]
-    bound: list[BoundPart] | None
-    gradients: list[RowGradient]
 
 
 class Bindings:
@@ -120,6 +100,22 @@ class Bindings:
         """Let go of tensors without a state: of layers that are gone, or whose states were dropped."""
         for key in [key for key, binding in self._kept.items() if binding.param not in states]:
             del self._kept[key]
+
+    def part(self, record: str, param: Tensor) -> LayerShard:
+        """What `part_of` says. Of a DTensor that takes long: while it is placed as it was bound, it is what it was."""
+        kept = self._kept.get(id(param))
+        if kept is not None and kept.place is not None and kept.place.holds(param):
+            (part,) = kept.parts
+            if part.layer is Layer.from_record(record):
+                return part
+        return part_of(record, param)
+
+    def shard_group(self, param: Tensor, fqn: str) -> Any | None:
+        """The process group over which `param` is sharded; ``None`` if it is whole."""
+        kept = self._kept.get(id(param))
+        if kept is not None and kept.param is param and (kept.place is None or kept.place.holds(param)):
+            return None if kept.place is None else kept.place.process_group
+        return shard_group(param, fqn)
 
     def find(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
@@ -149,10 +145,35 @@ class Bindings:
         return bound
 
 
+class _Place:
+    """Where a DTensor lies: what its part and its process group follow from."""
+
+    __slots__ = ("_held", "_mesh", "_param", "_placements", "_shape", "process_group")
+
+    def __init__(self, param: Any, fqn: str) -> None:
+        self._param, self._shape, self._held = param, param.shape, local(param).shape
+        self._mesh, self._placements = param.device_mesh, param.placements
+        self.process_group = shard_group(param, fqn)
+
+    def holds(self, param: Any) -> bool:
+        """Whether `param` is that DTensor, and lies there still."""
+        return (
+            param is self._param
+            and param.device_mesh is self._mesh
+            and param.placements == self._placements
+            and param.shape == self._shape
+            and param.to_local().shape == self._held
+        )
+
+
 class _Binding:
     """Bound parts of one tensor, and what they were bound to."""
 
-    __slots__ = ("_dtype", "_needed", "_parts", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param")
+    # fmt: off
+    __slots__ = (
+        "_dtype", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts", "place",
+    )
+    # fmt: on
 
     def __init__(
         self,
@@ -162,8 +183,9 @@ class _Binding:
         tensors: dict[str, Any],
         bound: list[BoundPart],
     ) -> None:
-        self.bound, self.param = bound, param
-        self._parts, self._needed, self._tensors = parts, needed, tensors
+        self.bound, self.param, self.parts = bound, param, parts
+        self._needed, self._tensors = needed, tensors
+        self.place = _Place(param, parts[0].layer.fqn) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
         # Rows of a flat tensor or of a DTensor are tensors of their own, which may be left behind: their distance from
@@ -171,23 +193,25 @@ class _Binding:
         self._stride, address = memory.stride(), memory.data_ptr()
         self._views = [(part.param, part.param.data_ptr() - address) for part in bound if part.param is not param]
         states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor) and key != "step"]
-        self._states = [(key, x, x.shape) for key, x in states]
+        self._states = [(key, x, x.shape, x.dtype, x.is_contiguous()) for key, x in states]
 
     def holds(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> bool:
         """Whether all is still what was bound."""
-        if param is not self.param or tensors is not self._tensors or parts != self._parts or needed != self._needed:
+        if param is not self.param or tensors is not self._tensors or parts != self.parts or needed != self._needed:
             return False
-        memory = local(param)
+        memory = param if self.place is None else local(param)
         if memory.shape != self._shape or memory.dtype != self._dtype:
             return False
         if self._views:
             address = memory.data_ptr()
             if memory.stride() != self._stride or any(x.data_ptr() - address != at for x, at in self._views):
                 return False
-        for key, tensor, shape in self._states:  # noqa: SIM110  (a generator takes as long again)
-            # Codec states work on these very tensors; of their memory nothing is remembered but what the shape says.
+        for key, tensor, shape, dtype, contiguous in self._states:
+            # Codec states work on these very tensors, and kernels on what else is compared here of their memory.
             if tensors.get(key) is not tensor or tensor.shape != shape:
+                return False
+            if tensor.dtype != dtype or tensor.is_contiguous() is not contiguous:
                 return False
         return True

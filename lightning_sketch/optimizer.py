@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,22 +11,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 from torch.optim import Optimizer
 
 from lightning_sketch import checkpoint
-from lightning_sketch.bound import Bindings, OwnTensor
+from lightning_sketch.bound import Bindings
 from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
-from lightning_sketch.kernels import all_finite
-from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
+from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.plan import LayerPlan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
-from lightning_sketch.rules import UpdateRule, run
-from lightning_sketch.sharding import show_shards
-from lightning_sketch.sharding.agree import all_agree, shard_group
+from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
+from lightning_sketch.step import own_tensors, step_compressed, usable
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +95,8 @@ class CompressedOptimizer(Optimizer):
         if self._bind_if_flat():
             return loss
         with torch.no_grad():
-            ours = self._own_tensors()
-            ready = self._usable(ours)
+            ours = own_tensors(self)
+            ready = usable(self, ours)
             try:
                 for own in ours:
                     own.param.grad = None
@@ -108,38 +104,8 @@ class CompressedOptimizer(Optimizer):
             finally:
                 for own in ours:
                     own.param.grad = own.grad
-            self._step_compressed(ready)
+            step_compressed(self, ready)
         return loss
-
-    @_disable_dynamo  # Dynamo can make nothing of kernels
-    def _step_compressed(self, ready: list[OwnTensor]) -> None:
-        for own in ready:
-            if own.bound is None:
-                if not own.state:
-                    fresh: dict[str, Any] = {"step": torch.tensor(0.0)}
-                    for part in own.parts:
-                        fresh |= part.allocate(own.param, own.group)
-                    own.state = self.state[own.param]
-                    own.state.update(fresh)
-                own.bound = self._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-            if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
-                own.state["step"] = torch.tensor(float(count))  # who wrote a number there meant one
-        counts = [own.state["step"] for own in ready]
-        steps = [int(count.item()) + 1 for count in counts]
-        numbers: dict[tuple[int, int], Any] = {}  # by group and step; all of them before anything of ours changes
-        for own, step in zip(ready, steps, strict=True):
-            if (key := (id(own.group), step)) not in numbers:
-                numbers[key] = self.rule.numbers(own.group, step)
-        if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
-            torch._foreach_add_(counts, [torch.tensor(1.0, device="cpu")] * len(counts))
-        run(
-            self.rule,
-            (
-                part.step(gradient, numbers[id(own.group), step], step, negate=bool(own.group.get("maximize", False)))
-                for own, step in zip(ready, steps, strict=True)
-                for part, gradient in zip(own.bound or (), own.gradients, strict=True)
-            ),
-        )
 
     def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
         """Every tensor that our rules step, as ``(group, tensor, parts)``.
@@ -154,7 +120,7 @@ class CompressedOptimizer(Optimizer):
             elif group["params"]:
                 for record, param in zip(self._records(group), group["params"], strict=True):
                     if record is not None:
-                        yield group, param, (part_of(record, param),)
+                        yield group, param, (self._bindings.part(record, param),)
 
     def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
         """Every compressed layer as ``(group, layer, tensor)``; once for each tensor that holds a part of it."""
@@ -248,93 +214,6 @@ class CompressedOptimizer(Optimizer):
                 "compress(optimizer, model, policy) again first"
             )
         return model, policy
-
-    @_disable_dynamo
-    def _own_tensors(self) -> list[OwnTensor]:
-        """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet."""
-        self._bindings.keep_those_in(self.state)
-        ours: list[OwnTensor] = []
-        needed: dict[int, set[str]] = {}  # states, by group
-        for group, param, parts in self.compressed_tensors():
-            if (grad := param.grad) is None:
-                continue
-            if (names := needed.get(id(group))) is None:
-                self.rule.check(group, parts[0].layer.fqn)
-                names = needed[id(group)] = {state.name for state in self.rule.states(group)}
-            state = self.state.get(param, {})
-            bound = self._bindings.find(param, parts, names, state)
-            if bound is None:
-                for part in parts:
-                    self._check(group, part)
-            gradients = [part.gradient(grad) for part in parts]
-            ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
-        return ours
-
-    @_disable_dynamo
-    def _usable(self, ours: list[OwnTensor]) -> list[OwnTensor]:
-        """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks."""
-        if not ours:
-            self._refuse_replaced()
-        if self._compression.nonfinite == "propagate" or not ours:
-            return ours
-        finite_parts = iter(all_finite([gradient.values for own in ours for gradient in own.gradients]))
-        finite = [[next(finite_parts) for _ in own.gradients] for own in ours]
-        groups = [self._process_group(own.param, own.parts[0]) for own in ours]
-        usable = all_agree([all(ok) for ok in finite], groups, ours[0].param.device)
-        if not all(usable):
-            self._refuse(ours, finite, usable)
-        return [own for own, ok in zip(ours, usable, strict=True) if ok]
-
-    def _refuse_replaced(self) -> None:
-        """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
-        model = self._compression.model()
-        ours = [param for group in self.param_groups if not is_flat(group) for param in group["params"]]
-        if model is None or not ours or any(param.grad is not None for param in ours):
-            return
-        show_shards(model)
-        theirs = {id(param) for param in model.parameters()}
-        if not any(id(param) in theirs for param in ours):
-            raise RuntimeError(
-                "none of the optimizer's parameters is the model's any more, so nothing would be trained: something "
-                "replaced them, as fully_shard does. Call fully_shard(model) before constructing the optimizer, and "
-                "compress it after"
-            )
-
-    def _check(self, group: dict[str, Any], part: LayerShard) -> None:
-        layer = part.layer
-        if lacking := layer.lacking(self.rule, group):
-            raise ValueError(
-                f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
-                "ask for; call decompress(optimizer) and compress it again"
-            )
-        if part.shard.global_shape != layer.shape:
-            raise ValueError(
-                f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
-                f"{list(layer.shape)}; compress the new optimizer again"
-            )
-
-    def _process_group(self, param: Tensor, part: LayerShard) -> Any | None:
-        if part.span is None:
-            return shard_group(param, part.layer.fqn)
-        return self._flat_tensors.group if self._flat_tensors is not None else None
-
-    def _refuse(self, ours: list[OwnTensor], finite: list[list[bool]], usable: list[bool]) -> None:
-        """Raise for non-finite gradients, or warn and count."""
-        bad: list[str] = []
-        for own, oks, tensor_ok in zip(ours, finite, usable, strict=True):
-            here = [part.layer.fqn for part, ok in zip(own.parts, oks, strict=True) if not ok]
-            if not tensor_ok:
-                # A shard whose counterpart on another rank is bad must be skipped with it: states would drift apart.
-                bad += here or [f"{own.parts[0].layer.fqn} on another rank"]
-        if self._compression.nonfinite == "raise":
-            raise FloatingPointError(
-                f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
-                'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step'
-            )
-        for fqn in bad:
-            if not self._compression.skipped[fqn]:
-                warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=7)
-            self._compression.skipped[fqn] += 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; the policy decides its layers.

@@ -115,5 +115,7 @@ def test_the_tables_of_the_demo_are_whole():
         for label, row in found.items():
             by_engine = row[: len(demo_training.ENGINES)]
             assert len(by_engine) == len(demo_training.ENGINES)
-            # On one rank nothing may differ.
-            assert all(cell.split(" / ")[0] == demo_exactness.EQUAL for cell in by_engine), (table, label)
+            # On one rank nothing may differ, but that DDP adds up duplicates in sparse gradients before we do.
+            for kind, cell in zip(demo_training.ENGINES, by_engine, strict=True):
+                alike = (demo_exactness.EQUAL, demo_exactness.WITHIN) if kind == "ddp sparse" else demo_exactness.EQUAL
+                assert cell.split(" / ")[0] in alike, (table, label, kind)

@@ -71,6 +71,7 @@ class CodecState(ABC):
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
         self.tensors = tensors
+        self.scale_key = key_of(spec.name, "scale")  # read and written at every step, where there is one
 
     def __getitem__(self, suffix: str) -> Any:
         return self.tensors[key_of(self.spec.name, suffix)]

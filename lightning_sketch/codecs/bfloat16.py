@@ -51,7 +51,9 @@ class _BFloat16State(DenseState):
         return self.dense.dtype == torch.bfloat16 and super().fusable()
 
     def stored(self) -> Stored:
-        return Stored(Kind.STOCHASTIC, self.dense, decay=self.decay, weight=self.weight, seed=self.salt)
+        stored = Stored(Kind.STOCHASTIC, self.dense, None, self.decay, self.weight)
+        stored.seed = self.salt
+        return stored
 
     def store(self, block: Block, values: Tensor) -> Tensor:
         salt = self.salt

@@ -47,8 +47,8 @@ class _Factored(CodecState):
         self.col: Tensor = self["col"]  # row_shape, divided by self["scale"]
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        self["scale"] = decayed(self["scale"], decay, (self.row, self.col))
-        self.weight = weight / self["scale"]
+        scale = self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row, self.col))
+        self.weight = weight / scale
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * self.weight
@@ -60,9 +60,8 @@ class _Factored(CodecState):
 
     def stored(self) -> Stored:
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
-        return Stored(
-            Kind.FACTORED, self.row, self.col, weight=self.weight, column_weight=column_weight, scale=self["scale"]
-        )
+        scale: float = self.tensors[self.scale_key]
+        return Stored(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

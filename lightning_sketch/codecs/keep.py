@@ -62,7 +62,7 @@ class DenseState(CodecState):
         return dense.dtype in DTYPES and self.plain(dense, shard.local_rows * shard.row_numel, dense.dtype)
 
     def stored(self) -> Stored:
-        return Stored(Kind.DENSE, self.dense, decay=self.decay, weight=self.weight)
+        return Stored(Kind.DENSE, self.dense, None, self.decay, self.weight)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

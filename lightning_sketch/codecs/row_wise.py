@@ -82,14 +82,14 @@ class _Rows(CodecState):
         if self.lazy and rows is not None:
             self.row[rows] *= decay
         else:
-            self["scale"] = decayed(self["scale"], decay, (self.row,))
+            self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row,))
 
     def fusable(self) -> bool:
         return self.plain(self.row, self.spec.shard.local_rows)
 
     def stored(self) -> Stored:
-        scale = self["scale"]
-        return Stored(Kind.ROW, self.row, weight=self.weight / scale, scale=scale)
+        scale: float = self.tensors[self.scale_key]
+        return Stored(Kind.ROW, self.row, None, 1.0, self.weight / scale, 0.0, scale)  # by position: half as long
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * (self.weight / self["scale"])

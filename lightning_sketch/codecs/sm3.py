@@ -88,7 +88,7 @@ class _SM3(CodecState):
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight
-        self["scale"] = decayed(self["scale"], decay, (self.row,))
+        self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row,))
         if decay != 1:
             for accumulator in self.others:
                 accumulator.mul_(decay)
@@ -117,7 +117,7 @@ class _SM3II(_SM3):
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None
-        return Stored(Kind.SM3, self.row, columns, weight=self.weight, scale=self["scale"])
+        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, 0.0, self.tensors[self.scale_key])
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]

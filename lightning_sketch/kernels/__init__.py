@@ -64,4 +64,4 @@ def coalesced_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()
+    return tensor.is_cpu and tensor.dtype in DTYPES and tensor.is_contiguous()

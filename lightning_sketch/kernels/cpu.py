@@ -18,7 +18,9 @@ from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 _STATE = struct.Struct("@ 4i q Q 4f 3q")
 _HEAD = struct.Struct("@ 4q 3q 4i 7f i q")  # a layer without its three states
 _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
-_NO_STATE = bytes(_STATE.size)
+# What in them is something else at every step, and where it begins.
+_STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
+_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 3q 4i 7f"), struct.calcsize("@ 4q")
 
 _ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
@@ -85,22 +87,32 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
         second=cut_state(step.second),
         first=cut_state(step.first),
         momentum=cut_state(step.momentum),
+        kept=None,  # of the step as it was
     )
 
 
-def _pack(step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]) -> bytes:
+def _pack(
+    step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]
+) -> bytearray:
     """The step as a ``Layer``; its tensors are appended to the lists."""
-    rows = step.grad.shape[0]
-    head = _HEAD.pack(
-        rows,
-        step.grad.numel() // rows,
-        step.row_offset,
-        step.column_offset,
-        _append(ids, step.ids),
-        _append(params, step.param),
-        _append(grads, step.grad),
+    kept = step.kept if step.ids is None else None  # other rows at every step
+    packed = None if kept is None else kept.packed
+    if packed is None:
+        packed = _layout(step)
+        if kept is not None:
+            kept.packed = packed
+    params.append(step.param)
+    grads.append(step.grad)
+    if step.ids is not None:
+        ids.append(step.ids)
+    _HEAD_STEP.pack_into(
+        packed,
+        _HEAD_STEP_AT,
+        0 if step.ids is None else len(ids),
+        len(params),
+        len(grads),
         _BFLOAT16[step.param.dtype],
-        rows == step.param.shape[0],
+        step.ids is None or len(step.ids) == len(step.param),
         step.negate,
         step.bound is not None,
         step.weight_decay,
@@ -110,38 +122,41 @@ def _pack(step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[
         step.correction,
         step.bound or 0.0,
         step.nesterov,
-        0,
-        0,
     )
-    return b"".join((head, *(_pack_state(state, states) for state in (step.second, step.first, step.momentum))))
+    at = _HEAD.size + _STATE_STEP_AT
+    for stored in (step.second, step.first, step.momentum):
+        if stored is not None:
+            states.append(stored.data)
+            data = len(states)
+            if stored.columns is not None:
+                states.append(stored.columns)
+            _STATE_STEP.pack_into(
+                packed,
+                at,
+                stored.seed & (1 << 64) - 1,
+                stored.decay,
+                stored.weight,
+                stored.column_weight,
+                stored.scale,
+                data,
+                0 if stored.columns is None else len(states),
+            )
+        at += _STATE.size
+    return packed
 
 
-def _pack_state(stored: Stored | None, states: list[Tensor]) -> bytes:
-    if stored is None:
-        return _NO_STATE
-    return _STATE.pack(
-        stored.kind,
-        _BFLOAT16[stored.data.dtype],
-        stored.signed,
-        stored.depth,
-        stored.width,
-        stored.seed & (1 << 64) - 1,
-        stored.decay,
-        stored.weight,
-        stored.column_weight,
-        stored.scale,
-        _append(states, stored.data),
-        _append(states, stored.columns),
-        0,
-    )
-
-
-def _append(tensors: list[Tensor], tensor: Tensor | None) -> int:
-    """Position from 1; 0 for none."""
-    if tensor is None:
-        return 0
-    tensors.append(tensor)
-    return len(tensors)
+def _layout(step: FusedStep) -> bytearray:
+    """The step as a ``Layer`` without what is something else at every step."""
+    rows = step.grad.shape[0]
+    packed = bytearray(_HEAD.size)
+    struct.pack_into("@ 4q", packed, 0, rows, step.grad.numel() // rows, step.row_offset, step.column_offset)
+    for stored in (step.second, step.first, step.momentum):
+        state = bytearray(_STATE.size)
+        if stored is not None:
+            dtype = _BFLOAT16[stored.data.dtype]
+            struct.pack_into("@ 4i q", state, 0, stored.kind, dtype, stored.signed, stored.depth, stored.width)
+        packed += state
+    return packed
 
 
 def _fused_step(

@@ -54,6 +54,20 @@ class Stored:
 
 
 @dataclass(slots=True)
+class Kept:
+    """What is found out once about a layer's steps, for as long as its parameter and states are laid out the same.
+
+    Args:
+        fusable: whether kernels take its states; ``None`` before that was asked.
+        packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
+            the first.
+    """
+
+    fusable: bool | None = None
+    packed: bytearray | None = None
+
+
+@dataclass(slots=True)
 class FusedStep:
     r"""One step of one layer, in the form that all rules share.
 
@@ -78,6 +92,7 @@ class FusedStep:
         bound: clamp m to ``bound * sqrt(v)``, where m is sketched; ``None`` for no clamp.
         nesterov: factor of Nesterov's momentum; 0 for none.
         negate: maximize.
+        kept: of the layer's earlier steps; ``None`` if nothing is to be kept.
     """
 
     param: Tensor
@@ -96,6 +111,7 @@ class FusedStep:
     bound: float | None = None
     nesterov: float = 0.0
     negate: bool = False
+    kept: Kept | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything that the step changes but the parameter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sketch import kernels
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.kernels.fused import DTYPES, FusedStep, Stored
+from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kept, Stored
 from lightning_sketch.sharding import Block
 
 
@@ -39,6 +39,7 @@ class LayerStep:
         step: the layer's step number, from 1.
         dtype: dtype of arithmetic.
         negate: maximize.
+        kept: what earlier steps with this parameter and these states found out.
     """
 
     param: Tensor
@@ -50,6 +51,7 @@ class LayerStep:
     step: int
     dtype: torch.dtype
     negate: bool = False
+    kept: Kept = field(default_factory=Kept)
 
     def begin(self, name: str, *, decay: float, weight: float) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
@@ -63,30 +65,45 @@ class LayerStep:
         values, dtype = self.gradient.values, self.param.dtype
         if dtype not in DTYPES or values.dtype != dtype or not (values.is_contiguous() and self.param.is_contiguous()):
             return False
-        for state in self.states.values():
-            if not state.fusable():
-                return False
-        return self.momentum is None or self.momentum.fusable()
+        if (kept := self.kept).fusable is None:
+            states = [*self.states.values(), *([] if self.momentum is None else [self.momentum])]
+            kept.fusable = all(state.fusable() for state in states)
+        return kept.fusable
 
-    def fuse(self, second: str | None, first: str | None, *, lr: float, **options: Any) -> FusedStep:
-        """The fused step over two of the states, by name, whose step was begun.
-
-        Args:
-            options: fields of `FusedStep`.
-        """
+    def fuse(
+        self,
+        second: str | None,
+        first: str | None,
+        *,
+        lr: float,
+        shrink: float = 1.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        correction: float = 1.0,
+        bound: float | None = None,
+        nesterov: float = 0.0,
+    ) -> FusedStep:
+        """The fused step over two of the states, by name, whose step was begun; numbers as in `FusedStep`."""
         gradient, shard = self.gradient, self.gradient.shard
+        # By position: by name it takes five times as long, and every step makes one for every layer.
         return FusedStep(
-            param=self.param,
-            grad=gradient.values,
-            ids=None if gradient.rows is None else gradient.rows.contiguous(),
-            row_offset=shard.row_offset,
-            column_offset=shard.column_offset,
-            second=_stored(self.states.get(second)) if second else None,
-            first=_stored(self.states.get(first)) if first else None,
-            momentum=_stored(self.momentum),
-            lr=lr,
-            negate=self.negate,
-            **options,
+            self.param,
+            gradient.values,
+            None if gradient.rows is None else gradient.rows.contiguous(),
+            shard.row_offset,
+            shard.column_offset,
+            _stored(self.states.get(second)) if second else None,
+            _stored(self.states.get(first)) if first else None,
+            _stored(self.momentum),
+            lr,
+            shrink,
+            eps,
+            weight_decay,
+            correction,
+            bound,
+            nesterov,
+            self.negate,
+            self.kept,
         )
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:

@@ -286,7 +286,7 @@ def test_a_program_holds_the_steps(fused: list[FusedStep]) -> None:
     for step in fused:
         program.add(step)
     for before, after in zip(fused, program.steps(), strict=True):
-        for name in FusedStep.__dataclass_fields__:
+        for name in FusedStep.__dataclass_fields__.keys() - {"kept"}:
             assert _plain(getattr(before, name)) == _plain(getattr(after, name)), name
 
 

@@ -22,6 +22,7 @@ constexpr int64_t LONG_TASKS = 128;           // of a layer, before they get sho
 constexpr int64_t REDUCE_ROWS = 256;          // rows of a task that sums up columns, at least
 constexpr int64_t REDUCE_TASKS = 64;          // such tasks of a layer, at most
 constexpr int64_t FINITE_NUMEL = 1 << 18;
+constexpr int64_t STRIP_BYTES = 8 << 20;      // of a strip's sketches, at most: they are a thread's own
 // Bytes before what one thread writes: others fetch ahead past the end of what they read, and would take it away.
 constexpr int64_t GAP = 4096;
 constexpr int64_t NARROW = 64;                // columns, below which sketches are cut by depth and not by columns
@@ -55,10 +56,11 @@ struct Arena {
     int64_t used = 0;
 
     template <class T>
-    T* take(int64_t count) {
-        int64_t at = used;
-        used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        return base ? reinterpret_cast<T*>(base + at) : nullptr;
+    T* take(int64_t count, int64_t aligned = 64) {
+        // Without a base as much is counted as any base may need.
+        int64_t at = used, shift = base ? -reinterpret_cast<intptr_t>(base + at) & (aligned - 1) : 0;
+        used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + aligned - 64;
+        return base ? reinterpret_cast<T*>(base + at + shift) : nullptr;
     }
 };
 
@@ -68,11 +70,33 @@ bool same_hashes(const State& a, const State& b) {
 
 const State& sketch_of(const Layer& layer) { return layer.second.kind == SKETCH ? layer.second : layer.first; }
 
+int64_t strip_floats(const Layer& layer) {
+    return layer.second.depth * layer.second.width * STRIP * (layer.first.kind == SKETCH ? 2 : 1);
+}
+
+// Columns up to the first boundary in memory of as many bytes as a strip has: processors fetch lines by twos and more.
+int64_t first_strip(const Layer& layer) {
+    int64_t size = layer.dtype == BFLOAT16 ? 2 : 4;
+    return STRIP - static_cast<int64_t>(reinterpret_cast<uintptr_t>(layer.grad) / size % STRIP);
+}
+
 // Where several rows fall into every bucket, a bucket gathers its rows: it stays in the first-level cache meanwhile.
 bool inserts_by_bucket(const Layer& layer) {
     if (!uses(layer, SKETCH)) return false;
     if (layer.second.kind == SKETCH && layer.first.kind == SKETCH && !same_hashes(layer.second, layer.first)) return false;
     return std::min(layer.rows, WAVE) >= 2 * sketch_of(layer).width;
+}
+
+// Whether a layer's step is done in strips of columns: of sketches that all rows fall into, if there are strips for all
+// threads. The bits are the same as without.
+bool in_strips(const Layer& layer, int threads) {
+    const State &second = layer.second, &first = layer.first;
+    if (second.kind != SKETCH || second.is_signed || second.depth > STRIP_DEPTH) return false;
+    bool both = first.kind == SKETCH;
+    if (both ? !first.is_signed || !same_hashes(second, first) : first.kind != NONE) return false;
+    if (layer.ids || layer.momentum.kind != NONE || layer.rows < 2 * second.width) return false;
+    int64_t strips = (layer.columns + STRIP - 1) / STRIP;
+    return strips >= 2 * threads && strip_floats(layer) * 4 <= STRIP_BYTES;
 }
 
 // At every depth of a sketch, the rows of a wave by bucket: rows[starts[b]] to rows[starts[b + 1]] lie in bucket b, ascending.
@@ -100,10 +124,12 @@ struct Scratch {
     std::vector<float*> partial_columns;  // FACTORED: [reduce_tasks, columns]
     std::vector<float*> largest;          // SM3: [columns], shared
     std::vector<Order> orders;            // SKETCH
+    std::vector<uint32_t*> codes;         // SKETCH in strips: [rows, depth]
     std::vector<float*> own_largest;      // by thread: [widest SM3]
+    std::vector<float*> own_tables;       // by thread: sketches of a strip
 
     Scratch(Layer* layers, int64_t count, int threads, Arena& arena) {
-        int64_t widest = 0;
+        int64_t widest = 0, tables = 0;
         for (int64_t i = 0; i < count; i++) {
             Layer& layer = layers[i];
             State& second = layer.second;
@@ -119,7 +145,11 @@ struct Scratch {
                 widest = std::max(widest, layer.columns);
             }
             Order order;
-            if (inserts_by_bucket(layer)) {
+            bool strips = in_strips(layer, threads);
+            codes.push_back(strips ? arena.take<uint32_t>(layer.rows * second.depth) : nullptr);
+            if (strips) {
+                tables = std::max(tables, strip_floats(layer));
+            } else if (inserts_by_bucket(layer)) {
                 const State& state = sketch_of(layer);
                 for (int level = 0; level < state.depth; level++) {
                     order.starts.push_back(arena.take<int32_t>(state.width + 1));
@@ -135,6 +165,8 @@ struct Scratch {
         for (int i = 0; i < threads; i++) {
             if (widest) arena.take<char>(GAP);
             own_largest.push_back(arena.take<float>(padded(widest)));
+            if (tables) arena.take<char>(GAP);
+            own_tables.push_back(arena.take<float>(tables, STRIP * 4));
         }
     }
 };
@@ -237,7 +269,8 @@ class Run {
             if (layer.second.kind == ROW_SKETCH)
                 for (int level = 0; level < layer.second.depth; level++)
                     tasks.push_back({i, wave, end, level, level + 1, true});
-            if (!uses(layer, SKETCH)) continue;
+            if (scratch_.codes[i]) sorts.push_back({i, wave, end});
+            if (!uses(layer, SKETCH) || scratch_.codes[i]) continue;
             int depth = std::max(layer.second.depth, layer.first.depth);
             if (inserts_by_bucket(layer)) {
                 const State& state = sketch_of(layer);
@@ -262,6 +295,7 @@ class Run {
         const Layer& layer = layers_[task.layer];
         const Order& order = scratch_.orders[task.layer];
         int level = task.first_level;
+        if (uint32_t* codes = scratch_.codes[task.layer]) return steps_.hash_rows(layer, task.begin, task.end, codes);
         sort_rows(layer, sketch_of(layer), level, task.begin, task.end, order.starts[level], order.rows[level]);
     }
 
@@ -282,6 +316,11 @@ class Run {
         std::vector<Task> tasks;
         for (int i = 0; i < count_; i++) {
             const Layer& layer = layers_[i];
+            if (scratch_.codes[i]) {
+                for (int64_t at = 0, next = first_strip(layer); at < layer.columns; at = next, next += STRIP)
+                    tasks.push_back({i, at, std::min(next, layer.columns)});
+                continue;
+            }
             for (int64_t at = 0; at < layer.rows; at += apply_rows(layer))
                 tasks.push_back({i, at, std::min(at + apply_rows(layer), layer.rows)});
         }
@@ -290,6 +329,8 @@ class Run {
 
     void apply_task(const Task& task, int thread) {
         const Layer& layer = layers_[task.layer];
+        if (const uint32_t* codes = scratch_.codes[task.layer])
+            return steps_.strip(layer, task.begin, task.end, codes, scratch_.own_tables[thread]);
         float *most = scratch_.largest[task.layer], *own = scratch_.own_largest[thread];
         if (most) std::fill(own, own + padded(layer.columns), 0.0f);
         steps_.apply(layer, task.begin, task.end, own);

@@ -4,6 +4,8 @@
 #include "layer.h"
 
 constexpr int MOST_DEPTH = 8;
+constexpr int STRIP_DEPTH = 3;  // of sketches that are stepped in strips, at most
+constexpr int64_t STRIP = 64;   // columns of a strip, at most
 
 struct Steps {
     // Sums over the layer's rows [begin, end) that all rows must be in before one is read: row means, and column sums
@@ -17,6 +19,12 @@ struct Steps {
                            const int32_t* order, bool into_second, bool into_first);
     // Insert the means of rows [begin, end), in the state's scratch, into one depth of a sketch.
     void (*insert_means)(const Layer&, const State&, int level, int64_t begin, int64_t end);
+    // Where rows [begin, end) lie in the sketches: codes[row * depth + level] is the place among a table's
+    // depth * width rows, times two, plus one if the sign is negative.
+    void (*hash_rows)(const Layer&, int64_t begin, int64_t end, uint32_t* codes);
+    // The whole step of columns [begin, end), at most STRIP of them, of all rows: insertion, then update. `tables` has
+    // depth * width * STRIP floats for every sketch.
+    void (*strip)(const Layer&, int64_t begin, int64_t end, const uint32_t* codes, float* tables);
     // Update parameter and states of the rows [begin, end); largest_columns[columns] for SM3.
     void (*apply)(const Layer&, int64_t begin, int64_t end, float* largest_columns);
     void (*column_noise)(const Layer&, const State&, uint32_t* noise);

@@ -1,0 +1,198 @@
+"""The compressed layers' side of an optimizer's step: find the tensors, judge their gradients, step them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
+
+from lightning_sketch.bound import BoundPart
+from lightning_sketch.flat import is_flat
+from lightning_sketch.gradient import RowGradient
+from lightning_sketch.kernels import all_finite
+from lightning_sketch.layer import LayerShard
+from lightning_sketch.rules import UpdateRule, run
+from lightning_sketch.sharding import show_shards
+from lightning_sketch.sharding.agree import all_agree
+
+if TYPE_CHECKING:
+    from lightning_sketch.optimizer import CompressedOptimizer
+
+
+@dataclass(slots=True)
+class OwnTensor:
+    """A tensor with a gradient that our rules step.
+
+    Args:
+        group: its parameter group.
+        param: the tensor.
+        grad: its gradient, which torch's step does not see.
+        parts: what lies in it.
+        needed: states that the group's hyperparameters ask for.
+        state: ``optimizer.state[param]``, empty before the first step.
+        bound: the parts, bound; ``None`` if they have yet to be.
+        gradients: of each part.
+    """
+
+    group: dict[str, Any]
+    param: Tensor
+    grad: Tensor
+    parts: tuple[LayerShard, ...]
+    needed: set[str]
+    state: dict[str, Any]
+    bound: list[BoundPart] | None
+    gradients: list[RowGradient]
+
+
+@_disable_dynamo  # Dynamo can make nothing of kernels
+def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
+    """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet.
+
+    Raises:
+        TypeError: a gradient has an unsupported layout.
+        ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
+    """
+    rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
+    bindings.keep_those_in(states)
+    ours: list[OwnTensor] = []
+    needed: dict[int, set[str]] = {}  # states, by group
+    for group, param, parts in optimizer.compressed_tensors():
+        if (grad := param.grad) is None:
+            continue
+        if (names := needed.get(id(group))) is None:
+            rule.check(group, parts[0].layer.fqn)
+            names = needed[id(group)] = {state.name for state in rule.states(group)}
+        state = states.get(param, {})
+        bound = bindings.find(param, parts, names, state)
+        if bound is None:
+            for part in parts:
+                _check(rule, group, part)
+        gradients = [part.gradient(grad) for part in parts]
+        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
+    return ours
+
+
+@_disable_dynamo
+def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTensor]:
+    """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks.
+
+    Raises:
+        FloatingPointError: a gradient is not finite, and ``nonfinite="raise"``.
+        RuntimeError: there are none because the model's parameters were replaced.
+    """
+    if not ours:
+        _refuse_replaced(optimizer)
+    if optimizer._compression.nonfinite == "propagate" or not ours:
+        return ours
+    oks = all_finite([gradient.values for own in ours for gradient in own.gradients])
+    groups = [_process_group(optimizer, own) for own in ours]
+    if all(oks) and all(group is None for group in groups):
+        return ours
+    finite_parts = iter(oks)
+    finite = [[next(finite_parts) for _ in own.gradients] for own in ours]
+    agreed = all_agree([all(ok) for ok in finite], groups, ours[0].param.device)
+    if not all(agreed):
+        _refuse(optimizer, ours, finite, agreed)
+    return [own for own, ok in zip(ours, agreed, strict=True) if ok]
+
+
+@_disable_dynamo
+def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> None:
+    """One step of our tensors (they and their states are modified in place)."""
+    rule = optimizer.rule
+    counts: list[Tensor] = []
+    for own in ready:
+        if own.bound is None:
+            if not own.state:
+                fresh: dict[str, Any] = {"step": torch.tensor(0.0)}
+                for part in own.parts:
+                    fresh |= part.allocate(own.param, own.group)
+                own.state = optimizer.state[own.param]
+                own.state.update(fresh)
+            own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+        if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
+            count = own.state["step"] = torch.tensor(float(count))  # who wrote a number there meant one
+        counts.append(count)
+    known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
+    options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
+    for own, count in zip(ready, counts, strict=True):
+        key = id(own.group), int(count.item()) + 1
+        if (option := known.get(key)) is None:
+            step, negate = key[1], bool(own.group.get("maximize", False))
+            option = known[key] = rule.numbers(own.group, step), step, negate
+        options.append(option)
+    if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
+        torch._foreach_add_(counts, [torch.tensor(1.0, device="cpu")] * len(counts))
+    run(
+        rule,
+        (
+            part.step(gradient, numbers, step, negate=negate)
+            for own, (numbers, step, negate) in zip(ready, options, strict=True)
+            for part, gradient in zip(own.bound or (), own.gradients, strict=True)
+        ),
+    )
+
+
+def _refuse_replaced(optimizer: CompressedOptimizer) -> None:
+    """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
+    model = optimizer._compression.model()
+    ours = [param for group in optimizer.param_groups if not is_flat(group) for param in group["params"]]
+    if model is None or not ours or any(param.grad is not None for param in ours):
+        return
+    show_shards(model)
+    theirs = {id(param) for param in model.parameters()}
+    if not any(id(param) in theirs for param in ours):
+        raise RuntimeError(
+            "none of the optimizer's parameters is the model's any more, so nothing would be trained: something "
+            "replaced them, as fully_shard does. Call fully_shard(model) before constructing the optimizer, and "
+            "compress it after"
+        )
+
+
+def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
+    layer = part.layer
+    if lacking := layer.lacking(rule, group):
+        raise ValueError(
+            f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
+            "ask for; call decompress(optimizer) and compress it again"
+        )
+    if part.shard.global_shape != layer.shape:
+        raise ValueError(
+            f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
+            f"{list(layer.shape)}; compress the new optimizer again"
+        )
+
+
+def _process_group(optimizer: CompressedOptimizer, own: OwnTensor) -> Any | None:
+    part = own.parts[0]
+    if part.span is not None:
+        return optimizer._flat_tensors.group if optimizer._flat_tensors is not None else None
+    if type(own.param) is nn.Parameter:  # most are
+        return None
+    return optimizer._bindings.shard_group(own.param, part.layer.fqn)
+
+
+def _refuse(
+    optimizer: CompressedOptimizer, ours: list[OwnTensor], finite: list[list[bool]], agreed: list[bool]
+) -> None:
+    """Raise for non-finite gradients, or warn and count."""
+    bad: list[str] = []
+    for own, oks, tensor_ok in zip(ours, finite, agreed, strict=True):
+        here = [part.layer.fqn for part, ok in zip(own.parts, oks, strict=True) if not ok]
+        if not tensor_ok:
+            # A shard whose counterpart on another rank is bad must be skipped with it: states would drift apart.
+            bad += here or [f"{own.parts[0].layer.fqn} on another rank"]
+    if optimizer._compression.nonfinite == "raise":
+        raise FloatingPointError(
+            f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
+            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step'
+        )
+    skipped = optimizer._compression.skipped
+    for fqn in bad:
+        if not skipped[fqn]:
+            warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=7)
+        skipped[fqn] += 1
