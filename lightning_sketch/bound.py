@@ -24,6 +24,7 @@ from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.sharding.agree import shard_group
+from lightning_sketch.sharding.dtensor import sharded_mesh_dim
 
 
 @dataclass(slots=True)
@@ -148,12 +149,17 @@ class Bindings:
 class _Place:
     """Where a DTensor lies: what its part and its process group follow from."""
 
-    __slots__ = ("_held", "_mesh", "_param", "_placements", "_shape", "process_group")
+    __slots__ = ("_held", "_mesh", "_mesh_dim", "_param", "_placements", "_shape")
 
     def __init__(self, param: Any, fqn: str) -> None:
         self._param, self._shape, self._held = param, param.shape, local(param).shape
         self._mesh, self._placements = param.device_mesh, param.placements
-        self.process_group = shard_group(param, fqn)
+        self._mesh_dim = sharded_mesh_dim(param, fqn)
+
+    @property
+    def process_group(self) -> Any | None:
+        """The group over which it is sharded. Asked for anew: one may be destroyed, and another made in its place."""
+        return None if self._mesh_dim is None else self._mesh.get_group(self._mesh_dim)
 
     def holds(self, param: Any) -> bool:
         """Whether `param` is that DTensor, and lies there still."""

@@ -57,7 +57,7 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
 def torn(saved: Mapping[str, Any]) -> str | None:
     """What is wrong with a layer's entry of a checkpoint whose shards are of different steps; ``None`` if they agree.
 
-    Of DTensors each rank sees its own shard's step, and compares it with the one that is saved for all.
+    Of DTensors each rank sees its own shard's step, and compares it with the one that some rank saved for all.
     """
     step, of_shards = saved.get("step"), saved.get(SHARD_STEPS)
     if step is None or not isinstance(of_shards, Tensor):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import allocate
+from lightning_sketch.codecs import CountSketch, allocate
 from lightning_sketch.kernels import fused_kernel, native
 from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
@@ -23,6 +23,8 @@ from lightning_sketch.sharding.base import BLOCK_NUMEL
 
 # Rows whose means, or whose order by bucket, the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
+# Of their strips: columns, bytes of the sketches in one and their depth at most, and bytes between two threads'.
+_STRIP, _STRIP_BYTES, _STRIP_DEPTH, _STRIP_GAP = 64, 8 << 20, 3, 4096 + 256
 
 # Block-sized tensors that are alive at once in the hungriest reference step (Adam over a depth-3 signed sketch: the
 # gradient, its square, three gathered rows, their partial medians, the estimate of v, the denominator, the update).
@@ -149,7 +151,22 @@ def _fused_bytes(part: LayerShard) -> int:
     depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
     by_row = 4 * (1 + 2 * depth) * min(part.shard.local_rows, _WAVE)
-    return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096
+    return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096 + _strip_bytes(part)
+
+
+def _strip_bytes(part: LayerShard) -> int:
+    """Of dense steps in strips of a sketch's columns: where every row lies in it, and every thread's strip."""
+    sketches = [codec for codec in part.layer.stored().values() if isinstance(codec, CountSketch)]
+    if not sketches:
+        return 0
+    rows, columns, threads = part.shard.local_rows, part.shard.row_numel, torch.get_num_threads()
+    depth, width = sketches[0].table_shape(part.shard)
+    own = 4 * depth * width * _STRIP * len(sketches)
+    if depth > _STRIP_DEPTH or own > _STRIP_BYTES or -(-columns // _STRIP) < 2 * threads:
+        return 0
+    if not 2 * width <= rows <= width * columns // 2:
+        return 0
+    return 2 * depth * rows + threads * (own + _STRIP_GAP)
 
 
 def _block_bytes(part: LayerShard, param: Tensor) -> int:

@@ -303,6 +303,13 @@ def test_the_reported_transient_bounds_the_measured_one(first, second, sparse, d
     assert 0 < _measured_transient(optimizer) <= report(optimizer).transient + 4096
 
 
+def test_the_reported_transient_bounds_that_of_strips():
+    sketch = CountSketch(compression=5)  # large: the columns of a strip are more than all else that kernels ask for
+    w, optimizer = _optimizer(AdamW, (20_000, 200), sketch, sketch)
+    w.grad = torch.ones_like(w)
+    assert 2_000_000 < _measured_transient(optimizer) <= report(optimizer).transient + 4096 < 4_000_000
+
+
 @pytest.mark.parametrize(("first", "second"), STEPS, ids=repr)
 def test_a_sparse_step_costs_the_same_in_a_table_a_hundred_times_larger(first, second):
     transients = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -142,3 +144,28 @@ def test_ranks_agree_about_a_dtensor_that_was_stepped_before() -> None:
     for found in run_ranks(_judged, 2):
         assert found[0] != found[1] != found[2]
         assert found[3] == found[2]
+
+
+def _with_another_group(rank: int, world_size: int) -> list[list[float]]:
+    """Rows of a DTensor after steps, before and after the process groups were made anew."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = nn.Module()
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Split(0)]))
+    optimizer = compress(AdamW(model.parameters()), model, Policy([Rule(second_moment=RowWise())]))
+    model.weight.grad = distribute_tensor(torch.ones(4, 2), mesh, [Split(0)])
+    found = []
+    for _ in range(2):
+        optimizer.step()
+        found.append(model.weight.to_local().flatten().tolist())
+    place = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(place)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{place[0]}/store", rank=rank, world_size=world_size)
+    optimizer.step()
+    found.append(model.weight.to_local().flatten().tolist())
+    return found
+
+
+def test_a_destroyed_process_group_is_not_kept() -> None:
+    for found in run_ranks(_with_another_group, 2):
+        assert found[0] != found[1] != found[2]

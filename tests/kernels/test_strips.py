@@ -1,4 +1,4 @@
-"""Dense steps of count-sketches in strips of columns: one thread takes them, too many for the columns do not."""
+"""Dense steps of count-sketches in strips of columns: few threads take them, too many for the columns do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_equal_to_the_reference(codec: Codec, first: bool, rule: str, dtype: tor
 @pytest.mark.parametrize("codec", SKETCHES, ids=repr)
 def test_the_same_bits_as_without_strips(codec: Codec, columns: int) -> None:
     results = []
-    for threads in (1, MANY):
+    for threads in (1, 2, 3, MANY):
         for number in INSTRUCTION_SETS:
             with by_isa(number), _threads(threads):
                 results.append(train(Case("adam", codec, codec, rows=400, columns=columns)))

@@ -23,6 +23,7 @@ constexpr int64_t REDUCE_ROWS = 256;          // rows of a task that sums up col
 constexpr int64_t REDUCE_TASKS = 64;          // such tasks of a layer, at most
 constexpr int64_t FINITE_NUMEL = 1 << 18;
 constexpr int64_t STRIP_BYTES = 8 << 20;      // of a strip's sketches, at most: they are a thread's own
+static_assert(STRIP_BYTES / (STRIP * 4) * 2 <= 1 << 16, "a bucket's place and a sign have 16 bits");
 // Bytes before what one thread writes: others fetch ahead past the end of what they read, and would take it away.
 constexpr int64_t GAP = 4096;
 constexpr int64_t NARROW = 64;                // columns, below which sketches are cut by depth and not by columns
@@ -57,7 +58,7 @@ struct Arena {
 
     template <class T>
     T* take(int64_t count, int64_t aligned = 64) {
-        // Without a base as much is counted as any base may need.
+        // Without a base as much is counted as any base that is aligned to 64 may need.
         int64_t at = used, shift = base ? -reinterpret_cast<intptr_t>(base + at) & (aligned - 1) : 0;
         used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + aligned - 64;
         return base ? reinterpret_cast<T*>(base + at + shift) : nullptr;
@@ -95,6 +96,7 @@ bool in_strips(const Layer& layer, int threads) {
     bool both = first.kind == SKETCH;
     if (both ? !first.is_signed || !same_hashes(second, first) : first.kind != NONE) return false;
     if (layer.ids || layer.momentum.kind != NONE || layer.rows < 2 * second.width) return false;
+    if (layer.rows > second.width * layer.columns / 2) return false;  // codes of all rows beside a small sketch
     int64_t strips = (layer.columns + STRIP - 1) / STRIP;
     return strips >= 2 * threads && strip_floats(layer) * 4 <= STRIP_BYTES;
 }
@@ -124,7 +126,7 @@ struct Scratch {
     std::vector<float*> partial_columns;  // FACTORED: [reduce_tasks, columns]
     std::vector<float*> largest;          // SM3: [columns], shared
     std::vector<Order> orders;            // SKETCH
-    std::vector<uint32_t*> codes;         // SKETCH in strips: [rows, depth]
+    std::vector<uint16_t*> codes;         // SKETCH in strips: [rows, depth]
     std::vector<float*> own_largest;      // by thread: [widest SM3]
     std::vector<float*> own_tables;       // by thread: sketches of a strip
 
@@ -146,7 +148,7 @@ struct Scratch {
             }
             Order order;
             bool strips = in_strips(layer, threads);
-            codes.push_back(strips ? arena.take<uint32_t>(layer.rows * second.depth) : nullptr);
+            codes.push_back(strips ? arena.take<uint16_t>(layer.rows * second.depth) : nullptr);
             if (strips) {
                 tables = std::max(tables, strip_floats(layer));
             } else if (inserts_by_bucket(layer)) {
@@ -295,7 +297,7 @@ class Run {
         const Layer& layer = layers_[task.layer];
         const Order& order = scratch_.orders[task.layer];
         int level = task.first_level;
-        if (uint32_t* codes = scratch_.codes[task.layer]) return steps_.hash_rows(layer, task.begin, task.end, codes);
+        if (uint16_t* codes = scratch_.codes[task.layer]) return steps_.hash_rows(layer, task.begin, task.end, codes);
         sort_rows(layer, sketch_of(layer), level, task.begin, task.end, order.starts[level], order.rows[level]);
     }
 
@@ -329,7 +331,7 @@ class Run {
 
     void apply_task(const Task& task, int thread) {
         const Layer& layer = layers_[task.layer];
-        if (const uint32_t* codes = scratch_.codes[task.layer])
+        if (const uint16_t* codes = scratch_.codes[task.layer])
             return steps_.strip(layer, task.begin, task.end, codes, scratch_.own_tables[thread]);
         float *most = scratch_.largest[task.layer], *own = scratch_.own_largest[thread];
         if (most) std::fill(own, own + padded(layer.columns), 0.0f);

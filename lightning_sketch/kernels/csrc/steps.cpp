@@ -746,7 +746,7 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
 
 struct Strip {
     int64_t begin, count;  // columns
-    const uint32_t* codes;
+    const uint16_t* codes;
     float* tables;
 };
 
@@ -757,12 +757,12 @@ inline float sign_of(uint32_t code) {  // 1 or -1, without a branch: nobody coul
     return sign;
 }
 
-void hash_rows(const Layer& layer, int64_t begin, int64_t end, uint32_t* codes) {
+void hash_rows(const Layer& layer, int64_t begin, int64_t end, uint16_t* codes) {
     const State& state = layer.second;
     for (int64_t i = begin; i < end; i++)
         for (int level = 0; level < state.depth; level++) {
             Bucket b = bucket_of(state, (uint64_t)(i + layer.row_offset), level);
-            codes[i * state.depth + level] = (uint32_t)(level * state.width + b.index) << 1 | (b.sign < 0.0f);
+            codes[i * state.depth + level] = (uint16_t)((level * state.width + b.index) << 1 | (b.sign < 0.0f));
         }
 }
 
@@ -789,7 +789,7 @@ void copy_strip(const Layer& layer, const Strip& strip) {
 template <int depth, bool both>
 struct StripRows {
     const int64_t rows, columns, begin, size;  // of the layer; of the strip; bytes of an element
-    const uint32_t* codes;
+    const uint16_t* codes;
     float* tables;
     static constexpr int64_t BUCKET = (both ? 2 : 1) * STRIP;  // floats
 
@@ -807,7 +807,7 @@ struct StripRows {
     }
 
     INLINE void prefetch_buckets(int64_t i) const {
-        const uint32_t* soon = codes + least(i + NEAR_ROWS, rows - 1) * depth;
+        const uint16_t* soon = codes + least(i + NEAR_ROWS, rows - 1) * depth;
         for (int level = 0; level < depth; level++) {
             const float* from = bucket(soon[level]);
             for (int64_t j = 0; j < BUCKET; j += LANES) __builtin_prefetch(from + j, 1, 3);
@@ -828,7 +828,7 @@ void insert_strip(const Layer& layer, const Strip& strip) {
         rows.prefetch_elements(layer.grad, i);
         rows.prefetch_buckets(i);
         const float* g = in_place ? gradient + i * rows.columns : gradient_of(layer, i, strip.begin, count, buffer);
-        const uint32_t* codes = rows.codes + i * depth;
+        const uint16_t* codes = rows.codes + i * depth;
 #pragma GCC unroll 8
         for (int level = 0; level < depth; level++) {
             float* second = rows.bucket(codes[level]);
@@ -898,7 +898,7 @@ void step_strip(const Layer& layer, const Strip& strip) {
         whole ? step_strip<depth, false, true>(layer, strip) : step_strip<depth, false, false>(layer, strip);
 }
 
-void strip(const Layer& layer, int64_t begin, int64_t end, const uint32_t* codes, float* tables) {
+void strip(const Layer& layer, int64_t begin, int64_t end, const uint16_t* codes, float* tables) {
     static_assert(STRIP_DEPTH == 3, "");
     void (*const by_depth[])(const Layer&, const Strip&) = {step_strip<1>, step_strip<2>, step_strip<3>};
     by_depth[layer.second.depth - 1](layer, {begin, end - begin, codes, tables});

@@ -21,10 +21,10 @@ struct Steps {
     void (*insert_means)(const Layer&, const State&, int level, int64_t begin, int64_t end);
     // Where rows [begin, end) lie in the sketches: codes[row * depth + level] is the place among a table's
     // depth * width rows, times two, plus one if the sign is negative.
-    void (*hash_rows)(const Layer&, int64_t begin, int64_t end, uint32_t* codes);
+    void (*hash_rows)(const Layer&, int64_t begin, int64_t end, uint16_t* codes);
     // The whole step of columns [begin, end), at most STRIP of them, of all rows: insertion, then update. `tables` has
     // depth * width * STRIP floats for every sketch.
-    void (*strip)(const Layer&, int64_t begin, int64_t end, const uint32_t* codes, float* tables);
+    void (*strip)(const Layer&, int64_t begin, int64_t end, const uint16_t* codes, float* tables);
     // Update parameter and states of the rows [begin, end); largest_columns[columns] for SM3.
     void (*apply)(const Layer&, int64_t begin, int64_t end, float* largest_columns);
     void (*column_noise)(const Layer&, const State&, uint32_t* noise);
