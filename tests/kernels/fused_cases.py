@@ -138,6 +138,17 @@ def by_isa(number: int) -> Any:
         native.isa = found
 
 
+@contextmanager
+def threads(count: int) -> Any:
+    """Have torch, and the kernels with it, compute on so many threads."""
+    found = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(found)
+
+
 def check(case: Case) -> None:
     """Parameter and states are those of the reference."""
     found = train(case)

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.coalesce import coalesce
+from tests.kernels.fused_cases import threads
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
@@ -44,13 +45,9 @@ def test_the_same_bits_with_any_number_of_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = (torch.rand(20_000, generator=generator).pow(3) * 50_000).long()  # a few are frequent
     values = torch.randn(20_000, 64, generator=generator)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
+    for number in (1, 2, 3):
+        with threads(number):
             check(ids, values)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_rows_of_several_dimensions_of_none_and_of_views() -> None:

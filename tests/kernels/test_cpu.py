@@ -12,7 +12,8 @@ from torch.library import opcheck
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch.kernels import all_finite, cpu, native
 from lightning_sketch.kernels.fused import FusedStep
-from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_isa, by_reference, check, train
+from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_isa, by_reference, check, threads, train
+from tests.tiny import assert_same
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
@@ -90,20 +91,13 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(second: st
         Case("adamw", SECOND[second], BFloat16(), rows=700, columns=205, dtype=dtype),
         Case("adamw", SECOND[second], CountSketch(compression=5), rows=700, columns=205, sparse=True, dtype=dtype),
     ]
-    threads = torch.get_num_threads()
-    try:
-        for case in cases:
-            results = []
-            for number, count in [*((number, 1) for number in INSTRUCTION_SETS), (0, 2), (0, 3)]:
-                torch.set_num_threads(count)
-                with by_isa(number):
-                    results.append(train(case))
-            for result in results[1:]:
-                for key, value in results[0].items():
-                    same = torch.equal(result[key], value) if isinstance(value, Tensor) else result[key] == value
-                    assert same, key
-    finally:
-        torch.set_num_threads(threads)
+    for case in cases:
+        results = []
+        for number, count in [*((number, 1) for number in INSTRUCTION_SETS), (0, 2), (0, 3)]:
+            with by_isa(number), threads(count):
+                results.append(train(case))
+        for result in results[1:]:
+            assert_same(result, results[0])
 
 
 def test_unaligned_parameters_and_gradients(fused: list[FusedStep]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Codec, CountSketch, Drop, Policy, Rule, compress
 from lightning_sketch.kernels import native
-from tests.kernels.fused_cases import Case, by_isa, check, train
+from tests.kernels.fused_cases import Case, by_isa, check, threads, train
+from tests.tiny import assert_same
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
@@ -32,13 +30,12 @@ def test_equal_to_the_reference(codec: Codec, first: bool, rule: str, dtype: tor
 @pytest.mark.parametrize("codec", SKETCHES, ids=repr)
 def test_the_same_bits_as_without_strips(codec: Codec, columns: int) -> None:
     results = []
-    for threads in (1, 2, 3, MANY):
+    for count in (1, 2, 3, MANY):
         for number in INSTRUCTION_SETS:
-            with by_isa(number), _threads(threads):
+            with by_isa(number), threads(count):
                 results.append(train(Case("adam", codec, codec, rows=400, columns=columns)))
     for result in results[1:]:
-        for key, value in results[0].items():
-            assert torch.equal(result[key], value) if isinstance(value, Tensor) else result[key] == value, key
+        assert_same(result, results[0])
 
 
 @pytest.mark.parametrize("start", [1, 16, 63])
@@ -53,7 +50,7 @@ def test_strips_begin_where_memory_is_aligned(start: int) -> None:
         policy = Policy([Rule(name="*", exp_avg=SKETCHES[2], exp_avg_sq=SKETCHES[2])])
         optimizer = compress(torch.optim.AdamW(layer.parameters()), layer, policy)
         layer.weight.grad = _shifted(gradient, shift)
-        with _threads(1):
+        with threads(1):
             for _ in range(3):
                 optimizer.step()
         results.append(layer.weight.detach())
@@ -64,13 +61,3 @@ def _shifted(tensor: Tensor, elements: int) -> Tensor:
     """A copy that many elements into its memory."""
     memory = torch.empty(tensor.numel() + elements)
     return memory[elements:].view(tensor.shape).copy_(tensor)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
