@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sketch import huge_pages
 from lightning_sketch.codecs import SM3, CodecState
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.kernels.fused import Kept
+from lightning_sketch.kernels.fused import Kept, Kind
 from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding import is_dtensor, local
@@ -38,6 +39,7 @@ class BoundPart:
         momentum_beta: the factor of that EMA.
         lazy: whether all-zero rows of a gradient count as absent.
         dtype: dtype of arithmetic.
+        sums_as: of its states.
         kept: what its steps found out.
     """
 
@@ -47,6 +49,7 @@ class BoundPart:
     momentum_beta: float
     lazy: bool
     dtype: torch.dtype
+    sums_as: Kind
     kept: Kept = field(default_factory=Kept)
 
     @classmethod
@@ -59,7 +62,9 @@ class BoundPart:
             states[state] = codec.bind(spec, tensors)
             if isinstance(codec, SM3):
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        return cls(part.rows(param), states, momentum, momentum_beta, part.layer.lazy, compute_dtype(param))
+        sums_as = max((state.sums_as for state in states.values()), default=Kind.NONE)  # of the second moment
+        lazy, dtype = part.layer.lazy, compute_dtype(param)
+        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, sums_as)
 
     def step(self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool) -> LayerStep:
         """One step, to be run (it modifies the parameter and its states in place).
@@ -142,6 +147,9 @@ class Bindings:
         bound = [BoundPart.bind(part, param, group, tensors) for part in parts]
         # On other devices launching kernels takes longer, and memory must be free as soon as states are moved away.
         if param.device.type == "cpu":
+            for tensor in (*(part.param for part in bound), *tensors.values()):
+                if isinstance(tensor, Tensor):
+                    huge_pages.move_there(tensor)
             self._kept[id(param)] = _Binding(param, parts, needed, tensors, bound)
         return bound
 

@@ -20,11 +20,13 @@ class RowGradient:
         shard: the parameter's shard.
         rows: local row ids, int64 ``[k]``, sorted and without duplicates; ``None`` when every row is present.
         values: ``[k, *row_shape]``, or ``[local_rows, *row_shape]`` when `rows` is ``None``; the parameter's dtype.
+        sums: of the squares of `values`, as `kernels.all_finite` made them.
     """
 
     shard: Shard
     rows: Tensor | None
     values: Tensor
+    sums: Tensor | None = None
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:

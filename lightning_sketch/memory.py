@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import CountSketch, allocate
+from lightning_sketch.codecs import Codec, CountSketch, Factored, RowWise, allocate
 from lightning_sketch.kernels import fused_kernel, native
 from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
@@ -21,7 +21,7 @@ from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
-# Rows whose means, or whose order by bucket, the CPU kernels hold at once, and the most partial sums of the columns.
+# Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
 # Of their strips: columns, bytes of the sketches in one and their depth at most, and bytes between two threads'.
 _STRIP, _STRIP_BYTES, _STRIP_DEPTH, _STRIP_GAP = 64, 8 << 20, 3, 4096 + 256
@@ -147,11 +147,19 @@ def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
 
 
 def _fused_bytes(part: LayerShard) -> int:
-    """Memory that the CPU kernels ask for: nothing in it is as large as the parameter."""
+    """Memory that the CPU kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
     depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
-    by_row = 4 * (1 + 2 * depth) * min(part.shard.local_rows, _WAVE)
+    rows = part.shard.local_rows
+    by_row = 8 * depth * min(rows, _WAVE)  # their order
+    if any(_wants_means(codec) for codec in part.layer.stored().values()):
+        by_row += 4 * (rows + 16)
     return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096 + _strip_bytes(part)
+
+
+def _wants_means(codec: Codec) -> bool:
+    """Whether its steps begin with the mean square of every row."""
+    return isinstance(codec, Factored) or (isinstance(codec, RowWise) and codec.compression > 1)
 
 
 def _strip_bytes(part: LayerShard) -> int:

@@ -14,6 +14,7 @@ from lightning_sketch.bound import BoundPart
 from lightning_sketch.flat import is_flat
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
+from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import show_shards
@@ -88,7 +89,11 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
         _refuse_replaced(optimizer)
     if optimizer._compression.nonfinite == "propagate" or not ours:
         return ours
-    oks = all_finite([gradient.values for own in ours for gradient in own.gradients])
+    gradients = [gradient for own in ours for gradient in own.gradients]
+    wanted = [kind for own in ours for kind in _sums_as(own)]
+    oks, sums = all_finite([gradient.values for gradient in gradients], wanted)
+    for gradient, made in zip(gradients, sums, strict=True):
+        gradient.sums = made
     groups = [_process_group(optimizer, own) for own in ours]
     if all(oks) and all(group is None for group in groups):
         return ours
@@ -165,6 +170,11 @@ def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
             f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
             f"{list(layer.shape)}; compress the new optimizer again"
         )
+
+
+def _sums_as(own: OwnTensor) -> list[Kind]:
+    """For each part, the sums of squares that its step wants beforehand; none before the first step."""
+    return [Kind.NONE] * len(own.gradients) if own.bound is None else [part.sums_as for part in own.bound]
 
 
 def _process_group(optimizer: CompressedOptimizer, own: OwnTensor) -> Any | None:

@@ -1,7 +1,8 @@
-"""Large states lie in memory for which huge pages were asked, where the system has them."""
+"""Large tables and states lie in memory for which huge pages were asked, where the system has them."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import Policy, RowWise, Rule, compress
-from lightning_sketch.huge_pages import HUGE_PAGE, full
+from lightning_sketch.huge_pages import HUGE_PAGE, full, move_there
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,12 @@ def flags(address: int) -> list[str]:
 
 
 def has_huge_pages() -> bool:
-    return sys.platform == "linux" and Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return sys.platform == "linux" and setting.exists() and "[never]" not in setting.read_text()
+
+
+def asked_for(tensor: torch.Tensor) -> bool:
+    return "hg" in flags(tensor.data_ptr() + tensor.nbytes // 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,12 +50,35 @@ def test_nothing_is_allocated_on_the_meta_device():
     assert full((1 << 40,), 0.0, torch.float32, torch.device("meta")).is_meta
 
 
-def test_large_states_ask_for_huge_pages():
+def converted() -> tuple[nn.Embedding, torch.optim.Optimizer]:
     table = nn.Embedding(4 * HUGE_PAGE, 1, sparse=True)
-    optimizer = compress(
-        torch.optim.Adagrad(table.parameters()), table, Policy([Rule(role="embedding", sum=RowWise())])
-    )
+    optimizer = torch.optim.Adagrad(table.parameters(), lr=0.5)
+    return table, compress(optimizer, table, Policy([Rule(role="embedding", sum=RowWise())]))
+
+
+def test_large_states_ask_for_huge_pages():
+    _, optimizer = converted()
     (state,) = optimizer.state.values()
-    asked = "hg" in flags(state["sum_row"].data_ptr() + state["sum_row"].nbytes // 2)
-    assert asked == has_huge_pages()
+    assert asked_for(state["sum_row"]) == has_huge_pages()
     assert torch.equal(state["sum_row"], torch.zeros(4 * HUGE_PAGE))
+
+
+def test_tables_and_loaded_states_move_there_at_the_first_step():
+    table, optimizer = converted()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = table.weight.detach().clone()
+    touched = torch.tensor([0, 5, 4 * HUGE_PAGE - 1])
+    table(touched).sum().backward()
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    assert asked_for(table.weight) == asked_for(state["sum_row"]) == has_huge_pages()
+    expected[touched] -= 0.5
+    torch.testing.assert_close(table.weight.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_moved_is_left_alone():
+    small, strided = torch.ones(3), torch.ones(4, HUGE_PAGE).t()
+    for tensor in (small, strided, torch.empty(0), torch.empty(HUGE_PAGE, 4, device="meta")):
+        move_there(tensor)
+    assert (small == 1).all()
+    assert (strided == 1).all()

@@ -14,6 +14,7 @@ from torch.optim import Adam, AdamW, RMSprop
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
+from lightning_sketch.kernels import native
 from lightning_sketch.memory import fused, transient_bytes
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 from tests.tiny import ADAM, CODECS, LOSSY, Tiny, on_table, train
@@ -147,15 +148,15 @@ def test_a_step_needs_no_more_than_the_reported_temporaries(name, dim, sparse):
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_temporaries_do_not_grow_with_the_table(name):
-    bounds = []
+def test_temporaries_grow_with_the_table_by_a_number_for_each_row_at_most(name):
+    bounds, means = [], 4 * BLOCK_NUMEL // 2 if name in ("factored", "sketched rows") and native.library() else 0
     for rows in (BLOCK_NUMEL // 4, 3 * BLOCK_NUMEL // 4):  # one block of rows of 4 elements, and three
         model = Tiny(rows=rows)
         optimizer = compress(Adam(model.parameters()), model, on_table(**CODECS[name]))
         (part,) = next(iter(optimizer.compressed_tensors()))[2]
         bounds.append(transient_bytes(optimizer.rule, part, model.table.weight))
         assert report(optimizer).transient == bounds[-1]
-    assert bounds[0] == bounds[1]
+    assert bounds[1] == bounds[0] + means
 
 
 def test_lazy_dense_gradients_cost_a_copy():

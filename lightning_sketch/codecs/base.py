@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import huge_pages
-from lightning_sketch.kernels.fused import Stored
+from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 
 #: What lies in ``optimizer.state[param]``: tensors, and Python floats for scalars that the host must read every step
@@ -67,6 +67,8 @@ class CodecState(ABC):
 
     #: Whether an estimate may hold what belongs to other rows.
     mixes_rows: bool = False
+    #: As which kind of state fused kernels want sums of the gradient's squares beforehand; NONE if they do not.
+    sums_as: Kind = Kind.NONE
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec

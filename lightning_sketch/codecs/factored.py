@@ -41,6 +41,8 @@ class Factored(Codec):
 
 
 class _Factored(CodecState):
+    sums_as = Kind.FACTORED
+
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.row: Tensor = self["row"]  # [local_rows], divided by self["scale"]

@@ -102,6 +102,8 @@ class _Rows(CodecState):
 
 
 class _SketchedRows(CodecState):
+    sums_as = Kind.ROW_SKETCH
+
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
         super().__init__(spec, tensors)
         self.inner = inner

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.fused import DTYPES, FusedStep
+from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kind
 
 FusedKernel = Callable[[Sequence[FusedStep]], None]
 
@@ -29,19 +29,29 @@ def fused_kernel(device: torch.device) -> FusedKernel | None:
 
 
 @_disable_dynamo
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether all elements of each tensor are finite, with one synchronisation if they are."""
+def all_finite(tensors: Sequence[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool], list[Tensor | None]]:
+    """Whether all elements of each tensor are finite, with one synchronisation if they are.
+
+    Args:
+        tensors: gradients, ``[k, *row_shape]``.
+        wanted: for each, the kind of the second state that its step will have, if the step needs sums of all squares
+            before the first update: where a kernel looks at the gradients, it makes them in the same pass.
+
+    Returns:
+        for each tensor whether it is finite; and the sums for `FusedStep.sums`, ``None`` where none were made.
+    """
     if not tensors:
-        return []
+        return [], []
     if native.library() is not None and all(map(_plain, tensors)):
         from lightning_sketch.kernels import cpu  # defines torch operators
 
-        return cpu.all_finite(list(tensors))
+        return cpu.all_finite(list(tensors), wanted)
     # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
     # not finite may just have overflowed, so then look closer.
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
-    return [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
+    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
+    return found, [None] * len(found)
 
 
 @_disable_dynamo

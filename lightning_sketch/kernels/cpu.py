@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,11 +17,11 @@ from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
 _STATE = struct.Struct("@ 4i q Q 4f 3q")
-_HEAD = struct.Struct("@ 4q 3q 4i 7f i q")  # a layer without its three states
+_HEAD = struct.Struct("@ 4q 4q 4i 7f i q")  # a layer without its three states
 _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
 # What in them is something else at every step, and where it begins.
 _STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
-_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 3q 4i 7f"), struct.calcsize("@ 4q")
+_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f"), struct.calcsize("@ 4q")
 
 _ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
@@ -31,6 +32,7 @@ def step(layers: Sequence[FusedStep]) -> None:
     """Perform the steps of all `layers`, together on torch's threads."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
+    sums: list[Tensor] = []
     ids: list[Tensor] = []
     states: list[Tensor] = []
     packed = bytearray()
@@ -38,21 +40,42 @@ def step(layers: Sequence[FusedStep]) -> None:
         if layer.grad.numel() == 0:
             continue
         for part in _parts(layer):
-            packed += _pack(part, params, grads, ids, states)
+            packed += _pack(part, params, grads, sums, ids, states)
     if packed:
-        _launch(params, grads, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
+        _launch(params, grads, sums, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
 
 
 def _launch(
-    params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor], program: Tensor
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    ids: list[Tensor],
+    states: list[Tensor],
+    program: Tensor,
 ) -> None:
-    torch.ops.lightning_sketch.fused_step(params, grads, ids, states, program)
+    torch.ops.lightning_sketch.fused_step(params, grads, sums, ids, states, program)
 
 
-def all_finite(tensors: list[Tensor]) -> list[bool]:
-    """Whether all elements of each tensor are finite; contiguous, float32 or bfloat16."""
-    found: Tensor = torch.ops.lightning_sketch.all_finite(tensors)
-    return [bool(x) for x in found.tolist()]
+def all_finite(tensors: list[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool], list[Tensor | None]]:
+    """What `kernels.all_finite` says, of contiguous tensors of float32 or bfloat16."""
+    sums: list[Tensor | None] = [None] * len(tensors)
+    made: list[Tensor] = []
+    of: list[int] = []
+    for i, (tensor, kind) in enumerate(zip(tensors, wanted, strict=True)):
+        if kind != Kind.NONE and (numel := tensor.numel()):
+            sums[i] = own = torch.empty(_sums_numel(tensor.shape[0], numel // tensor.shape[0], kind))
+            made.append(own)
+            of.append(i)
+    found: Tensor = torch.ops.lightning_sketch.all_finite(tensors, made, of, [int(wanted[i]) for i in of])
+    return [bool(x) for x in found.tolist()], sums
+
+
+@functools.cache  # every step asks for every layer; sparse gradients of other lengths for more
+def _sums_numel(rows: int, columns: int, kind: Kind) -> int:
+    lib = native.library()
+    assert lib is not None
+    numel: int = lib.lightning_sketch_sums(ctypes.c_int64(rows), ctypes.c_int64(columns), kind)
+    return numel
 
 
 def _parts(layer: FusedStep) -> list[FusedStep]:
@@ -92,7 +115,12 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
 
 
 def _pack(
-    step: FusedStep, params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor]
+    step: FusedStep,
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    ids: list[Tensor],
+    states: list[Tensor],
 ) -> bytearray:
     """The step as a ``Layer``; its tensors are appended to the lists."""
     kept = step.kept if step.ids is None else None  # other rows at every step
@@ -105,12 +133,17 @@ def _pack(
     grads.append(step.grad)
     if step.ids is not None:
         ids.append(step.ids)
+    # They are of the gradient without weight decay.
+    made = None if step.weight_decay else step.sums
+    if made is not None:
+        sums.append(made)
     _HEAD_STEP.pack_into(
         packed,
         _HEAD_STEP_AT,
         0 if step.ids is None else len(ids),
         len(params),
         len(grads),
+        0 if made is None else len(sums),
         _BFLOAT16[step.param.dtype],
         step.ids is None or len(step.ids) == len(step.param),
         step.negate,
@@ -160,12 +193,17 @@ def _layout(step: FusedStep) -> bytearray:
 
 
 def _fused_step(
-    params: list[Tensor], grads: list[Tensor], ids: list[Tensor], states: list[Tensor], program: Tensor
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    ids: list[Tensor],
+    states: list[Tensor],
+    program: Tensor,
 ) -> None:
     lib = native.library()
     assert lib is not None
     count = ctypes.c_int64(program.numel() // _LAYER_BYTES)
-    tensors = [_addresses(some) for some in (params, grads, ids, states)]
+    tensors = [_addresses(some) for some in (params, grads, sums, ids, states)]
     threads = torch.get_num_threads()
     layers = ctypes.create_string_buffer(program.numel())  # the operator does not change its arguments
     lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors)
@@ -185,16 +223,22 @@ def _addresses(tensors: list[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _all_finite(tensors: list[Tensor]) -> Tensor:
+def _all_finite(tensors: list[Tensor], sums: list[Tensor], of: list[int], kinds: list[int]) -> Tensor:
     lib = native.library()
     assert lib is not None
     count = len(tensors)
+    addresses, rows, sums_for = (ctypes.c_void_p * count)(), (ctypes.c_int64 * count)(), (ctypes.c_int32 * count)()
+    for i, made, kind in zip(of, sums, kinds, strict=True):
+        addresses[i], rows[i], sums_for[i] = made.data_ptr(), tensors[i].shape[0], kind
     found = torch.empty(count, dtype=torch.uint8)
     failed = lib.lightning_sketch_finite(
         _addresses(tensors),
         (ctypes.c_int64 * count)(*[t.numel() for t in tensors]),
         (ctypes.c_int32 * count)(*[_BFLOAT16[t.dtype] for t in tensors]),
         ctypes.c_int64(count),
+        addresses,
+        rows,
+        sums_for,
         ctypes.c_void_p(found.data_ptr()),
         torch.get_num_threads(),
         native.isa(),
@@ -206,12 +250,15 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
 
 _OPERATORS = torch.library.Library("lightning_sketch", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMAS = (
-    "fused_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] ids, Tensor(b!)[] states, Tensor program) -> ()",
-    "all_finite(Tensor[] tensors) -> Tensor",
+    "fused_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] sums, Tensor[] ids, Tensor(b!)[] states, Tensor program)"
+    " -> ()",
+    "all_finite(Tensor[] tensors, Tensor(a!)[] sums, int[] of, int[] kinds) -> Tensor",
 )
 for schema in _SCHEMAS:
     _OPERATORS.define(schema)  # type: ignore[no-untyped-call]
 _OPERATORS.impl("fused_step", _fused_step, "CPU")  # type: ignore[no-untyped-call]
 _OPERATORS.impl("all_finite", _all_finite, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("lightning_sketch::fused_step", lambda params, grads, ids, states, program: None)
-torch.library.register_fake("lightning_sketch::all_finite", lambda tensors: torch.empty(len(tensors), dtype=torch.bool))
+torch.library.register_fake("lightning_sketch::fused_step", lambda params, grads, sums, ids, states, program: None)
+torch.library.register_fake(
+    "lightning_sketch::all_finite", lambda tensors, sums, of, kinds: torch.empty(len(tensors), dtype=torch.bool)
+)

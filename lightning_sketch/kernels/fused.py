@@ -84,6 +84,7 @@ class FusedStep:
         param: rows of the parameter, ``[local_rows, *row_shape]``, contiguous (modified in place).
         grad: ``[k, *row_shape]``, contiguous, the parameter's dtype.
         ids: local row ids, int64 ``[k]``; ``None`` for all rows in order.
+        sums: what `all_finite` made of `grad` for the second state; ``None`` for nothing.
         row_offset: global id of local row 0.
         column_offset: of the elements held here within the flattened row.
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
@@ -98,6 +99,7 @@ class FusedStep:
     param: Tensor
     grad: Tensor
     ids: Tensor | None
+    sums: Tensor | None
     row_offset: int
     column_offset: int
     second: Stored | None

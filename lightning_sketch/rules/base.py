@@ -90,6 +90,7 @@ class LayerStep:
             self.param,
             gradient.values,
             None if gradient.rows is None else gradient.rows.contiguous(),
+            gradient.sums,
             shard.row_offset,
             shard.column_offset,
             _stored(self.states.get(second)) if second else None,

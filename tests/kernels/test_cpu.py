@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch.kernels import all_finite, cpu, native
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.fused import FusedStep, Kind
 from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_isa, by_reference, check, threads, train
 from tests.tiny import assert_same
 
@@ -193,11 +193,12 @@ def test_elementwise_steps_of_narrow_layers_are_cut_into_lines(fused: list[Fused
 def test_finite(bad: float, dtype: torch.dtype) -> None:
     sizes = (0, 1, 17, 1000, 300_001)
     good = [torch.full((size,), torch.finfo(dtype).max, dtype=dtype) for size in sizes]
-    assert all_finite(good) == [True] * len(sizes)
+    nothing = [Kind.NONE] * len(sizes)
+    assert all_finite(good, nothing) == ([True] * len(sizes), [None] * len(sizes))
     for at in (0, 1, 16, 299_999, 300_000):
         tensors = [tensor.clone() for tensor in good]
         tensors[-1][at] = bad
-        assert all_finite(tensors) == [True] * (len(sizes) - 1) + [False]
+        assert all_finite(tensors, nothing)[0] == [True] * (len(sizes) - 1) + [False]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -212,7 +213,8 @@ def test_the_operators_are_what_they_say(sparse: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(cpu, "_launch", spy)
     train(Case("adamw", CountSketch(compression=4), BFloat16(), 20, 10, sparse=sparse, steps=1))
     opcheck(torch.ops.lightning_sketch.fused_step.default, given[0])
-    opcheck(torch.ops.lightning_sketch.all_finite.default, ([torch.ones(3), torch.ones(2, 2)],))
+    gradients, sums = [torch.ones(3), torch.ones(2, 2)], [torch.empty(18)]
+    opcheck(torch.ops.lightning_sketch.all_finite.default, (gradients, sums, [1], [int(Kind.FACTORED)]))
 
 
 def cpu_copy(argument: object) -> object:

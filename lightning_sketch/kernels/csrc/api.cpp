@@ -28,7 +28,7 @@ static_assert(STRIP_BYTES / (STRIP * 4) * 2 <= 1 << 16, "a bucket's place and a 
 constexpr int64_t GAP = 4096;
 constexpr int64_t NARROW = 64;                // columns, below which sketches are cut by depth and not by columns
 constexpr int64_t TILE = 128;                 // columns of a sketch inserted at once
-constexpr int64_t WAVE = 1 << 14;             // rows whose means or order by bucket are in memory at once
+constexpr int64_t WAVE = 1 << 14;             // rows whose order by bucket is in memory at once
 constexpr int64_t BUCKET_TASKS = 32;          // tasks of a depth that is inserted by bucket
 
 struct Task {
@@ -50,6 +50,26 @@ int64_t apply_rows(const Layer& layer) {
 int64_t reduce_rows(const Layer& layer) { return std::max(REDUCE_ROWS, (layer.rows + REDUCE_TASKS - 1) / REDUCE_TASKS); }
 
 int64_t reduce_tasks(const Layer& layer) { return (layer.rows + reduce_rows(layer) - 1) / reduce_rows(layer); }
+
+// Floats of the sums of a gradient's squares that such a second state wants before the first update.
+int64_t sums_floats(const Layer& layer) {
+    return padded(layer.rows) + (layer.second.kind == FACTORED ? reduce_tasks(layer) * layer.columns : 0);
+}
+
+float* partial_columns(const Layer& layer, int64_t task) {
+    return layer.second.kind == FACTORED ? layer.sums + padded(layer.rows) + task * layer.columns : nullptr;
+}
+
+// The tasks that make them.
+void add_reductions(const Layer& layer, int index, std::vector<Task>& tasks) {
+    if (layer.second.kind == FACTORED) std::fill(partial_columns(layer, 0), layer.sums + sums_floats(layer), 0.0f);
+    for (int64_t at = 0; at < layer.rows; at += reduce_rows(layer))
+        tasks.push_back({index, at, std::min(at + reduce_rows(layer), layer.rows)});
+}
+
+bool reduce(const Steps& steps, const Layer& layer, const Task& task) {
+    return steps.reduce_rows(layer, task.begin, task.end, partial_columns(layer, task.begin / reduce_rows(layer)));
+}
 
 // Hands out pieces of one buffer; without a buffer it only counts.
 struct Arena {
@@ -123,7 +143,7 @@ void sort_rows(const Layer& layer, const State& state, int level, int64_t begin,
 
 // Where the temporaries of every layer lie.
 struct Scratch {
-    std::vector<float*> partial_columns;  // FACTORED: [reduce_tasks, columns]
+    std::vector<bool> reduces;            // whether the sums of squares are to be made, which lie here then
     std::vector<float*> largest;          // SM3: [columns], shared
     std::vector<Order> orders;            // SKETCH
     std::vector<uint16_t*> codes;         // SKETCH in strips: [rows, depth]
@@ -135,12 +155,10 @@ struct Scratch {
         for (int64_t i = 0; i < count; i++) {
             Layer& layer = layers[i];
             State& second = layer.second;
-            float *partial = nullptr, *most = nullptr;
-            if (second.kind == ROW_SKETCH) second.scratch = arena.take<float>(std::min(layer.rows, WAVE));
-            if (second.kind == FACTORED) {
-                second.scratch = arena.take<float>(padded(layer.columns));
-                partial = arena.take<float>(reduce_tasks(layer) * layer.columns);
-            }
+            float* most = nullptr;
+            reduces.push_back(!layer.sums && (second.kind == ROW_SKETCH || second.kind == FACTORED));
+            if (reduces.back()) layer.sums = arena.take<float>(sums_floats(layer));
+            if (second.kind == FACTORED) second.scratch = arena.take<float>(padded(layer.columns));
             if (second.kind == SM3) {
                 second.scratch = arena.take<float>(padded(layer.columns));
                 most = arena.take<float>(padded(layer.columns));
@@ -161,7 +179,6 @@ struct Scratch {
             orders.push_back(order);
             for (State* state : {&layer.second, &layer.first})
                 if (state->kind == STOCHASTIC) state->scratch = arena.take<uint32_t>(padded(layer.columns));
-            partial_columns.push_back(partial);
             largest.push_back(most);
         }
         for (int i = 0; i < threads; i++) {
@@ -181,12 +198,10 @@ class Run {
 
     void run() {
         prepare();
+        reduce_all();
         int64_t most = 0;
         for (int64_t i = 0; i < count_; i++) most = std::max(most, layers_[i].rows);
-        for (int64_t wave = 0; wave < most; wave += WAVE) {
-            reduce(wave);
-            insert(wave);
-        }
+        for (int64_t wave = 0; wave < most; wave += WAVE) insert(wave);
         apply();
         commit();
     }
@@ -215,42 +230,27 @@ class Run {
                 std::fill(most, most + layer.columns, 0.0f);
                 if (!layer.all_rows) std::copy_n(before, layer.columns, most);
             }
-            if (float* partial = scratch_.partial_columns[i])
-                std::fill(partial, partial + reduce_tasks(layer) * layer.columns, 0.0f);
         }
     }
 
-    // Sums over rows. Those that need memory for every row are made wave by wave, the others in the first.
-    void reduce(int64_t wave) {
+    void reduce_all() {
         std::vector<Task> tasks;
-        for (int i = 0; i < count_; i++) {
-            Layer& layer = layers_[i];
-            layer.wave = wave;
-            int64_t begin = 0, end = 0;
-            if (layer.second.kind == FACTORED && wave == 0) end = layer.rows;
-            if (layer.second.kind == ROW_SKETCH) begin = wave, end = std::min(wave + WAVE, layer.rows);
-            for (int64_t at = begin; at < end; at += reduce_rows(layer))
-                tasks.push_back({i, at, std::min(at + reduce_rows(layer), end)});
-        }
+        for (int i = 0; i < count_; i++)
+            if (scratch_.reduces[i]) add_reductions(layers_[i], i, tasks);
         each(tasks, &Run::reduce_task);
-        for (int64_t i = 0; i < count_ && wave == 0; i++)
-            if (layers_[i].second.kind == FACTORED) finish_columns(layers_[i], scratch_.partial_columns[i]);
+        for (int64_t i = 0; i < count_; i++)
+            if (layers_[i].second.kind == FACTORED) finish_columns(layers_[i]);
     }
 
-    void reduce_task(const Task& task, int) {
-        const Layer& layer = layers_[task.layer];
-        float* partial = scratch_.partial_columns[task.layer];
-        if (partial) partial += task.begin / reduce_rows(layer) * layer.columns;
-        steps_.reduce_rows(layer, task.begin, task.end, partial);
-    }
+    void reduce_task(const Task& task, int) { reduce(steps_, layers_[task.layer], task); }
 
-    static void finish_columns(const Layer& layer, const float* partial) {
+    static void finish_columns(const Layer& layer) {
         const State& state = layer.second;
         float* shape = static_cast<float*>(state.scratch);
         double total = 0.0;
         for (int64_t c = 0; c < layer.columns; c++) {
             float sum = 0.0f;
-            for (int64_t task = 0; task < reduce_tasks(layer); task++) sum += partial[task * layer.columns + c];
+            for (int64_t task = 0; task < reduce_tasks(layer); task++) sum += partial_columns(layer, task)[c];
             state.columns[c] += sum * state.column_weight;
             total += state.columns[c];
         }
@@ -265,12 +265,13 @@ class Run {
     void insert(int64_t wave) {
         std::vector<Task> sorts, tasks;
         for (int i = 0; i < count_; i++) {
-            const Layer& layer = layers_[i];
+            Layer& layer = layers_[i];
             if (wave >= layer.rows) continue;
+            layer.wave = wave;
             int64_t end = std::min(wave + WAVE, layer.rows);
-            if (layer.second.kind == ROW_SKETCH)
+            if (layer.second.kind == ROW_SKETCH && wave == 0)
                 for (int level = 0; level < layer.second.depth; level++)
-                    tasks.push_back({i, wave, end, level, level + 1, true});
+                    tasks.push_back({i, 0, layer.rows, level, level + 1, true});
             if (scratch_.codes[i]) sorts.push_back({i, wave, end});
             if (!uses(layer, SKETCH) || scratch_.codes[i]) continue;
             int depth = std::max(layer.second.depth, layer.first.depth);
@@ -381,13 +382,13 @@ EXPORT int lightning_sketch_isa() {
 
 // To be compared with what Python believes.
 // Of this interface: Python refuses a library that was compiled for another.
-EXPORT int lightning_sketch_version() { return 2; }
+EXPORT int lightning_sketch_version() { return 3; }
 
 EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }
 
 // A copy of the layers with addresses in place of positions (from 1; 0 for none) in the lists of tensors.
 EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* layers, void* const* params,
-                                     void* const* grads, void* const* ids, void* const* states) {
+                                     void* const* grads, void* const* sums, void* const* ids, void* const* states) {
     auto at = [](void* const* list, const void* position) {
         uintptr_t index = reinterpret_cast<uintptr_t>(position);
         return index ? list[index - 1] : nullptr;
@@ -397,6 +398,7 @@ EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* 
         Layer& layer = layers[i];
         layer.param = at(params, layer.param);
         layer.grad = at(grads, layer.grad);
+        layer.sums = static_cast<float*>(at(sums, layer.sums));
         layer.ids = static_cast<const int64_t*>(at(ids, layer.ids));
         for (State* state : {&layer.second, &layer.first, &layer.momentum}) {
             state->data = at(states, state->data);
@@ -421,23 +423,59 @@ EXPORT int lightning_sketch_step(Layer* layers, int64_t count, int threads, int 
     return 0;
 }
 
-// Whether every value of each tensor is finite: found[i] is 0 or 1.
+// Floats of the sums of squares that a second state of a kind wants of a gradient; the layout is `Layer::sums`'.
+EXPORT int64_t lightning_sketch_sums(int64_t rows, int64_t columns, int32_t kind) {
+    Layer layer{};
+    layer.rows = rows, layer.columns = columns, layer.second.kind = kind;
+    return sums_floats(layer);
+}
+
+// Whether every value of each tensor is finite: found[i] is 0 or 1. Of tensors of rows[i] rows that sums[i] is not null for,
+// the same pass makes the sums of squares that a second state of kinds[i] wants.
 EXPORT int lightning_sketch_finite(const void** tensors, const int64_t* numels, const int32_t* dtypes, int64_t count,
-                                   uint8_t* found, int threads, int isa, void* parallel) {
+                                   float* const* sums, const int64_t* rows, const int32_t* kinds, uint8_t* found,
+                                   int threads, int isa, void* parallel) {
     const Steps* steps = steps_for(isa);
     if (!steps) return 1;
-    std::vector<Task> tasks;
-    for (int i = 0; i < count; i++)
-        for (int64_t at = 0; at < numels[i]; at += FINITE_NUMEL)
-            tasks.push_back({i, at, std::min(at + FINITE_NUMEL, numels[i])});
+    std::vector<Layer> layers(static_cast<size_t>(count), Layer{});
     std::vector<std::atomic<uint8_t>> bad(static_cast<size_t>(count));
-    parallel_for(reinterpret_cast<Parallel>(parallel), threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
-        const Task& task = tasks[i];
-        int64_t size = dtypes[task.layer] == BFLOAT16 ? 2 : 4;
+    std::vector<Task> looks, reductions;
+    auto look = [&](int i) {
+        for (int64_t at = 0; at < numels[i]; at += FINITE_NUMEL)
+            looks.push_back({i, at, std::min(at + FINITE_NUMEL, numels[i])});
+    };
+    auto look_through = [&](int64_t at, int) {
+        const Task& task = looks[at];
         if (bad[task.layer]) return;
-        const char* from = static_cast<const char*>(tensors[task.layer]) + task.begin * size;
+        const char* from = static_cast<const char*>(tensors[task.layer]);
+        from += task.begin * (dtypes[task.layer] == BFLOAT16 ? 2 : 4);
         if (!steps->finite(from, task.end - task.begin, dtypes[task.layer])) bad[task.layer] = 1;
+    };
+    for (int i = 0; i < count; i++) {
+        Layer& layer = layers[i];
+        layer.grad = tensors[i], layer.dtype = dtypes[i], layer.sums = sums[i], layer.second.kind = kinds[i];
+        if (sums[i] && numels[i]) {
+            layer.rows = rows[i], layer.columns = numels[i] / rows[i];
+            add_reductions(layer, i, reductions);
+        } else {
+            look(i);
+        }
+    }
+    auto go = reinterpret_cast<Parallel>(parallel);
+    int64_t first = static_cast<int64_t>(looks.size()), others = static_cast<int64_t>(reductions.size());
+    parallel_for(go, threads, first + others, [&](int64_t at, int thread) {
+        if (at < first) return look_through(at, thread);
+        const Task& task = reductions[at - first];
+        if (!reduce(*steps, layers[task.layer], task)) bad[task.layer] = 1;
     });
+    // Squares of finite values may have overflowed.
+    looks.clear();
+    for (int i = 0; i < count; i++)
+        if (sums[i] && bad[i]) {
+            bad[i] = 0;
+            look(i);
+        }
+    parallel_for(go, threads, static_cast<int64_t>(looks.size()), look_through);
     for (int64_t i = 0; i < count; i++) found[i] = !bad[i];
     return 0;
 }

@@ -42,6 +42,9 @@ struct Layer {
     const int64_t* ids;                 // [rows], local row ids; null: all rows in order
     void* param;
     const void* grad;
+    // Sums of the gradient's squares, made beforehand: the means of all rows, padded, then of a FACTORED state the partial
+    // sums of the columns. Null where there are none: the driver makes those that are needed.
+    float* sums;
     int32_t dtype;       // of param and grad
     int32_t all_rows;    // whether every row of the parameter is in the gradient
     int32_t negate;      // maximize
@@ -54,6 +57,6 @@ struct Layer {
     float bound;
     float nesterov;  // 0, or the momentum factor
     int32_t unused;
-    int64_t wave;  // first of the rows whose means lie in the scratch of a ROW_SKETCH; set by the driver
+    int64_t wave;  // first of the rows whose order by bucket is in memory; set by the driver
     State second, first, momentum;  // momentum: SM3's EMA of the preconditioned gradient
 };

@@ -250,43 +250,46 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
 }
 
 void insert_means(const Layer& layer, const State& state, int level, int64_t begin, int64_t end) {
-    const float* means = (const float*)state.scratch;
     float* table = (float*)state.data + level * state.width;
     for (int64_t i = begin; i < end; i++) {
         Bucket b = bucket_of(state, (uint64_t)(row_of(layer, i) + layer.row_offset), level);
-        table[b.index] += means[i - layer.wave] * state.weight;
+        table[b.index] += layer.sums[i] * state.weight;
     }
 }
 
-void reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
-    const State& state = layer.second;
-    alignas(64) float buffer[CHUNK];
-    for (int64_t i = begin; i < end; i++) {
-        if (state.kind == ROW_SKETCH) {
-            ((float*)state.scratch)[i - layer.wave] = mean_square(layer, i, buffer);
-            continue;
-        }
-        Squares squares;
-        for (int64_t c = 0; c < layer.columns; c += CHUNK) {
-            int64_t count = least(CHUNK, layer.columns - c), j = 0;
-            const float* g = gradient_of(layer, i, c, count, buffer);
-            float* partial = partial_columns + c;
-            for (; j + 4 * LANES <= count; j += 4 * LANES)
-                for (int k = 0; k < 4; k++) {
-                    __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
-                    F x = load(g + j + k * LANES), square = x * x;
-                    squares.total[k] += square;
-                    store(partial + j + k * LANES, load(partial + j + k * LANES) + square);
-                }
-            for (; j < count; j += LANES) {
-                F x = load(g + j);
-                int64_t some = least(count - j, LANES);
-                squares.add(x);
-                store_part(partial + j, load_part(partial + j, some) + x * x, some);
+// A row's mean of squares, and its squares added to the columns' sums.
+inline float add_squares(const Layer& layer, int64_t i, float* buffer, float* columns) {
+    Squares squares;
+    for (int64_t c = 0; c < layer.columns; c += CHUNK) {
+        int64_t count = least(CHUNK, layer.columns - c), j = 0;
+        const float* g = gradient_of(layer, i, c, count, buffer);
+        float* partial = columns + c;
+        for (; j + 4 * LANES <= count; j += 4 * LANES)
+            for (int k = 0; k < 4; k++) {
+                __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
+                F x = load(g + j + k * LANES), square = x * x;
+                squares.total[k] += square;
+                store(partial + j + k * LANES, load(partial + j + k * LANES) + square);
             }
+        for (; j < count; j += LANES) {
+            F x = load(g + j);
+            int64_t some = least(count - j, LANES);
+            squares.add(x);
+            store_part(partial + j, load_part(partial + j, some) + x * x, some);
         }
-        ((float*)state.data)[row_of(layer, i)] += squares.mean(layer.columns) * state.weight;
     }
+    return squares.mean(layer.columns);
+}
+
+bool reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
+    alignas(64) float buffer[CHUNK];
+    bool all_finite = true;
+    for (int64_t i = begin; i < end; i++) {
+        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer);
+        layer.sums[i] = mean;
+        all_finite &= mean - mean == 0.0f;
+    }
+    return all_finite;
 }
 
 inline float sketched_row(const Layer& layer, const State& state, int64_t row) {
@@ -699,13 +702,13 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
 
             float row_v = 0.0f;
             F largest_row = {};
-            if (second.kind == ROW) {
+            if (second.kind == ROW || second.kind == FACTORED) {
                 float* stored = (float*)second.data + row;
-                *stored += mean_square(layer, i, buffers.gradient) * second.weight;
+                *stored += (layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient)) * second.weight;
                 row_v = *stored * second.scale;
             } else if (second.kind == ROW_SKETCH) {
                 row_v = sketched_row(layer, second, row);
-            } else if (second.kind == SM3 || second.kind == FACTORED) {
+            } else if (second.kind == SM3) {
                 row_v = ((float*)second.data)[row] * second.scale;
             }
 

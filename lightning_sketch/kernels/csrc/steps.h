@@ -8,16 +8,16 @@ constexpr int STRIP_DEPTH = 3;  // of sketches that are stepped in strips, at mo
 constexpr int64_t STRIP = 64;   // columns of a strip, at most
 
 struct Steps {
-    // Sums over the layer's rows [begin, end) that all rows must be in before one is read: row means, and column sums
-    // into partial_columns[columns].
-    void (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
+    // Means of the squares of rows [begin, end) into the layer's sums, and sums of the columns' squares, if asked for, into
+    // partial_columns[columns]. Returns whether the means are finite.
+    bool (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
     // Insert columns [begin, end) of all rows into the sketches, at the depths [first_level, last_level).
     void (*insert)(const Layer&, int64_t begin, int64_t end, int first_level, int last_level);
     // Insert the rows of buckets [begin, end) at one depth: of the layer's wave, rows
     // order[starts[b]..starts[b + 1]) lie in bucket b.
     void (*insert_buckets)(const Layer&, int level, int64_t begin, int64_t end, const int32_t* starts,
                            const int32_t* order, bool into_second, bool into_first);
-    // Insert the means of rows [begin, end), in the state's scratch, into one depth of a sketch.
+    // Insert the means of rows [begin, end) into one depth of a sketch.
     void (*insert_means)(const Layer&, const State&, int level, int64_t begin, int64_t end);
     // Where rows [begin, end) lie in the sketches: codes[row * depth + level] is the place among a table's
     // depth * width rows, times two, plus one if the sign is negative.

@@ -99,6 +99,7 @@ class Program:
                 param=param,
                 grad=grad,
                 ids=rows,
+                sums=None,
                 row_offset=row_offset,
                 column_offset=column_offset,
                 second=state(),
