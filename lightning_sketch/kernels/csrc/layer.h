@@ -32,7 +32,7 @@ struct State {
     float scale;
     void* data;
     float* columns;
-    void* scratch;  // set by plan_scratch
+    void* scratch;  // set by the driver
 };
 
 struct Layer {

@@ -13,14 +13,19 @@ struct Steps {
     bool (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
     // Insert columns [begin, end) of all rows into the sketches, at the depths [first_level, last_level).
     void (*insert)(const Layer&, int64_t begin, int64_t end, int first_level, int last_level);
+    // Insert all rows whose buckets at one depth lie in the given one of so many equal parts of the sketches; they were hashed.
+    void (*insert_scattered)(const Layer&, int level, int64_t part, int64_t parts);
     // Insert the rows of buckets [begin, end) at one depth: of the layer's wave, rows
     // order[starts[b]..starts[b + 1]) lie in bucket b.
     void (*insert_buckets)(const Layer&, int level, int64_t begin, int64_t end, const int32_t* starts,
                            const int32_t* order, bool into_second, bool into_first);
     // Insert the means of rows [begin, end) into one depth of a sketch.
     void (*insert_means)(const Layer&, const State&, int level, int64_t begin, int64_t end);
-    // Where rows [begin, end) lie in the sketches: codes[row * depth + level] is the place among a table's
-    // depth * width rows, times two, plus one if the sign is negative.
+    // Where rows [begin, end) lie in a sketch, into its scratch: codes[level * rows + row] is the bucket, times two, plus one if
+    // the sign is negative.
+    void (*hash_state)(const Layer&, const State&, int64_t begin, int64_t end);
+    // The same for strips: codes[row * depth + level] has the place among a table's
+    // depth * width rows in place of the bucket.
     void (*hash_rows)(const Layer&, int64_t begin, int64_t end, uint16_t* codes);
     // The whole step of columns [begin, end), at most STRIP of them, of all rows: insertion, then update. `tables` has
     // depth * width * STRIP floats for every sketch.

@@ -1,0 +1,200 @@
+// One step of many layers, pass by pass.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "parallel.h"
+#include "plan.h"
+
+namespace {
+
+class Run {
+  public:
+    Run(const Steps& steps, Parallel parallel, Layer* layers, int64_t count, int threads, char* memory)
+        : steps_(steps), parallel_(parallel), layers_(layers), count_(count), threads_(threads), arena_{memory},
+          scratch_(layers, count, threads, arena_), locks_(new std::mutex[count]) {}
+
+    void run() {
+        prepare();
+        reduce_all();
+        int64_t most = 0;
+        for (int64_t i = 0; i < count_; i++) most = std::max(most, layers_[i].rows);
+        for (int64_t wave = 0; wave < most; wave += WAVE) insert(wave);
+        apply();
+        commit();
+    }
+
+  private:
+    void each(const std::vector<Task>& tasks, void (Run::*work)(const Task&, int)) {
+        parallel_for(parallel_, threads_, static_cast<int64_t>(tasks.size()),
+                     [&](int64_t i, int thread) { (this->*work)(tasks[i], thread); });
+    }
+
+    void prepare() {
+        for (int64_t i = 0; i < count_; i++) {
+            Layer& layer = layers_[i];
+            for (State* state : {&layer.second, &layer.first})
+                if (state->kind == STOCHASTIC) {
+                    uint32_t* noise = static_cast<uint32_t*>(state->scratch);
+                    std::fill(noise + layer.columns, noise + padded(layer.columns), 0u);
+                    steps_.column_noise(layer, *state, noise);
+                }
+            if (float* most = scratch_.largest[i]) {
+                // A vector has no columns to be bounded by.
+                float* before = static_cast<float*>(layer.second.scratch);
+                std::fill(before, before + padded(layer.columns), INFINITY);
+                if (layer.second.columns) std::copy_n(layer.second.columns, layer.columns, before);
+                // With every row present the maximum is assigned; absent rows are bounded by the old value.
+                std::fill(most, most + layer.columns, 0.0f);
+                if (!layer.all_rows) std::copy_n(before, layer.columns, most);
+            }
+        }
+    }
+
+    void reduce_all() {
+        std::vector<Task> tasks;
+        for (int i = 0; i < count_; i++)
+            if (scratch_.reduces[i]) add_reductions(layers_[i], i, tasks);
+        each(tasks, &Run::reduce_task);
+        for (int64_t i = 0; i < count_; i++)
+            if (layers_[i].second.kind == FACTORED) finish_columns(layers_[i]);
+    }
+
+    void reduce_task(const Task& task, int) { reduce(steps_, layers_[task.layer], task); }
+
+    static void finish_columns(const Layer& layer) {
+        const State& state = layer.second;
+        float* shape = static_cast<float*>(state.scratch);
+        double total = 0.0;
+        for (int64_t c = 0; c < layer.columns; c++) {
+            float sum = 0.0f;
+            for (int64_t task = 0; task < reduce_tasks(layer); task++) sum += partial_columns(layer, task)[c];
+            state.columns[c] += sum * state.column_weight;
+            total += state.columns[c];
+        }
+        float mean = static_cast<float>(total / static_cast<double>(layer.columns));
+        std::fill(shape, shape + padded(layer.columns), 0.0f);
+        for (int64_t c = 0; c < layer.columns; c++) {
+            float ratio = state.columns[c] / mean;
+            shape[c] = ratio == ratio ? ratio : 0.0f;  // 0/0 := 0 before the first gradient
+        }
+    }
+
+    void insert(int64_t wave) {
+        std::vector<Task> sorts, tasks;
+        for (int i = 0; i < count_; i++) {
+            Layer& layer = layers_[i];
+            if (wave >= layer.rows) continue;
+            layer.wave = wave;
+            int64_t end = std::min(wave + WAVE, layer.rows);
+            if (layer.second.kind == ROW_SKETCH && wave == 0)
+                for (int level = 0; level < layer.second.depth; level++)
+                    tasks.push_back({i, 0, layer.rows, level, level + 1, true});
+            if (scratch_.codes[i]) sorts.push_back({i, wave, end});
+            if (hashes_first(layer) && wave == 0)
+                for (int64_t at = 0; at < layer.rows; at += HASH_ROWS)
+                    sorts.push_back({i, at, std::min(at + HASH_ROWS, layer.rows)});
+            if (!uses(layer, SKETCH) || scratch_.codes[i]) continue;
+            int depth = std::max(layer.second.depth, layer.first.depth);
+            if (inserts_by_bucket(layer)) {
+                const State& state = sketch_of(layer);
+                int64_t buckets = (state.width + BUCKET_TASKS - 1) / BUCKET_TASKS;
+                for (int level = 0; level < state.depth; level++) {
+                    sorts.push_back({i, wave, end, level, level + 1});
+                    for (int64_t at = 0; at < state.width; at += buckets)
+                        tasks.push_back({i, at, std::min(at + buckets, state.width), level, level + 1});
+                }
+            } else if (wave == 0 && hashes_first(layer)) {
+                // A bucket's rows are all in one task, so that in how many parts they are done changes nothing.
+                int64_t parts = threads_ == 1 ? 1 : (2 * threads_ + depth - 1) / depth;
+                for (int level = 0; level < depth; level++)
+                    for (int64_t part = 0; part < parts; part++) tasks.push_back({i, part, parts, level, level + 1});
+            } else if (wave == 0 && layer.columns <= NARROW) {
+                for (int level = 0; level < depth; level++) tasks.push_back({i, 0, layer.columns, level, level + 1});
+            } else if (wave == 0) {
+                for (int64_t at = 0; at < layer.columns; at += TILE)
+                    tasks.push_back({i, at, std::min(at + TILE, layer.columns), 0, depth});
+            }
+        }
+        each(sorts, &Run::sort_task);
+        each(tasks, &Run::insert_task);
+    }
+
+    void sort_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        const Order& order = scratch_.orders[task.layer];
+        int level = task.first_level;
+        if (hashes_first(layer)) return hash_task(layer, task);
+        if (uint16_t* codes = scratch_.codes[task.layer]) return steps_.hash_rows(layer, task.begin, task.end, codes);
+        sort_rows(layer, sketch_of(layer), level, task.begin, task.end, order.starts[level], order.rows[level]);
+    }
+
+    void hash_task(const Layer& layer, const Task& task) {
+        const State &second = layer.second, &first = layer.first;
+        if (second.kind == SKETCH) steps_.hash_state(layer, second, task.begin, task.end);
+        if (first.kind == SKETCH && first.scratch != second.scratch) steps_.hash_state(layer, first, task.begin, task.end);
+    }
+
+    void insert_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        const Order& order = scratch_.orders[task.layer];
+        int level = task.first_level;
+        if (hashes_first(layer))
+            steps_.insert_scattered(layer, level, task.begin, task.end);
+        else if (task.means)
+            steps_.insert_means(layer, layer.second, level, task.begin, task.end);
+        else if (!order.rows.empty())
+            steps_.insert_buckets(layer, level, task.begin, task.end, order.starts[level], order.rows[level],
+                                  layer.second.kind == SKETCH, layer.first.kind == SKETCH);
+        else
+            steps_.insert(layer, task.begin, task.end, level, task.last_level);
+    }
+
+    void apply() {
+        std::vector<Task> tasks;
+        for (int i = 0; i < count_; i++) {
+            const Layer& layer = layers_[i];
+            if (scratch_.codes[i]) {
+                for (int64_t at = 0, next = first_strip(layer); at < layer.columns; at = next, next += STRIP)
+                    tasks.push_back({i, at, std::min(next, layer.columns)});
+                continue;
+            }
+            for (int64_t at = 0; at < layer.rows; at += apply_rows(layer))
+                tasks.push_back({i, at, std::min(at + apply_rows(layer), layer.rows)});
+        }
+        each(tasks, &Run::apply_task);
+    }
+
+    void apply_task(const Task& task, int thread) {
+        const Layer& layer = layers_[task.layer];
+        if (const uint16_t* codes = scratch_.codes[task.layer])
+            return steps_.strip(layer, task.begin, task.end, codes, scratch_.own_tables[thread]);
+        float *most = scratch_.largest[task.layer], *own = scratch_.own_largest[thread];
+        if (most) std::fill(own, own + padded(layer.columns), 0.0f);
+        steps_.apply(layer, task.begin, task.end, own);
+        if (!most) return;
+        std::lock_guard<std::mutex> lock(locks_[task.layer]);
+        for (int64_t c = 0; c < layer.columns; c++) most[c] = std::max(most[c], own[c]);
+    }
+
+    void commit() {
+        for (int64_t i = 0; i < count_; i++)
+            if (const float* most = scratch_.largest[i]; most && layers_[i].second.columns)
+                std::copy_n(most, layers_[i].columns, layers_[i].second.columns);
+    }
+
+    const Steps& steps_;
+    Parallel parallel_;
+    Layer* layers_;
+    int64_t count_;
+    int threads_;
+    Arena arena_;
+    Scratch scratch_;
+    std::unique_ptr<std::mutex[]> locks_;
+};
+
+}  // namespace
