@@ -22,7 +22,7 @@ SKETCHES: list[tuple[Codec, Codec]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(4000, 3), (3500, 33), (40, 1100)])
+@pytest.mark.parametrize(("rows", "columns"), [(4000, 3), (3500, 33), (3100, 1100)])
 @pytest.mark.parametrize(("second", "first"), SKETCHES)
 def test_equal_to_the_reference(second: Codec, first: Codec, rows: int, columns: int, dtype: torch.dtype) -> None:
     check(Case("adam", second, first, rows, columns, sparse=True, dtype=dtype))
