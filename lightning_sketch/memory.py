@@ -107,7 +107,7 @@ def report(optimizer: Any) -> MemoryReport:
                 _count_part(part, state, by_codec)
                 dense_state += part.rows(param).nbytes * len(part.layer.codecs)
             if isinstance(inner, CompressedOptimizer) and fused(inner.rule, part, param):
-                together += _fused_bytes(part)  # one call steps all layers
+                together += _fused_bytes(part, param)  # one call steps all layers
             else:
                 blocks = max(blocks, _block_bytes(part, param))
             together += _copied_bytes(part, param)
@@ -130,7 +130,7 @@ def report(optimizer: Any) -> MemoryReport:
 
 def transient_bytes(rule: UpdateRule, part: LayerShard, param: Tensor) -> int:
     """Upper bound of the temporaries of one step of a compressed layer on its own, bytes."""
-    own = _fused_bytes(part) if fused(rule, part, param) else _block_bytes(part, param)
+    own = _fused_bytes(part, param) if fused(rule, part, param) else _block_bytes(part, param)
     return own + _copied_bytes(part, param)
 
 
@@ -146,12 +146,13 @@ def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
     return True
 
 
-def _fused_bytes(part: LayerShard) -> int:
+def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     """Memory that the CPU kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
     depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
     rows = part.shard.local_rows
-    by_row = 8 * depth * min(rows, _WAVE)  # their order
+    scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
+    by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
     if any(_wants_means(codec) for codec in part.layer.stored().values()):
         by_row += 4 * (rows + 16)
     return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096 + _strip_bytes(part)

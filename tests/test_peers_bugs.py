@@ -310,6 +310,14 @@ def test_the_reported_transient_bounds_that_of_strips():
     assert 2_000_000 < _measured_transient(optimizer) <= report(optimizer).transient + 4096 < 4_000_000
 
 
+@pytest.mark.parametrize("depth", [1, 8])
+def test_the_reported_transient_bounds_that_of_hashes(depth):
+    """Of scattered rows, more of them than fall into their places by bucket."""
+    w, optimizer = _optimizer(AdamW, (200_000, 1), CountSketch(depth=depth), CountSketch(3, depth=depth))
+    w.grad = _some_rows(w, 60_000)
+    assert 60_000 * 4 * depth < _measured_transient(optimizer) <= report(optimizer).transient + 4096
+
+
 @pytest.mark.parametrize(("first", "second"), STEPS, ids=repr)
 def test_a_sparse_step_costs_the_same_in_a_table_a_hundred_times_larger(first, second):
     transients = []
@@ -321,13 +329,14 @@ def test_a_sparse_step_costs_the_same_in_a_table_a_hundred_times_larger(first, s
 
 
 @pytest.mark.parametrize(("first", "second"), [s for s in STEPS if not s[0].lazy], ids=repr)
-def test_a_dense_step_costs_the_same_in_a_table_twice_as_large(first, second):
+def test_a_dense_step_costs_a_number_for_each_row_at_most_in_a_table_twice_as_large(first, second):
+    means = 4 * 2**14 if isinstance(second, Factored) or getattr(second, "compression", 1) == 10 else 0
     transients = []
     for rows in (2**14, 2**15):  # four and eight blocks
         w, optimizer = _optimizer(AdamW, (rows, 64), first, second)
         w.grad = torch.ones_like(w)
         transients.append(_measured_transient(optimizer))
-    assert transients[1] <= transients[0] + 4096
+    assert transients[1] <= transients[0] + means + 4096
 
 
 def _some_rows(w, count):
