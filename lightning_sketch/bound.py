@@ -39,7 +39,7 @@ class BoundPart:
         momentum_beta: the factor of that EMA.
         lazy: whether all-zero rows of a gradient count as absent.
         dtype: dtype of arithmetic.
-        sums_as: of its states.
+        sums_as: the kind of sums that steps of its second moment begin with.
         kept: what its steps found out.
     """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import dtensor_state
+from lightning_sketch.counter import counter
 from lightning_sketch.dense import encode_layer, encode_part
 from lightning_sketch.flat import FlatTensor, is_flat
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
@@ -163,7 +164,7 @@ class _Load:
         if problem := dtensor_state.torn(state):
             return problem
         part = LayerShard(layer, shard_of(param, layer.fqn))
-        expected: dict[str, Any] = {"step": torch.tensor(0.0)}
+        expected: dict[str, Any] = {"step": counter()}
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_state.unwrap_same(part, param, state)
         if same is not None:
@@ -183,14 +184,14 @@ class _Load:
         return tensors
 
     def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        expected: dict[str, Any] = {"step": torch.tensor(0.0)}
+        expected: dict[str, Any] = {"step": counter()}
         meta = flat.tensor.to("meta")
         for part in flat.parts:
             expected |= part.allocate(meta, group)
         return expected
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        tensors: dict[str, Any] = {"step": torch.tensor(float(state.get("step", 1.0)))}
+        tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
         for part in flat.parts:
             missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
             if missing:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
+from lightning_sketch.counter import counter
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
 from lightning_sketch.sharding.wrapper import wrapper_of
@@ -48,7 +48,7 @@ class CompressedAdagrad(CompressedOptimizer):
                 group.setdefault(name, default)
         for values in self.state.values():
             if values and not isinstance(values["step"], Tensor):
-                values["step"] = torch.tensor(float(values["step"]))
+                values["step"] = counter(values["step"])
 
 
 class CompressedRMSprop(CompressedOptimizer, RMSprop):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Drop, decode, encode, relative_error
+from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, torn
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
@@ -19,7 +20,7 @@ from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
 def fresh_state(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The ``optimizer.state[param]`` of a compressed layer before its first step."""
     part = LayerShard(layer, shard_of(param, layer.fqn))
-    return {"step": torch.tensor(0.0)} | part.allocate(param, group)
+    return {"step": counter()} | part.allocate(param, group)
 
 
 def encode_layer(
@@ -35,7 +36,7 @@ def encode_layer(
         sharded layer, of the part that is held here.
     """
     # SGD keeps no step count; its buffer exists, so at least one step was made.
-    tensors: dict[str, Any] = {"step": torch.tensor(float(state.get("step", 1.0)))}
+    tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
     part = LayerShard(layer, shard_of(param, layer.fqn))
     encoded, errors = encode_part(part, param, group, {name: _held(state[name], part.shard) for name in layer.codecs})
     return tensors | encoded, errors
@@ -180,5 +181,5 @@ def _untrained(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[st
         return {}
     device = torch.device("cpu") if param.is_meta else param.device
     held = torch.full(local(param).shape, float(group["initial_accumulator_value"]), dtype=param.dtype, device=device)
-    step = torch.zeros((), device=device if group.get("fused") else "cpu")
+    step = counter(device=device if group.get("fused") else "cpu")
     return {"step": step, "sum": dense_like(param, held)}

@@ -20,7 +20,7 @@ class RowGradient:
         shard: the parameter's shard.
         rows: local row ids, int64 ``[k]``, sorted and without duplicates; ``None`` when every row is present.
         values: ``[k, *row_shape]``, or ``[local_rows, *row_shape]`` when `rows` is ``None``; the parameter's dtype.
-        sums: of the squares of `values`, as `kernels.all_finite` made them.
+        sums: of the squares of `values`, as `kernels.all_finite` made them: from then on values must stay as they are.
     """
 
     shard: Shard

@@ -155,7 +155,8 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
     if any(_wants_means(codec) for codec in part.layer.stored().values()):
         by_row += 4 * (rows + 16)
-    return by_row + 4 * columns * (_PARTIAL_SUMS + torch.get_num_threads()) + 4096 + _strip_bytes(part)
+    threads = torch.get_num_threads()
+    return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
 
 
 def _wants_means(codec: Codec) -> bool:

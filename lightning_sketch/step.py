@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.bound import BoundPart
+from lightning_sketch.counter import counter
 from lightning_sketch.flat import is_flat
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
@@ -90,7 +91,7 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
     if optimizer._compression.nonfinite == "propagate" or not ours:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
-    wanted = [kind for own in ours for kind in _sums_as(own)]
+    wanted = [kind for own in ours for kind in _sums_as(optimizer.rule, own)]
     oks, sums = all_finite([gradient.values for gradient in gradients], wanted)
     for gradient, made in zip(gradients, sums, strict=True):
         gradient.sums = made
@@ -113,14 +114,14 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
     for own in ready:
         if own.bound is None:
             if not own.state:
-                fresh: dict[str, Any] = {"step": torch.tensor(0.0)}
+                fresh: dict[str, Any] = {"step": counter()}
                 for part in own.parts:
                     fresh |= part.allocate(own.param, own.group)
                 own.state = optimizer.state[own.param]
                 own.state.update(fresh)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
         if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
-            count = own.state["step"] = torch.tensor(float(count))  # who wrote a number there meant one
+            count = own.state["step"] = counter(count)  # who wrote a number there meant one
         counts.append(count)
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
@@ -131,7 +132,7 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             option = known[key] = rule.numbers(own.group, step), step, negate
         options.append(option)
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
-        torch._foreach_add_(counts, [torch.tensor(1.0, device="cpu")] * len(counts))
+        torch._foreach_add_(counts, [counter(1.0)] * len(counts))
     run(
         rule,
         (
@@ -172,9 +173,11 @@ def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
         )
 
 
-def _sums_as(own: OwnTensor) -> list[Kind]:
-    """For each part, the sums of squares that its step wants beforehand; none before the first step."""
-    return [Kind.NONE] * len(own.gradients) if own.bound is None else [part.sums_as for part in own.bound]
+def _sums_as(rule: UpdateRule, own: OwnTensor) -> list[Kind]:
+    """For each part, the sums of squares of the gradient that its step begins with; none before the first step."""
+    if own.bound is None or rule.coupled_weight_decay(own.group):  # with it they are of something else
+        return [Kind.NONE] * len(own.gradients)
+    return [part.sums_as for part in own.bound]
 
 
 def _process_group(optimizer: CompressedOptimizer, own: OwnTensor) -> Any | None:

@@ -21,9 +21,9 @@ FIRSTS = [CountSketch(width=3), BFloat16(), Drop()]
 second_moments = pytest.mark.parametrize("second", SECONDS, ids=repr)
 
 
-def _optimizer(make, shape, first=None, second=None, dtype=torch.float32):
+def _optimizer(make, shape, first=None, second=None, dtype=torch.float32, **options):
     model = Params([shape], dtype)
-    return model.p0, compress(make(model.parameters()), model, everywhere(first, second))
+    return model.p0, compress(make(model.parameters(), **options), model, everywhere(first, second))
 
 
 def _sparse(rows, values, shape):
@@ -308,6 +308,19 @@ def test_the_reported_transient_bounds_that_of_strips():
     w, optimizer = _optimizer(AdamW, (20_000, 200), sketch, sketch)
     w.grad = torch.ones_like(w)
     assert 2_000_000 < _measured_transient(optimizer) <= report(optimizer).transient + 4096 < 4_000_000
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+@pytest.mark.parametrize("second", [Factored(), RowWise(compression=4), SM3()], ids=repr)
+def test_the_reported_transient_bounds_that_of_sums_and_of_threads(second, threads):
+    w, optimizer = _optimizer(Adam, (40_000, 4), Drop(), second, weight_decay=0.1)
+    w.grad = torch.ones_like(w)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert 0 < _measured_transient(optimizer) <= report(optimizer).transient + 4096
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("depth", [1, 8])

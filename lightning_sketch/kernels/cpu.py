@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,14 +62,14 @@ def all_finite(tensors: list[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool
     of: list[int] = []
     for i, (tensor, kind) in enumerate(zip(tensors, wanted, strict=True)):
         if kind != Kind.NONE and (numel := tensor.numel()):
-            sums[i] = own = torch.empty(_sums_numel(tensor.shape[0], numel // tensor.shape[0], kind))
+            count = _sums_numel(tensor.shape[0], numel // tensor.shape[0], kind)
+            sums[i] = own = torch.empty(count, dtype=torch.float32, device="cpu")
             made.append(own)
             of.append(i)
     found: Tensor = torch.ops.lightning_sketch.all_finite(tensors, made, of, [int(wanted[i]) for i in of])
     return [bool(x) for x in found.tolist()], sums
 
 
-@functools.cache  # every step asks for every layer; sparse gradients of other lengths for more
 def _sums_numel(rows: int, columns: int, kind: Kind) -> int:
     lib = native.library()
     assert lib is not None
@@ -133,17 +132,15 @@ def _pack(
     grads.append(step.grad)
     if step.ids is not None:
         ids.append(step.ids)
-    # They are of the gradient without weight decay.
-    made = None if step.weight_decay else step.sums
-    if made is not None:
-        sums.append(made)
+    if step.sums is not None:
+        sums.append(step.sums)
     _HEAD_STEP.pack_into(
         packed,
         _HEAD_STEP_AT,
         0 if step.ids is None else len(ids),
         len(params),
         len(grads),
-        0 if made is None else len(sums),
+        0 if step.sums is None else len(sums),
         _BFLOAT16[step.param.dtype],
         step.ids is None or len(step.ids) == len(step.param),
         step.negate,
@@ -207,7 +204,7 @@ def _fused_step(
     threads = torch.get_num_threads()
     layers = ctypes.create_string_buffer(program.numel())  # the operator does not change its arguments
     lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors)
-    scratch = torch.empty(lib.lightning_sketch_scratch(layers, count, threads), dtype=torch.uint8)
+    scratch = torch.empty(lib.lightning_sketch_scratch(layers, count, threads), dtype=torch.uint8, device="cpu")
     failed = lib.lightning_sketch_step(
         layers,
         count,
@@ -230,7 +227,7 @@ def _all_finite(tensors: list[Tensor], sums: list[Tensor], of: list[int], kinds:
     addresses, rows, sums_for = (ctypes.c_void_p * count)(), (ctypes.c_int64 * count)(), (ctypes.c_int32 * count)()
     for i, made, kind in zip(of, sums, kinds, strict=True):
         addresses[i], rows[i], sums_for[i] = made.data_ptr(), tensors[i].shape[0], kind
-    found = torch.empty(count, dtype=torch.uint8)
+    found = torch.empty(count, dtype=torch.uint8, device="cpu")
     failed = lib.lightning_sketch_finite(
         _addresses(tensors),
         (ctypes.c_int64 * count)(*[t.numel() for t in tensors]),

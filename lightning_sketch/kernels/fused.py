@@ -84,7 +84,7 @@ class FusedStep:
         param: rows of the parameter, ``[local_rows, *row_shape]``, contiguous (modified in place).
         grad: ``[k, *row_shape]``, contiguous, the parameter's dtype.
         ids: local row ids, int64 ``[k]``; ``None`` for all rows in order.
-        sums: what `all_finite` made of `grad` for the second state; ``None`` for nothing.
+        sums: what `all_finite` made of `grad` for the second state, where `weight_decay` is 0; ``None`` for nothing.
         row_offset: global id of local row 0.
         column_offset: of the elements held here within the flattened row.
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).

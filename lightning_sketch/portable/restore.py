@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
+from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import dense_like
 from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
@@ -181,7 +182,7 @@ class _Restored:
         state: dict[str, Any] = {}
         if found.step is not None:
             on_device = bool(group.get("fused") or group.get("capturable"))
-            state["step"] = torch.tensor(found.step, device=param.device if on_device else "cpu")
+            state["step"] = counter(found.step, param.device if on_device else "cpu")
             if "weight_decay" not in group:
                 state["step"] = int(found.step)  # SparseAdam counts in a Python int
         for name in layer.signed:

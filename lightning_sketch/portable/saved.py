@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of
+from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import SHARDS, sources, torn
 from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.reshard import LazyTensor, Source, reshard
@@ -174,4 +174,4 @@ def _names_of(names: Sequence[Sequence[str]] | None, number: int, count: int) ->
 
 def as_float_tensor(step: float | None) -> Tensor:
     """A step count as converted optimizers keep it. SGD counts none; its buffer exists, so one step was made."""
-    return torch.tensor(1.0 if step is None else step)
+    return counter(1.0 if step is None else step)

@@ -90,10 +90,13 @@ class AdamRule(UpdateRule):
         begin_momentum(layer)
         return exp_avg, exp_avg_sq
 
+    def coupled_weight_decay(self, group: Mapping[str, Any]) -> float:
+        return 0.0 if self._decoupled(group) else super().coupled_weight_decay(group)
+
     def numbers(self, group: Mapping[str, Any], step: int) -> _Numbers:
         beta1, beta2 = map(float, group["betas"])
         lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group.get("weight_decay", 0.0))
-        decoupled = group.get("decoupled_weight_decay", self.decoupled)
+        decoupled = self._decoupled(group)
         root_correction = (1 - beta2**step) ** 0.5
         return _Numbers(
             beta1=beta1,
@@ -101,10 +104,13 @@ class AdamRule(UpdateRule):
             lr=lr,
             first_correction=1 - beta1**step,
             eps=eps / root_correction if self.early_eps else eps,
-            weight_decay=0.0 if decoupled else weight_decay,
+            weight_decay=self.coupled_weight_decay(group),
             shrink=1 - lr * weight_decay if decoupled else 1.0,
             root_correction=root_correction,
         )
+
+    def _decoupled(self, group: Mapping[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay", self.decoupled))
 
 
 @dataclass(slots=True)

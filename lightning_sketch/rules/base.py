@@ -152,6 +152,10 @@ class UpdateRule(ABC):
                     f"set {flag}=False or let the policy keep {fqn}"
                 )
 
+    def coupled_weight_decay(self, group: Mapping[str, Any]) -> float:
+        """The factor of the parameter that is added to the gradient."""
+        return float(group.get("weight_decay", 0.0))
+
     @abstractmethod
     def numbers(self, group: Mapping[str, Any], step: int) -> Any:
         """The hyperparameters as the rule needs them: the same for all layers of a group that make that step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_sketch import Codec, CountSketch, Drop
+from lightning_sketch import BFloat16, Codec, CountSketch, Drop, Factored, RowWise
 from lightning_sketch.kernels import native
 from tests.kernels.fused_cases import Case, by_isa, check, threads, train
 from tests.tiny import assert_same
@@ -18,6 +18,11 @@ SKETCHES: list[tuple[Codec, Codec]] = [
     (CountSketch(width=3000), CountSketch(width=3000)),
     (CountSketch(width=3000), CountSketch(width=1700, depth=4)),
     (CountSketch(width=2500, depth=1), Drop()),
+    (CountSketch(width=3000), BFloat16()),
+    (RowWise(compression=4), CountSketch(width=3000)),
+    (RowWise(compression=4, depth=5), CountSketch(width=3000, depth=1)),
+    (Factored(), CountSketch(width=3000)),
+    (CountSketch(width=2900, depth=8), CountSketch(width=2900, depth=8)),
 ]
 
 

@@ -25,18 +25,28 @@ def train(
     second: Codec, rows: int, columns: int, nonfinite: str, *, sparse: bool = False, dtype=torch.float32, cls=AdamW
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    initial = torch.randn(rows, columns, generator=generator).to(dtype)
+    initial = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(dtype)
     table = nn.Embedding(rows, columns, sparse=sparse, _weight=initial)
     policy = Policy([Rule(name="*", first_moment=BFloat16(), second_moment=second)])
     optimizer = compress(cls(table.parameters(), lr=0.1, weight_decay=0.1), table, policy, nonfinite=nonfinite)
     for _ in range(3):
-        gradient = torch.randn(rows, columns, generator=generator).to(dtype)
+        gradient = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(dtype)
         if sparse:
             ids = torch.randperm(rows, generator=generator)[: rows // 2 + 1]
             gradient = torch.sparse_coo_tensor(ids[None], gradient[ids], (rows, columns), check_invariants=True)
         table.weight.grad = gradient
         optimizer.step()
-    return {"weight": table.weight.detach()} | dict(optimizer.state[table.weight])
+    states = {key: value for key, value in optimizer.state[table.weight].items() if key != "step"}
+    return {"weight": table.weight.detach()} | states
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[FusedStep]:
+    """The steps that kernels are given."""
+    found: list[FusedStep] = []
+    step = cpu.step
+    monkeypatch.setattr(cpu, "step", lambda layers: (found.extend(layers), step(layers)))
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,17 +69,16 @@ def test_same_bits_with_sparse_gradients(second: Codec) -> None:
 
 
 @pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_coupled_weight_decay_is_in_the_sums(second: Codec) -> None:
-    assert_same(train(second, 60, 9, "raise", cls=Adam), train(second, 60, 9, "propagate", cls=Adam))
+def test_with_coupled_weight_decay_they_are_of_something_else(second: Codec, steps: list[FusedStep]) -> None:
+    found = train(second, 60, 9, "raise", cls=Adam)
+    assert [taken.sums for taken in steps] == [None] * 3
+    assert_same(found, train(second, 60, 9, "propagate", cls=Adam))
 
 
 @pytest.mark.parametrize(("second", "made"), list(zip(SECOND, [False, True, True], strict=True)))
 def test_they_are_made_for_those_that_read_the_gradient_twice(
-    second: Codec, made: bool, monkeypatch: pytest.MonkeyPatch
+    second: Codec, made: bool, steps: list[FusedStep]
 ) -> None:
-    steps: list[FusedStep] = []
-    step = cpu.step
-    monkeypatch.setattr(cpu, "step", lambda layers: (steps.extend(layers), step(layers)))
     train(second, 60, 9, "raise")
     assert [taken.sums is not None for taken in steps] == [False, made, made]  # the first step has nothing bound yet
     steps.clear()
@@ -109,6 +118,23 @@ def test_what_they_are(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(sums[:rows], gradient.square().mean(dim=1))
     padded = -(-rows // 16) * 16
     torch.testing.assert_close(both[padded:].view(-1, columns).sum(dim=0), gradient.square().sum(dim=0))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("second", SECOND, ids=repr)
+def test_torchs_default_dtype_and_device_are_not_theirs(second: Codec, default: torch.dtype) -> None:
+    expected = train(second, 2000, 9, "raise")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            sums = all_finite([torch.ones(2000, 9, device="cpu", dtype=torch.float32)], [Kind.FACTORED])[1][0]
+        assert sums is not None
+        assert (sums.dtype, sums.device.type) == (torch.float32, "cpu")
+        found = train(second, 2000, 9, "raise")
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(found, expected)
 
 
 def test_an_empty_gradient_has_none() -> None:

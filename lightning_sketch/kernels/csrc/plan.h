@@ -85,6 +85,13 @@ bool same_hashes(const State& a, const State& b) {
     return a.kind == b.kind && a.depth == b.depth && a.width == b.width && a.seed == b.seed;
 }
 
+int sketch_depth(const Layer& layer) {  // the larger one's
+    int depth = 0;
+    for (const State* state : {&layer.second, &layer.first})
+        if (state->kind == SKETCH) depth = std::max(depth, state->depth);
+    return depth;
+}
+
 const State& sketch_of(const Layer& layer) { return layer.second.kind == SKETCH ? layer.second : layer.first; }
 
 int64_t strip_floats(const Layer& layer) {

@@ -99,7 +99,7 @@ class Run {
                 for (int64_t at = 0; at < layer.rows; at += HASH_ROWS)
                     sorts.push_back({i, at, std::min(at + HASH_ROWS, layer.rows)});
             if (!uses(layer, SKETCH) || scratch_.codes[i]) continue;
-            int depth = std::max(layer.second.depth, layer.first.depth);
+            int depth = sketch_depth(layer);
             if (inserts_by_bucket(layer)) {
                 const State& state = sketch_of(layer);
                 int64_t buckets = (state.width + BUCKET_TASKS - 1) / BUCKET_TASKS;
@@ -143,10 +143,10 @@ class Run {
         const Layer& layer = layers_[task.layer];
         const Order& order = scratch_.orders[task.layer];
         int level = task.first_level;
-        if (hashes_first(layer))
-            steps_.insert_scattered(layer, level, task.begin, task.end);
-        else if (task.means)
+        if (task.means)
             steps_.insert_means(layer, layer.second, level, task.begin, task.end);
+        else if (hashes_first(layer))
+            steps_.insert_scattered(layer, level, task.begin, task.end);
         else if (!order.rows.empty())
             steps_.insert_buckets(layer, level, task.begin, task.end, order.starts[level], order.rows[level],
                                   layer.second.kind == SKETCH, layer.first.kind == SKETCH);

@@ -113,7 +113,7 @@ struct Found {
 void insert_scattered(const Layer& layer, const State* const* states, int count, int level, int64_t part,
                       int64_t parts) {
     float buffer[CHUNK];
-    Found found[FOUND + 1];
+    Found found[FOUND];
     const State& hashed = *states[0];
     const uint32_t* codes = (const uint32_t*)hashed.scratch + level * layer.rows;
     const uint32_t first = hashed.width * part / parts, last = hashed.width * (part + 1) / parts;
@@ -150,7 +150,7 @@ void insert_scattered(const Layer& layer, int level, int64_t part, int64_t parts
     if (count == 2 && sketches[0]->scratch != sketches[1]->scratch) {
         insert_scattered(layer, sketches, 1, level, part, parts);
         insert_scattered(layer, sketches + 1, 1, level, part, parts);
-    } else {
+    } else if (count) {
         insert_scattered(layer, sketches, count, level, part, parts);
     }
 }
