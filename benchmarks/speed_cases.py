@@ -64,6 +64,7 @@ class Codecs:
         state: bytes per element of a dense step, read and written.
         row_state: bytes per touched row of 64 columns of a sparse step.
         passes: over the gradient.
+        sums: whether the first of them makes sums, and with them the check.
     """
 
     label: str
@@ -72,6 +73,11 @@ class Codecs:
     state: float = 0.0
     row_state: float = 0.0
     passes: int = 1
+    sums: bool = False
+
+    def looks(self, check: bool) -> bool:
+        """Whether a step with or without the check reads the gradient once more for it."""
+        return check and not self.sums
 
     def rule(self, **selectors: Any) -> ls.Rule:
         """The policy's rule for the layers that `selectors` match."""
@@ -83,16 +89,18 @@ _CS_STATE, _CS_ROW = 3 * SKETCH_SHARE, 3 * 3 * 4 * 64  # depth 3: each bucket re
 DENSE = {
     "rw": Codecs("RowWise", ls.RowWise(), _DROP),
     "sm3": Codecs("SM3-II", ls.SM3(), _DROP),
-    "factored": Codecs("Factored", ls.Factored(), _DROP, passes=2),
-    "rw10": Codecs("RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, passes=2),
+    "factored": Codecs("Factored", ls.Factored(), _DROP, passes=2, sums=True),
+    "rw10": Codecs("RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, passes=2, sums=True),
     "rw_bf16": Codecs("RowWise, bf16 first moment", ls.RowWise(), _BF16, state=4),
     "sm3_bf16": Codecs("SM3-II, bf16 first moment", ls.SM3(), _BF16, state=4),
-    "factored_bf16": Codecs("Factored, bf16 first moment", ls.Factored(), _BF16, state=4, passes=2),
+    "factored_bf16": Codecs("Factored, bf16 first moment", ls.Factored(), _BF16, state=4, passes=2, sums=True),
     "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, state=2 * _CS_STATE),
 }
 SPARSE = {
     "rw": Codecs("RowWise", ls.RowWise(), _DROP, row_state=2 * LINE),
-    "rw10": Codecs("RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, row_state=9 * LINE, passes=2),
+    "rw10": Codecs(
+        "RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, row_state=9 * LINE, passes=2, sums=True
+    ),
     "cs20": Codecs("CountSketch 20x, no first moment", _CS, _DROP, row_state=_CS_ROW, passes=2),
     "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, row_state=2 * _CS_ROW, passes=2),
 }
@@ -133,7 +141,7 @@ def _dense_race(
     table, gradients, numel = _table(shape, dtype), [[torch.randn(shape).to(dtype)]], shape[0] * shape[1]
 
     def moved(chosen: Codecs, check: bool) -> float:
-        return numel * dense_bytes(dtype.itemsize, state=chosen.state, passes=chosen.passes, check=check)
+        return numel * dense_bytes(dtype.itemsize, state=chosen.state, passes=chosen.passes, check=chosen.looks(check))
 
     key, label = exact
     fused = make(table.parameters(), lr=LR, fused=True)
@@ -178,7 +186,9 @@ def _sparse_race(
     columns, table = sizes.sparse[1], _table(sizes.sparse)
 
     def moved(chosen: Codecs, check: bool) -> float:
-        return sizes.touched * sparse_bytes(columns, state=chosen.row_state, passes=chosen.passes, check=check)
+        return sizes.touched * sparse_bytes(
+            columns, state=chosen.row_state, passes=chosen.passes, check=chosen.looks(check)
+        )
 
     exact_state = 4 * columns * (4 if make is SparseAdam else 2)  # each moment read and written
     exact_bytes = sizes.touched * sparse_bytes(columns, state=exact_state)
@@ -228,7 +238,7 @@ def small_layers(sizes: Sizes) -> list[Contestant]:
     weights = count * width * width
 
     def moved(check: bool) -> float:
-        own = [dense_bytes(4, state=c.state, passes=c.passes, check=check) for c in mixed.values()]
+        own = [dense_bytes(4, state=c.state, passes=c.passes, check=c.looks(check)) for c in mixed.values()]
         return (weights * sum([*own, exact]) / (1 + len(mixed))) + (numel - weights) * exact
 
     fused = AdamW(model.parameters(), lr=LR, fused=True)

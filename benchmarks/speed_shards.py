@@ -108,7 +108,7 @@ def _mesh() -> Any:
 
 def _moved(model: Model, check: bool) -> float:
     def bytes_of(codecs: Any) -> float:
-        return dense_bytes(4, state=codecs.state, passes=codecs.passes, check=check)
+        return dense_bytes(4, state=codecs.state, passes=codecs.passes, check=codecs.looks(check))
 
     weights = sum(param.numel() for param in model.layers.parameters() if param.ndim == 2)
     biases = sum(param.numel() for param in model.layers.parameters() if param.ndim == 1)
