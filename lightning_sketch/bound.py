@@ -62,7 +62,8 @@ class BoundPart:
             states[state] = codec.bind(spec, tensors)
             if isinstance(codec, SM3):
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        sums_as = max((state.sums_as for state in states.values()), default=Kind.NONE)  # of the second moment
+        # The second moment's: no other has any.
+        sums_as = max((codec.sums_as for codec in part.layer.stored().values()), default=Kind.NONE)
         lazy, dtype = part.layer.lazy, compute_dtype(param)
         return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, sums_as)
 

@@ -35,8 +35,6 @@ def move_there(tensor: Tensor) -> None:
     Its address and what is in it stay. It takes 0.3 to 2 seconds for a GiB, and next to nothing the second time. Pages
     that were never touched become resident with their neighbours. Memory that processes share is left alone.
     """
-    if tensor.device.type != "cpu" or tensor.is_shared():  # type: ignore[no-untyped-call]
-        return
     _advise(tensor, _MADV_HUGEPAGE)  # for pages that were never touched, and for the system's own daemon
     _advise(tensor, _MADV_COLLAPSE)
 
@@ -46,7 +44,7 @@ def _advise(tensor: Tensor, advice: int) -> None:
     advise = _madvise()
     if advise is None or type(tensor) not in (Tensor, Parameter) or tensor.nbytes < 2 * HUGE_PAGE:
         return
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_shared():  # type: ignore[no-untyped-call]
         return
     first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     last = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE

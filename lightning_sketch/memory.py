@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import Codec, CountSketch, Factored, RowWise, allocate
+from lightning_sketch.codecs import CountSketch, allocate
 from lightning_sketch.kernels import fused_kernel, native
-from lightning_sketch.kernels.fused import DTYPES
+from lightning_sketch.kernels.fused import DTYPES, Kind
 from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import UpdateRule
@@ -153,15 +153,10 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     rows = part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
-    if any(_wants_means(codec) for codec in part.layer.stored().values()):
-        by_row += 4 * (rows + 16)
+    if any(codec.sums_as != Kind.NONE for codec in part.layer.stored().values()):
+        by_row += 4 * (rows + 16)  # the mean square of each
     threads = torch.get_num_threads()
     return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
-
-
-def _wants_means(codec: Codec) -> bool:
-    """Whether its steps begin with the mean square of every row."""
-    return isinstance(codec, Factored) or (isinstance(codec, RowWise) and codec.compression > 1)
 
 
 def _strip_bytes(part: LayerShard) -> int:

@@ -6,10 +6,8 @@ Unlike prescribed gradients, these react to the parameters: what a codec does to
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_sketch import Policy, Rule, compress
 from tests.deepspeed_tools import engine
 from tests.exactness import parameters
+from tests.tiny import default_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 import corpus
@@ -162,17 +161,6 @@ def optimizers_of(model: NextToken, sparse: bool) -> tuple[list[Any], list[Any]]
     groups = [{"params": o.param_groups[0]["params"], "lr": o.defaults["lr"]} for o in (tables, hidden)]
     adamw = AdamW([groups[0] | {"weight_decay": 0.0}, groups[1]])
     return [adamw], [LambdaLR(adamw, schedulers[0].lr_lambdas[0])]
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """For the numbers that the demo's loss draws."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def loss_of(trained: Parameters) -> float:

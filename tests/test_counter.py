@@ -9,14 +9,13 @@ from torch.optim import SGD, Adagrad, AdamW
 
 from lightning_sketch import CountSketch, Factored, Policy, RowWise, Rule, compress, decompress
 from lightning_sketch.counter import counter
+from tests.tiny import default_dtype
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def default(request):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(before)
+    with default_dtype(request.param):
+        yield request.param
 
 
 def test_it_counts_past_what_16_bits_can(default):

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, RowWise, compress, plan, report
 from lightning_sketch.kernels.reference import hash_rows
+from tests.kernels.fused_cases import threads
 from tests.rules.oracle import Params, everywhere
 
 SECONDS = [CountSketch(width=3), CountSketch(width=1000), CountSketch(width=3, update="paper"), SM3(), SM3(variant="I"),
@@ -310,17 +311,13 @@ def test_the_reported_transient_bounds_that_of_strips():
     assert 2_000_000 < _measured_transient(optimizer) <= report(optimizer).transient + 4096 < 4_000_000
 
 
-@pytest.mark.parametrize("threads", [1, 16])
+@pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("second", [Factored(), RowWise(compression=4), SM3()], ids=repr)
-def test_the_reported_transient_bounds_that_of_sums_and_of_threads(second, threads):
+def test_the_reported_transient_bounds_that_of_sums_and_of_threads(second, count):
     w, optimizer = _optimizer(Adam, (40_000, 4), Drop(), second, weight_decay=0.1)
     w.grad = torch.ones_like(w)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         assert 0 < _measured_transient(optimizer) <= report(optimizer).transient + 4096
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("depth", [1, 8])

@@ -5,7 +5,8 @@ Gradients are prescribed, not computed, so what happens to one layer cannot reac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,3 +122,14 @@ def assert_same(found: Any, expected: Any, path: str = "") -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{path}: {m}")
     else:
         assert found == expected, path
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have torch make tensors of that dtype where none is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -67,8 +67,6 @@ class CodecState(ABC):
 
     #: Whether an estimate may hold what belongs to other rows.
     mixes_rows: bool = False
-    #: As which kind of state fused kernels want sums of the gradient's squares beforehand; NONE if they do not.
-    sums_as: Kind = Kind.NONE
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -142,6 +140,11 @@ class Codec(ABC):
         reason = self.refuses_signed if spec.signed else self.refuses_unsigned
         if reason:
             raise ValueError(f"{type(self).__name__} cannot hold {spec.name} of {spec.fqn}: {reason}")
+
+    @property
+    def sums_as(self) -> Kind:
+        """As which kind of state fused kernels want sums of the gradient's squares beforehand; NONE if they do not."""
+        return Kind.NONE
 
     @abstractmethod
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class Factored(Codec):
         "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
     )
 
+    @property
+    def sums_as(self) -> Kind:
+        return Kind.FACTORED
+
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"row": spec.zeros(spec.shard.local_rows), "col": spec.zeros(*spec.shard.row_shape), "scale": 1.0}
 
@@ -41,8 +45,6 @@ class Factored(Codec):
 
 
 class _Factored(CodecState):
-    sums_as = Kind.FACTORED
-
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.row: Tensor = self["row"]  # [local_rows], divided by self["scale"]

@@ -50,6 +50,10 @@ class RowWise(Codec):
         if self.compression == 1 and self.depth != 3:
             raise ValueError(f"RowWise(depth={self.depth}) needs compression > 1: without it there is no sketch")
 
+    @property
+    def sums_as(self) -> Kind:
+        return Kind.ROW_SKETCH if self.compression > 1 else Kind.NONE
+
     def sketch(self) -> CountSketch:
         """The codec of the row scalars when `compression` > 1."""
         try:
@@ -102,8 +106,6 @@ class _Rows(CodecState):
 
 
 class _SketchedRows(CodecState):
-    sums_as = Kind.ROW_SKETCH
-
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
         super().__init__(spec, tensors)
         self.inner = inner

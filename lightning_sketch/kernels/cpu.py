@@ -44,15 +44,8 @@ def step(layers: Sequence[FusedStep]) -> None:
         _launch(params, grads, sums, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
 
 
-def _launch(
-    params: list[Tensor],
-    grads: list[Tensor],
-    sums: list[Tensor],
-    ids: list[Tensor],
-    states: list[Tensor],
-    program: Tensor,
-) -> None:
-    torch.ops.lightning_sketch.fused_step(params, grads, sums, ids, states, program)
+def _launch(*arguments: list[Tensor] | Tensor) -> None:
+    torch.ops.lightning_sketch.fused_step(*arguments)
 
 
 def all_finite(tensors: list[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool], list[Tensor | None]]:

@@ -18,20 +18,6 @@ from tests.tiny import assert_same
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[FusedStep]:
-    """The steps that the kernels were given."""
-    seen: list[FusedStep] = []
-    pack = cpu._pack
-
-    def spy(step: FusedStep, *lists: list[Tensor]) -> object:
-        seen.append(step)
-        return pack(step, *lists)
-
-    monkeypatch.setattr(cpu, "_pack", spy)
-    return seen
-
-
 @pytest.mark.parametrize(("second", "first"), PAIRS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_every_pair_of_codecs_under_adam(second: Codec, first: Codec, sparse: bool, fused: list[FusedStep]) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
 from lightning_sketch import BFloat16, Codec, Factored, Policy, RowWise, Rule, compress
-from lightning_sketch.kernels import all_finite, cpu, native
+from lightning_sketch.kernels import all_finite, native
 from lightning_sketch.kernels.fused import FusedStep, Kind
 from tests.kernels.fused_cases import by_isa, threads
-from tests.tiny import assert_same
+from tests.tiny import assert_same, default_dtype
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
@@ -40,15 +40,6 @@ def train(
     return {"weight": table.weight.detach()} | states
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[FusedStep]:
-    """The steps that kernels are given."""
-    found: list[FusedStep] = []
-    step = cpu.step
-    monkeypatch.setattr(cpu, "step", lambda layers: (found.extend(layers), step(layers)))
-    return found
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (300, 1029), (40_000, 3)], ids=str)
 @pytest.mark.parametrize("second", SECOND, ids=repr)
@@ -69,21 +60,21 @@ def test_same_bits_with_sparse_gradients(second: Codec) -> None:
 
 
 @pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_with_coupled_weight_decay_they_are_of_something_else(second: Codec, steps: list[FusedStep]) -> None:
+def test_with_coupled_weight_decay_they_are_of_something_else(second: Codec, fused: list[FusedStep]) -> None:
     found = train(second, 60, 9, "raise", cls=Adam)
-    assert [taken.sums for taken in steps] == [None] * 3
+    assert [taken.sums for taken in fused] == [None] * 3
     assert_same(found, train(second, 60, 9, "propagate", cls=Adam))
 
 
 @pytest.mark.parametrize(("second", "made"), list(zip(SECOND, [False, True, True], strict=True)))
 def test_they_are_made_for_those_that_read_the_gradient_twice(
-    second: Codec, made: bool, steps: list[FusedStep]
+    second: Codec, made: bool, fused: list[FusedStep]
 ) -> None:
     train(second, 60, 9, "raise")
-    assert [taken.sums is not None for taken in steps] == [False, made, made]  # the first step has nothing bound yet
-    steps.clear()
+    assert [taken.sums is not None for taken in fused] == [False, made, made]  # the first step has nothing bound yet
+    fused.clear()
     train(second, 60, 9, "propagate")
-    assert [taken.sums for taken in steps] == [None] * 3
+    assert [taken.sums for taken in fused] == [None] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -124,16 +115,12 @@ def test_what_they_are(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("second", SECOND, ids=repr)
 def test_torchs_default_dtype_and_device_are_not_theirs(second: Codec, default: torch.dtype) -> None:
     expected = train(second, 2000, 9, "raise")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         with torch.device("meta"):
             sums = all_finite([torch.ones(2000, 9, device="cpu", dtype=torch.float32)], [Kind.FACTORED])[1][0]
         assert sums is not None
         assert (sums.dtype, sums.device.type) == (torch.float32, "cpu")
         found = train(second, 2000, 9, "raise")
-    finally:
-        torch.set_default_dtype(before)
     assert_same(found, expected)
 
 
