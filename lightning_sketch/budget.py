@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import BFloat16, Codec, Drop, Factored, RowWise
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule
-from lightning_sketch.roles import RoleHints, named_layers
+from lightning_sketch.roles import NamedLayer, RoleHints, named_layers
 from lightning_sketch.tables import human_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-#: Codecs of (first moment, second moment), mildest first. Tables go all the way down before hidden layers are touched:
-#: in docs/quality.md every step of their ladder is as good as the exact optimizer, or better. CountSketch is no step of
-#: it: it takes more than RowWise and is worse.
-TABLE_LADDER: tuple[tuple[Codec, Codec], ...] = (
-    (BFloat16(), BFloat16()),
-    (BFloat16(), RowWise()),
-    (Drop(), RowWise()),
-    (Drop(), RowWise(compression=10)),
+#: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
+#: mildest first. Tables go all the way down before hidden layers are touched: in docs/quality.md every step of their
+#: ladder is as good as the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which
+#: is nearly exact there and at which their ladder ends: what `RowWise` would save beyond is bytes per row. CountSketch
+#: is no step of it: it takes more than RowWise and is worse.
+TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
+    (BFloat16(), BFloat16(), BFloat16()),
+    (BFloat16(), RowWise(), Factored()),
+    (Drop(), RowWise(), Factored()),
+    (Drop(), RowWise(compression=10), Factored()),
 )
 HIDDEN_LADDER: tuple[tuple[Codec, Codec], ...] = (
     (BFloat16(), BFloat16()),
@@ -56,26 +59,35 @@ def policy_for_budget(
     """The mildest policy of the ladder whose states fit `budget`; see `Policy.for_budget`."""
     limit = parse_bytes(budget)
     least = None
-    for policy in _ladder(model, seed, role_hints):
+    trained = {id(p) for group in unwrap(optimizer).param_groups for p in group["params"] if p.requires_grad}
+    layers = [layer for key, layer in named_layers(model, role_hints).items() if key in trained]
+    for policy in _ladder(layers, seed, role_hints):
         needed = plan(model, optimizer, policy).bytes_after
         if needed <= limit:
             return policy
         least = needed if least is None else min(least, needed)
     if least is None:
-        raise ValueError("the model has no embedding, softmax or hidden layer to compress")
+        raise ValueError("the optimizer trains no embedding, softmax or hidden layer of the model, to compress")
     raise ValueError(
-        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (embedding and softmax "
-        "tables at a tenth of a number per row, hidden layers factored and without first moment)"
+        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (nothing with a first "
+        "moment; tables with sparse gradients at a tenth of a number per row, other tables and hidden layers factored)"
     )
 
 
-def _ladder(model: nn.Module, seed: int, role_hints: RoleHints) -> Iterator[Policy]:
-    roles = {role for layer in named_layers(model, role_hints).values() for role in layer.roles}
-    tables = tuple(role for role in ("embedding", "softmax") if role in roles)
-    table_rules = [Rule(role=tables, first_moment=m, second_moment=v) for m, v in TABLE_LADDER] if tables else []
-    for rule in table_rules:
-        yield Policy([rule], seed, role_hints)
-    if "hidden" in roles:
-        for m, v in HIDDEN_LADDER:
-            hidden = Rule(role="hidden", first_moment=m, second_moment=v)
-            yield Policy([*table_rules[-1:], hidden], seed, role_hints)
+def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> Iterator[Policy]:
+    """The policies for these layers, mildest first."""
+    tables: dict[bool, set[str]] = {}  # their roles, by whether gradients are sparse
+    for layer in layers:
+        if roles := layer.roles & {"embedding", "softmax"}:
+            tables.setdefault(layer.sparse, set()).update(roles)
+    rules: list[Rule] = []
+    for first, *second in TABLE_LADDER if tables else ():
+        rules = [
+            Rule(role=tuple(sorted(roles)), sparse=sparse, first_moment=first, second_moment=second[not sparse])
+            for sparse, roles in tables.items()
+        ]
+        yield Policy(rules, seed, role_hints)
+    if any("hidden" in layer.roles for layer in layers):
+        for first_moment, second_moment in HIDDEN_LADDER:
+            hidden = Rule(role="hidden", first_moment=first_moment, second_moment=second_moment)
+            yield Policy([*rules, hidden], seed, role_hints)

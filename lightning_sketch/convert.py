@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
+from lightning_sketch.coverage import check_coverage
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
@@ -22,6 +22,7 @@ from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFini
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.sharding import refuse_flattened
+from lightning_sketch.sharding.agree import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def compress(
     policy: Policy | Mapping[str, Any] | None = None,
     *,
     nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
 ) -> OptimizerT:
     """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
 
@@ -48,13 +50,15 @@ def compress(
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
             layer's update with a warning, or "propagate" it into the state as torch.optim does.
+        allow_empty: whether `policy` may compress nothing: what it matches is frozen or not in this optimizer. A
+            warning then says so; without a policy it always does, and the optimizer is converted all the same.
 
     Returns:
         `optimizer`.
 
     Raises:
         TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
-        ValueError: the policy does not fit; nothing was changed.
+        ValueError: the policy does not fit, or compresses nothing; nothing was changed.
 
     >>> import torch
     >>> from lightning_sketch import Policy, Rule, compress
@@ -64,20 +68,57 @@ def compress(
     >>> type(compress(optimizer, model, policy)).__name__
     'CompressedAdamW'
     """
+    explicit = policy is not None
+    compress_all([optimizer], model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
+    return optimizer
+
+
+def compress_all(
+    optimizers: Sequence[Any],
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None,
+    *,
+    explicit: bool,
+    nonfinite: NonFinite,
+    allow_empty: bool,
+) -> None:
+    """`compress` several optimizers of one model; what the policy compresses is judged over all of them.
+
+    Args:
+        explicit: whether the user gave the policy, so that it is an error if it compresses nothing.
+
+    Raises:
+        TypeError, ValueError: as `compress` does; no optimizer was changed.
+    """
     if nonfinite not in ("raise", "skip", "propagate"):
         raise ValueError(f"nonfinite={nonfinite!r}: must be 'raise', 'skip' or 'propagate'")
-    inner = unwrap(optimizer)
-    refuse_zero_redundancy(inner)
-    cls = compressed_class(inner)
     chosen = as_policy(policy)
-    if isinstance(inner, CompressedOptimizer):
-        _reattach(inner, model, chosen if policy is not None else None, nonfinite)
+    plans = [_plan(unwrap(optimizer), model, chosen) for optimizer in optimizers]
+    if not plans or any(isinstance(made, Plan) for made in plans):
+        check_coverage(model, chosen, plans, explicit=explicit, allow_empty=allow_empty)
+    for made in plans:
+        if isinstance(made, CompressedOptimizer):
+            _reattach(made, model, None if policy is None else chosen, nonfinite)
+    for optimizer, made in zip(optimizers, plans, strict=True):
+        if isinstance(made, Plan):
+            _convert(optimizer, made, model, chosen, nonfinite)
+
+
+def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | CompressedOptimizer:
+    """What will become of an optimizer; one that is converted is returned as it is."""
+    refuse_zero_redundancy(optimizer)
+    cls = compressed_class(optimizer)
+    if isinstance(optimizer, CompressedOptimizer):
         return optimizer
     refuse_flattened(model)
-    _refuse_replaced(inner)
-    made = make_plan(model, inner.param_groups, cls.rule, chosen)
-    _check_states(inner, made)
+    _refuse_replaced(optimizer)
+    made = make_plan(model, optimizer.param_groups, cls.rule, policy, optimizer.state)
+    _check_states(optimizer, made)
+    return made
 
+
+def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfinite: NonFinite) -> None:
+    inner = unwrap(optimizer)
     errors: dict[str, dict[str, float]] = {}
     for group, planned in zip(inner.param_groups, made.groups, strict=True):
         group[RECORDS] = [x.record for x in planned]
@@ -90,13 +131,12 @@ def compress(
                     inner.state[param] = fresh_state(x.layer, param, group)
     records = [x.record for x in made.layers if x.record is not None]
     names = [[x.layer.fqn for x in group] for group in made.groups]
-    compression = Compression(chosen, weakref.ref(model), nonfinite, records, names, errors)
+    compression = Compression(policy, weakref.ref(model), nonfinite, records, names, errors)
     inner._compression = compression  # type: ignore[attr-defined]
-    _swap_class(inner, cls)
+    _swap_class(inner, compressed_class(inner))
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     _announce(made, inner)
-    return optimizer
 
 
 def decompress(optimizer: OptimizerT) -> OptimizerT:
@@ -211,8 +251,7 @@ def _has_history(state: Mapping[str, Any]) -> bool:
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+    if not is_rank_zero():
         return
     for state, names in made.dropped().items():
         # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.

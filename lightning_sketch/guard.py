@@ -43,7 +43,8 @@ def refuse_zero_redundancy(optimizer: Any) -> None:
 def _refuse_foreign_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if isinstance(getattr(optimizer, "optim", None), CompressedOptimizer):
         refuse_zero_redundancy(optimizer)  # compress() saw the inner one only
-    if isinstance(optimizer, CompressedOptimizer) or not any(RECORDS in group for group in optimizer.param_groups):
+    records = [record for group in optimizer.param_groups for record in group.get(RECORDS) or ()]
+    if isinstance(optimizer, CompressedOptimizer) or all(record is None for record in records):
         return
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):

@@ -27,8 +27,10 @@ class LayerPlan:
         layer: names, codecs and seed.
         roles: the parameter's roles.
         rule: number of the deciding policy rule, from 1; ``None`` if no rule matched.
-        bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together.
+        bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together. None for a
+            frozen layer without states, for which torch makes none.
         bytes_after: bytes under the policy, by state.
+        frozen: whether the parameter does not require gradients.
     """
 
     layer: Layer
@@ -36,6 +38,7 @@ class LayerPlan:
     rule: int | None
     bytes_before: Mapping[str, int]
     bytes_after: Mapping[str, int]
+    frozen: bool = False
 
     @property
     def record(self) -> str | None:
@@ -98,7 +101,7 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
     from lightning_sketch.classes import rule_of, unwrap  # optimizer plans its own conversion
 
     inner = unwrap(optimizer)
-    return make_plan(model, inner.param_groups, rule_of(inner), as_policy(policy))
+    return make_plan(model, inner.param_groups, rule_of(inner), as_policy(policy), inner.state)
 
 
 def as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
@@ -108,8 +111,18 @@ def as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
     return policy if isinstance(policy, Policy) else Policy.from_dict(policy)
 
 
-def make_plan(model: nn.Module, groups: list[dict[str, Any]], rule: UpdateRule, policy: Policy) -> Plan:
-    """Resolve `policy` for `groups`; see `plan`."""
+def make_plan(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    rule: UpdateRule,
+    policy: Policy,
+    existing: Mapping[Any, Any] | None = None,
+) -> Plan:
+    """Resolve `policy` for `groups`; see `plan`.
+
+    Args:
+        existing: the optimizer's states. A frozen parameter counts only if it has one.
+    """
     layers = named_layers(model, policy.role_hints)
     assigned = policy.assign(layers)
     _check_membership(groups, layers)
@@ -117,14 +130,17 @@ def make_plan(model: nn.Module, groups: list[dict[str, Any]], rule: UpdateRule, 
     _check_states_named(policy, deciding, groups, rule)
     return Plan(
         tuple(
-            tuple(_plan_layer(layers[id(p)], assigned.get(id(p)), policy, rule, group) for p in group["params"])
+            tuple(
+                _plan_layer(layers[id(p)], assigned.get(id(p)), policy, rule, group, bool((existing or {}).get(p)))
+                for p in group["params"]
+            )
             for group in groups
         )
     )
 
 
 def _plan_layer(
-    named: NamedLayer, index: int | None, policy: Policy, rule: UpdateRule, group: Mapping[str, Any]
+    named: NamedLayer, index: int | None, policy: Policy, rule: UpdateRule, group: Mapping[str, Any], has_state: bool
 ) -> LayerPlan:
     states = rule.states(group)
     chosen = policy.rules[index] if index is not None else None
@@ -142,6 +158,7 @@ def _plan_layer(
         rule.check(group, layer.fqn)
         shard_of(named.param, layer.fqn)  # refuses placements that no codec can serve
         _check_one_momentum(layer)
+    frozen = not named.param.requires_grad
     for state in states:
         dense = math.prod(layer.shape) * named.param.element_size()
         before[state.name] = after[state.name] = dense
@@ -149,7 +166,9 @@ def _plan_layer(
             spec = whole.spec(state.name, named.param, group)
             codecs[state.name].check(spec)
             after[state.name] = codecs[state.name].nbytes(spec)
-    return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after)
+        if frozen and not has_state:
+            before[state.name] = after[state.name] = 0
+    return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after, frozen)
 
 
 def _check_one_momentum(layer: Layer) -> None:

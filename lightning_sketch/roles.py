@@ -36,6 +36,7 @@ class NamedLayer:
         module: the module that owns it.
         roles: one or more roles; a tied weight has those of all its uses.
         aliases: its other names (tied weights).
+        owners: every module that owns it, `module` the first.
     """
 
     fqn: str
@@ -43,6 +44,7 @@ class NamedLayer:
     module: nn.Module
     roles: set[str] = field(default_factory=set)
     aliases: list[str] = field(default_factory=list)
+    owners: list[nn.Module] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +54,11 @@ class NamedLayer:
     @property
     def names(self) -> list[str]:
         return [self.fqn, *self.aliases]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its gradients are sparse: autograd makes a dense one as soon as one use of the weight is dense."""
+        return bool(self.owners) and all(getattr(owner, "sparse", False) is True for owner in self.owners)
 
 
 def clean_fqn(name: str, *, wrapped: bool = True) -> str:
@@ -92,8 +99,9 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
 
     Embedding: the weight of ``nn.Embedding`` and ``nn.EmbeddingBag``, and of Hugging Face's ``get_input_embeddings()``
     at any depth. Softmax: the weight of ``get_output_embeddings()`` and every matrix of
-    ``nn.AdaptiveLogSoftmaxWithLoss``; a plain ``nn.Linear`` head only by `role_hints`, never by guess. Hidden: all
-    other parameters of two or more dimensions. Other: vectors and scalars.
+    ``nn.AdaptiveLogSoftmaxWithLoss``; a plain ``nn.Linear`` head only by `role_hints`, never by guess. What PEFT trains
+    in place of a table (the copy of ``modules_to_save``, the rows of ``TrainableTokens``) has the table's roles. Hidden:
+    all other parameters of two or more dimensions. Other: vectors and scalars.
 
     Raises:
         ValueError: a hint names an unknown role or matches nothing.
@@ -111,10 +119,16 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
                 layers[id(param)] = NamedLayer(fqn, param, module)
             elif fqn not in layers[id(param)].names:
                 layers[id(param)].aliases.append(fqn)
+            layers[id(param)].owners.append(module)
     for param, role in _structural_roles(model):
         if id(param) in layers:
             layers[id(param)].roles.add(role)
     _apply_hints(layers, role_hints)
+    for original, copy in _trained_copies(model):
+        if id(original) in layers and id(copy) in layers:
+            roles = layers[id(original)].roles | layers[id(copy)].roles
+            layers[id(original)].roles |= roles
+            layers[id(copy)].roles |= roles
     for layer in layers.values():
         if not layer.roles:
             layer.roles.add("hidden" if len(layer.shape) >= 2 else "other")
@@ -143,6 +157,22 @@ def _hf_weight(module: nn.Module, getter: str) -> Any:
     except (NotImplementedError, AttributeError):  # transformers' base classes declare getters that many models lack
         return None
     return getattr(getattr(layer, "base_layer", layer), "weight", None)
+
+
+def _trained_copies(model: nn.Module) -> Iterator[tuple[nn.Parameter | None, nn.Parameter]]:
+    """PEFT trains a copy of a frozen layer, or of some of a table's rows: the original parameter and the trained one."""
+    for module in model.modules():
+        children = module._modules
+        copies, original = children.get("modules_to_save"), children.get("original_module")
+        if isinstance(copies, nn.ModuleDict) and original is not None:
+            originals = dict(original.named_parameters())
+            for copy in copies.values():
+                for name, param in copy.named_parameters():
+                    yield originals.get(name), param
+        deltas, table = children.get("trainable_tokens_delta"), children.get("base_layer")
+        if isinstance(deltas, nn.ParameterDict) and table is not None:
+            for delta in deltas.values():
+                yield table._parameters.get("weight"), delta
 
 
 def _apply_hints(layers: Mapping[int, NamedLayer], hints: RoleHints) -> None:

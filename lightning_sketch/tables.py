@@ -50,7 +50,9 @@ def plan_table(plan: Plan) -> str:
             table.add_row(*_row(layer))
     if unmatched:
         size = human_bytes(sum(sum(x.bytes_before.values()) for x in unmatched))
-        table.add_row(f"{len(unmatched)} other parameters", "", "", "none", "kept as they are", size, size)
+        frozen = sum(x.frozen for x in unmatched)
+        what = "kept as they are" + (f" ({frozen} frozen)" if frozen else "")
+        table.add_row(f"{len(unmatched)} other parameters", "", "", "none", what, size, size)
     table.add_section()
     table.add_row("total", "", "", "", "", human_bytes(plan.bytes_before), human_bytes(plan.bytes_after))
     return render(table)
@@ -59,7 +61,7 @@ def plan_table(plan: Plan) -> str:
 def _row(planned: LayerPlan) -> tuple[str, ...]:
     layer = planned.layer
     return (
-        layer.fqn,
+        layer.fqn + (" (frozen)" if planned.frozen else ""),
         " x ".join(f"{n:,}" for n in layer.shape) or "scalar",
         ", ".join(planned.roles),
         str(planned.rule),

@@ -12,7 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_sketch.classes import COMPRESSED, unwrap
-from lightning_sketch.convert import compress
+from lightning_sketch.convert import compress_all
 from lightning_sketch.engine import attach
 from lightning_sketch.flat import is_flat
 from lightning_sketch.integrations.lightning_load import MovingLoad
@@ -67,6 +67,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     Args:
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
+        allow_empty: whether the policy may compress nothing of what the optimizers train; see
+            `lightning_sketch.compress`. It is judged over all optimizers together.
         log_memory: print the plan at conversion and one line of bytes after the first step, where Lightning prints
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
 
@@ -80,11 +82,14 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         policy: Policy | dict[str, Any] | str | None = None,
         nonfinite: NonFinite = "raise",
         log_memory: bool = True,
+        allow_empty: bool = False,
     ) -> None:
         super().__init__()
+        self._explicit = policy is not None
         self.policy = Policy.from_yaml(policy) if isinstance(policy, str | Path) else as_policy(policy)
         self.nonfinite: NonFinite = nonfinite
         self.log_memory = log_memory
+        self.allow_empty = allow_empty
         self._patch: _Patch | None = None
         self._load_patch: MovingLoad | None = None
         self._left_alone: list[Optimizer] = []
@@ -177,16 +182,26 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         layers = named_layers(pl_module, self.policy.role_hints)
         decided = {key for key, rule in self.policy.assign(layers).items() if self.policy.rules[rule].codecs}
         self._left_alone = []
+        ours = []
         for optimizer in _optimizers_in(configured):
             inner = unwrap(optimizer)
             touched = any(id(p) in decided for group in inner.param_groups for p in group["params"])
             if not touched and type(inner) not in COMPRESSED and not isinstance(inner, CompressedOptimizer):
                 self._left_alone.append(inner)
             else:
-                compress(optimizer, pl_module, self.policy, nonfinite=self.nonfinite)
-                made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
-                if self.log_memory and any(x.layer.compressed for x in made.layers):
-                    _say(str(made))
+                ours.append(optimizer)
+        compress_all(
+            ours,
+            pl_module,
+            self.policy,
+            explicit=self._explicit,
+            nonfinite=self.nonfinite,
+            allow_empty=self.allow_empty,
+        )
+        for optimizer in ours:
+            made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
+            if self.log_memory and any(x.layer.compressed for x in made.layers):
+                _say(str(made))
 
 
 def _optimizers_in(configured: Any) -> list[Any]:

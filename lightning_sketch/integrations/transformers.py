@@ -42,6 +42,7 @@ class CompressedOptimizerFactory:
         optimizer_cls: type[Optimizer] = torch.optim.AdamW,
         policy: Policy | Mapping[str, Any] | str | Path | None = None,
         nonfinite: NonFinite = "raise",
+        allow_empty: bool = False,
         **kwargs: Any,
     ) -> Optimizer:
         """The compressed optimizer over the trainable parameters of `model`, in the Trainer's own two groups.
@@ -52,15 +53,16 @@ class CompressedOptimizerFactory:
             optimizer_cls: a class that `compress` supports.
             policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
             nonfinite: see `lightning_sketch.compress`.
+            allow_empty: see `lightning_sketch.compress`.
             kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
 
         Raises:
             TypeError: the class is not supported, or the model is sharded by FSDP1.
-            ValueError: the policy does not fit.
+            ValueError: the policy does not fit, or compresses nothing.
         """
         chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy
         optimizer = optimizer_cls(_groups(model, optimizer_cls), lr=lr, **kwargs)  # type: ignore[call-arg]
-        return compress(optimizer, model, chosen, nonfinite=nonfinite)
+        return compress(optimizer, model, chosen, nonfinite=nonfinite, allow_empty=allow_empty)
 
 
 def compressed_optimizer(
@@ -68,6 +70,7 @@ def compressed_optimizer(
     policy: Policy | Mapping[str, Any] | str | Path | None = None,
     *,
     nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
 ) -> tuple[type[CompressedOptimizerFactory], dict[str, Any]]:
     """The optimizer that the Trainer would make from its arguments, compressed.
 
@@ -81,6 +84,7 @@ def compressed_optimizer(
         args: ``TrainingArguments``; their optim, optim_args, learning_rate, weight_decay and adam_* count.
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
+        allow_empty: see `lightning_sketch.compress`.
 
     Returns:
         the value of the Trainer's ``optimizer_cls_and_kwargs``.
@@ -97,7 +101,7 @@ def compressed_optimizer(
             "remove it there, and choose the optimizer by TrainingArguments(optim=..., learning_rate=...)"
         )
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite}
+    ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite, "allow_empty": allow_empty}
     return CompressedOptimizerFactory, {**kwargs, "weight_decay": args.weight_decay, **ours}
 
 

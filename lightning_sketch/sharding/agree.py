@@ -12,6 +12,11 @@ from torch import Tensor
 from lightning_sketch.sharding.dtensor import is_dtensor, sharded_mesh_dim
 
 
+def is_rank_zero() -> bool:
+    """Whether this process says what is the same on all ranks."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def shard_group(param: Tensor, fqn: str) -> Any | None:
     """The process group over which a DTensor is sharded; ``None`` for a parameter that is whole."""
     if not is_dtensor(param):
