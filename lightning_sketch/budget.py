@@ -19,16 +19,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
-#: mildest first. Tables go all the way down before hidden layers are touched: in docs/quality.md every step of their
-#: ladder is as good as the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which
-#: is nearly exact there and at which their ladder ends: what `RowWise` would save beyond is bytes per row. CountSketch
-#: is no step of it: it takes more than RowWise and is worse.
+#: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is as
+#: good as the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which is nearly
+#: exact there. CountSketch is no step of it: it takes more than RowWise and is worse.
 TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
     (BFloat16(), BFloat16(), BFloat16()),
     (BFloat16(), RowWise(), Factored()),
     (Drop(), RowWise(), Factored()),
     (Drop(), RowWise(compression=10), Factored()),
 )
+#: After the hidden layers: what is left to save of dense tables is less than a number per row, and costs quality.
+SMALLEST_TABLES: tuple[Codec, Codec, Codec] = (Drop(), RowWise(compression=10), RowWise(compression=10))
 HIDDEN_LADDER: tuple[tuple[Codec, Codec], ...] = (
     (BFloat16(), BFloat16()),
     (BFloat16(), Factored()),
@@ -69,8 +70,8 @@ def policy_for_budget(
     if least is None:
         raise ValueError("the optimizer trains no embedding, softmax or hidden layer of the model, to compress")
     raise ValueError(
-        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (nothing with a first "
-        "moment; tables with sparse gradients at a tenth of a number per row, other tables and hidden layers factored)"
+        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (embedding and softmax "
+        "tables at a tenth of a number per row, hidden layers factored and without first moment)"
     )
 
 
@@ -80,14 +81,20 @@ def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> I
     for layer in layers:
         if roles := layer.roles & {"embedding", "softmax"}:
             tables.setdefault(layer.sparse, set()).update(roles)
-    rules: list[Rule] = []
-    for first, *second in TABLE_LADDER if tables else ():
-        rules = [
+
+    def table_rules(first: Codec, *second: Codec) -> list[Rule]:
+        return [
             Rule(role=tuple(sorted(roles)), sparse=sparse, first_moment=first, second_moment=second[not sparse])
             for sparse, roles in tables.items()
         ]
-        yield Policy(rules, seed, role_hints)
-    if any("hidden" in layer.roles for layer in layers):
-        for first_moment, second_moment in HIDDEN_LADDER:
-            hidden = Rule(role="hidden", first_moment=first_moment, second_moment=second_moment)
-            yield Policy([*rules, hidden], seed, role_hints)
+
+    if tables:
+        for step in TABLE_LADDER:
+            yield Policy(table_rules(*step), seed, role_hints)
+    hidden: list[Rule] = []
+    if any(layer.roles == {"hidden"} for layer in layers):
+        for first, second in HIDDEN_LADDER:
+            hidden = [Rule(role="hidden", first_moment=first, second_moment=second)]
+            yield Policy([*table_rules(*TABLE_LADDER[-1]), *hidden], seed, role_hints)
+    if tables:
+        yield Policy([*table_rules(*SMALLEST_TABLES), *hidden], seed, role_hints)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_sketch.counter import counter
 from lightning_sketch.dense import encode_layer, encode_part
 from lightning_sketch.flat import FlatTensor, is_flat
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.recorded_policy import policy_hint
 from lightning_sketch.reshard import reshard
 from lightning_sketch.sharding import is_dtensor, local, shard_of
 
@@ -73,7 +74,7 @@ def prepare_load(
             "this checkpoint does not fit the compressed optimizer; nothing was changed.\n  "
             + "\n  ".join(load.problems)
             + "\nLoad it with the policy and seed it was written under, or make it dense first with "
-            "lightning_sketch.decompress_state_dict(state_dict)."
+            "lightning_sketch.decompress_state_dict(state_dict)." + _policy_hint(optimizer, saved_groups)
         )
     optimizer._compression.errors.update(load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
@@ -207,6 +208,23 @@ class _Load:
     def _restore(self, key: Any, param: Tensor, tensors: dict[str, Any]) -> None:
         self.restored.append((param, tensors))
         self.stock_state[key] = {"step": tensors["step"]}  # torch's __setstate__ wants one
+
+
+def _policy_hint(optimizer: CompressedOptimizer, saved_groups: Iterable[Mapping[str, Any]]) -> str:
+    policy = optimizer._compression.policy
+    live = _recorded_layers(optimizer.param_groups)
+    return policy_hint(_recorded_layers(saved_groups), live, None if policy is None else policy.seed)
+
+
+def _recorded_layers(groups: Iterable[Mapping[str, Any]]) -> Iterator[Layer]:
+    """The compressed layers of parameter groups whose records can be read."""
+    for group in groups:
+        for record in group.get(RECORDS) or ():
+            try:
+                if record is not None:
+                    yield Layer.from_record(record)
+            except ValueError:  # another format version: named among the problems
+                continue
 
 
 def _mismatch(saved: str | None, live: str) -> str | None:

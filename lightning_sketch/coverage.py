@@ -40,6 +40,8 @@ def check_coverage(
     Raises:
         ValueError: an explicit policy compresses nothing.
     """
+    if not any(rule.compresses for rule in policy.rules):
+        return  # it asks for nothing
     held: dict[str, LayerPlan | None] = {}
     compressed: set[str] = set()
     for made in plans:
@@ -56,7 +58,7 @@ def check_coverage(
     elif not explicit:
         _warn([f"nothing is compressed. {_why_not_default(layers, idle)}. {_preset(layers, held)}"])
     else:
-        reasons = "\n  ".join(idle or ["no rule gives a codec other than Keep to a layer"])
+        reasons = "\n  ".join(idle or policy.unmatched(layers))
         frozen = any(x is not None and x.frozen and x.layer.compressed for x in held.values())
         later = "Frozen layers of the optimizer will be compressed once they are unfrozen. " if frozen else ""
         message = f"the policy compresses nothing of what is trained:\n  {reasons}\n{later}"

@@ -218,10 +218,13 @@ class Policy:
                     break
         for index, rule in enumerate(self.rules):
             if index not in assigned.values() and not rule.optional:
-                raise ValueError(
-                    f"policy rule {index + 1} ({rule.describe()}) matched no parameter; {_nearest(rule, layers)}"
-                )
+                raise ValueError(_unmatched(index, rule, layers))
         return assigned
+
+    def unmatched(self, layers: Mapping[int, NamedLayer]) -> list[str]:
+        """For each rule that decides no layer a sentence that says which layer came nearest."""
+        deciding = set(self.assign(layers).values())
+        return [_unmatched(i, rule, layers) for i, rule in enumerate(self.rules) if i not in deciding]
 
     def explain(self, model: nn.Module, optimizer: Any) -> str:
         """The table of layers, roles, rules, codecs and bytes that ``compress`` would make. Changes nothing."""
@@ -311,6 +314,10 @@ def _rule_from(value: Mapping[str, Any]) -> Rule:
     if unknown:
         raise ValueError(f"a policy rule has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return Rule(**value)
+
+
+def _unmatched(index: int, rule: Rule, layers: Mapping[int, NamedLayer]) -> str:
+    return f"policy rule {index + 1} ({rule.describe()}) matched no parameter; {_nearest(rule, layers)}"
 
 
 def _nearest(rule: Rule, layers: Mapping[int, NamedLayer]) -> str:

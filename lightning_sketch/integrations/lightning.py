@@ -16,10 +16,12 @@ from lightning_sketch.convert import compress_all
 from lightning_sketch.engine import attach
 from lightning_sketch.flat import is_flat
 from lightning_sketch.integrations.lightning_load import MovingLoad
+from lightning_sketch.layer import Layer
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer import CompressedOptimizer, NonFinite
 from lightning_sketch.plan import as_policy, plan
 from lightning_sketch.policy import Policy
+from lightning_sketch.recorded_policy import policy_hint
 from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.tables import human_bytes
@@ -68,7 +70,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
         allow_empty: whether the policy may compress nothing of what the optimizers train; see
-            `lightning_sketch.compress`. It is judged over all optimizers together.
+            `lightning_sketch.compress`. It is judged over all optimizers together, and beside a BaseFinetuning callback,
+            which adds layers later, never an error.
         log_memory: print the plan at conversion and one line of bytes after the first step, where Lightning prints
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
 
@@ -93,7 +96,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self._patch: _Patch | None = None
         self._load_patch: MovingLoad | None = None
         self._left_alone: list[Optimizer] = []
-        self._to_log = False
+        self._to_log = self._layers_are_added = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Patch ``configure_optimizers`` for one call."""
@@ -102,6 +105,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         for refused, reason in _REFUSED_STRATEGIES.items():
             if _is_strategy(trainer, refused):
                 raise ValueError(f"OptimizerStateCompression does not work with {refused}: {reason}")
+        classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+        self._layers_are_added = "BaseFinetuning" in classes
         self._patch = _Patch(pl_module, self._convert)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -128,18 +133,21 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
+        decided: dict[str, Layer] = {}
+        found: dict[str, Layer] = {}
         for optimizer in map(unwrap, trainer.optimizers):
             # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
             if isinstance(optimizer, CompressedOptimizer) and not any(map(is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
-                decided = {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
-                found = {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
-                wrong = [fqn for fqn in decided | found if decided.get(fqn) != found.get(fqn)]
-                if wrong:
-                    raise ValueError(
-                        f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
-                        "load it with the policy and seed it was written under"
-                    )
+                decided |= {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
+                found |= {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
+        wrong = [fqn for fqn in decided | found if decided.get(fqn) != found.get(fqn)]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
+                "load it with the policy and seed it was written under."
+                + policy_hint(found.values(), decided.values(), self.policy.seed)
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Log memory once, when the states exist."""
@@ -190,13 +198,15 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 self._left_alone.append(inner)
             else:
                 ours.append(optimizer)
+        if not (ours or self._left_alone):
+            return  # Lightning warns
         compress_all(
             ours,
             pl_module,
             self.policy,
             explicit=self._explicit,
             nonfinite=self.nonfinite,
-            allow_empty=self.allow_empty,
+            allow_empty=self.allow_empty or self._layers_are_added,
         )
         for optimizer in ours:
             made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters

@@ -6,6 +6,7 @@ from lightning_sketch.dtensor_state import sharding_of
 from lightning_sketch.layer import Layer
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.portable.saved import SavedLayer, SavedOptimizer
+from lightning_sketch.recorded_policy import policy_hint
 
 
 def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
@@ -20,11 +21,13 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
         ValueError: the checkpoint was written under another policy; the message names every layer and the reason.
     """
     problems: list[str] = []
+    decided: list[Layer] = []
     plain = False
     sharded: list[tuple[SavedLayer, int]] = []  # what was compressed then and is now, and into how many shards now
     for group, names in zip(optimizer.param_groups, optimizer._compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer._records(group), strict=True):
             found, live = saved.layers.get(fqn), None if record is None else Layer.from_record(record)
+            decided += [] if live is None else [live]
             if found is None or found.layer is live is None:
                 continue
             if found.layer is None:
@@ -35,10 +38,13 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
                 kept = "compressed in the checkpoint, kept by the policy"
                 problems.append(f"{fqn}: {kept if live is None else found.layer.difference(live)}")
     if problems:
+        policy = optimizer._compression.policy
+        was = [x.layer for x in saved.layers.values() if x.layer is not None]
         raise ValueError(
             "this checkpoint was written under another policy; nothing was changed.\n  "
             + "\n  ".join(problems)
             + "\nLoad it with the policy and seed it was written under."
+            + policy_hint(was, decided, None if policy is None else policy.seed)
         )
     if plain or not sharded:
         return plain
