@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
@@ -14,6 +15,7 @@ from lightning_sketch import (
     BFloat16,
     CountSketch,
     Drop,
+    Factored,
     Keep,
     Policy,
     RowWise,
@@ -23,6 +25,7 @@ from lightning_sketch import (
     plan,
 )
 from lightning_sketch.roles import named_layers
+from tests.tiny import CASES, give_gradients
 
 
 def make_model():
@@ -55,6 +58,7 @@ MLP = {"mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias"}
         ({"name": "mlp.*"}, MLP),
         ({"name": "re:mlp.*weight$"}, {"mlp.0.weight", "mlp.1.weight"}),
         ({"name": ["big.*", "head.*"]}, {"big.weight", "head.weight"}),
+        ({"sparse": False, "role": "embedding"}, TABLES),
         ({"module": nn.Embedding}, TABLES),
         ({"module": "Linear"}, MLP | {"head.weight"}),
         ({"module": nn.Linear, "role": "other"}, {"mlp.0.bias", "mlp.1.bias"}),
@@ -109,6 +113,10 @@ def test_hints_give_roles_to_select_by():
         ),
         ([Rule(name=["big.*", "mlp.*"], role="softmax", min_rows=5)], r"\(missed: role\)"),
         ([Rule(role="embedding", match=lambda *_: False)], r"nearest is 'big.weight' .* \(missed: match\)"),
+        (
+            [Rule(role="embedding", sparse=True)],
+            r"sparse=True\) matched no parameter; nearest is 'big.weight' of modules without sparse=True \(missed: sp",
+        ),
         ([Rule(module="Conv2d")], r"\(module='Conv2d'\) matched no parameter"),
         ([Rule(module=nn.Conv2d)], r"\(module=Conv2d\) matched no parameter"),
     ],
@@ -138,6 +146,8 @@ def test_a_model_without_parameters():
         ),
         (lambda: Rule(min_rows=-1), r"Rule\(min_rows=-1\): must be >= 0"),
         (lambda: Rule(min_numel=-1), r"Rule\(min_numel=-1\): must be >= 0"),
+        (lambda: Rule(sparse=1), r"Rule\(sparse=1\): must be True, False or None"),
+        (lambda: Rule(optional=None), r"Rule\(optional=None\): must be True or False"),
         (lambda: Rule(exp_avg="Sketch"), "unknown codec 'Sketch'; known are Keep, BFloat16, Drop, CountSketch, SM3, "),
         (lambda: Rule(exp_avg={"compression": 3}), "unknown codec None"),
         (lambda: Rule(exp_avg_sq={"codec": "RowWise", "width": 3}), "codec RowWise: .*unexpected keyword argument"),
@@ -291,18 +301,82 @@ def test_a_layer_has_one_momentum():
 
 
 def test_the_default_policy_takes_large_tables():
-    model = nn.ModuleDict({"a": nn.Embedding(10_000, 2), "b": nn.Embedding(9_999, 2), "c": nn.Linear(2, 20_000)})
+    model = nn.ModuleDict({
+        "a": nn.Embedding(10_000, 2), "b": nn.Embedding(9_999, 2), "c": nn.Linear(2, 20_000),
+        "d": nn.Embedding(10_000, 2, sparse=True), "e": nn.EmbeddingBag(9_999, 2, sparse=True),
+    })  # fmt: skip
     made = plan(model, Adam(model.parameters()))
     assert {x.layer.fqn: dict(x.layer.codecs) for x in made.layers if x.layer.compressed} == {
-        "a.weight": {"exp_avg": Drop(), "exp_avg_sq": RowWise(compression=10)}
+        "a.weight": {"exp_avg": Drop(), "exp_avg_sq": Factored()},
+        "d.weight": {"exp_avg": Drop(), "exp_avg_sq": RowWise(compression=10)},
     }
     assert plan(model, SGD(model.parameters(), momentum=0.9)).layers[0].layer.codecs == {"momentum_buffer": BFloat16()}
 
 
-def test_the_default_policy_on_a_model_without_large_tables_is_an_error():
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_default_policy_serves_every_optimizer(case, sparse):
+    model = nn.Embedding(10_000, 2, sparse=sparse)
+    optimizer = compress(case.make(model.parameters()), model)
+    for step in range(2):
+        give_gradients(model, step, sparse=sparse or case.sparse)
+        optimizer.step()
+    codecs = plan(model, optimizer).layers[0].layer.codecs
+    second = RowWise(compression=10) if sparse else Factored()
+    expected = {"exp_avg": Drop(), "grad_avg": BFloat16(), "momentum_buffer": BFloat16()}
+    assert codecs == {state: expected.get(state, second) for state in codecs}
+    assert model.weight.isfinite().all()
+
+
+def test_the_default_policy_on_a_model_without_large_tables_converts_and_warns(caplog):
     model = make_model()
-    with pytest.raises(ValueError, match=r"min_rows=10_000\) matched no parameter; nearest is 'big.weight' with"):
-        compress(Adam(model.parameters()), model)
+    compress(Adam(model.parameters()), model)
+    assert "the largest, big.weight, has 200" in caplog.text
+
+
+def tied(*modules):
+    for module in modules[1:]:
+        module.weight = modules[0].weight
+    return nn.ModuleList(modules)
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (lambda: tied(nn.Embedding(6, 2, sparse=True)), torch.sparse_coo),
+        (lambda: tied(nn.Embedding(6, 2, sparse=True), nn.Embedding(6, 2, sparse=True)), torch.sparse_coo),
+        (lambda: tied(nn.Embedding(6, 2, sparse=True), nn.Linear(2, 6)), torch.strided),
+        (lambda: tied(nn.Embedding(6, 2, sparse=True), nn.Embedding(6, 2)), torch.strided),
+        (lambda: tied(nn.Embedding(6, 2), nn.Embedding(6, 2, sparse=True)), torch.strided),
+        (lambda: tied(nn.Embedding(6, 2)), torch.strided),
+    ],
+    ids=["sparse", "two sparse", "sparse and a head", "sparse and dense", "dense and sparse", "dense"],
+)
+def test_sparse_selects_the_tables_whose_gradients_are_sparse(make, layout):
+    model = make()
+    uses = [m(torch.ones(2)) if isinstance(m, nn.Linear) else m(torch.tensor([1])) for m in model]
+    sum(x.sum() for x in uses).backward()
+    assert model[0].weight.grad.layout == layout
+    layer = named_layers(model)[id(model[0].weight)]
+    sparse = layout == torch.sparse_coo
+    assert [Rule(sparse=s, exp_avg="Drop").misses(layer) for s in (sparse, None, not sparse)] == [[], [], ["sparse"]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Rule(sparse=False, optional=True, exp_avg="Drop"), "Rule(sparse=False, exp_avg=Drop(), optional=True)"),
+        (Rule(sparse=True), "Rule(sparse=True)"),
+    ],
+)
+def test_sparse_and_optional_are_written_out(rule, text):
+    assert repr(rule) == text and eval(text) == rule
+    assert Policy.from_dict(yaml.safe_load(yaml.safe_dump(Policy([rule]).to_dict()))) == Policy([rule])
+    assert not rule.is_default and rule.describe() == f"sparse={rule.sparse}"
+
+
+def test_an_optional_rule_may_match_nothing():
+    assert set(matched(Rule(name="no.such", optional=True), Rule(role="embedding"))) == TABLES
 
 
 def test_the_seed_and_the_name_make_the_hash():

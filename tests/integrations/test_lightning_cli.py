@@ -60,10 +60,18 @@ def test_the_other_arguments():
     assert (callback.nonfinite, callback.log_memory) == ("skip", False)
 
 
-def test_the_default_policy():
+def test_the_default_policy(caplog):
     write_config()
-    with pytest.raises(ValueError, match="min_rows=10_000"):  # the tiny table is too small for it
+    fit()
+    assert "nothing is compressed" in caplog.text  # the tiny table is too small for it
+
+
+def test_allow_empty_from_the_command_line():
+    write_config(policy={"rules": [{"role": "embedding", "min_rows": 1000, "exp_avg": "Drop", "optional": True}]})
+    with pytest.raises(ValueError, match="compresses nothing"):
         fit()
+    callback, _ = fit("--trainer.callbacks.allow_empty=true")
+    assert callback.allow_empty
 
 
 def test_an_optimizer_from_the_command_line_is_compressed_too():
