@@ -37,6 +37,22 @@ def test_a_smaller_budget_never_gives_a_larger_plan():
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize(("sparse", "codec"), [(False, "Factored"), (True, "RowWise")])
+def test_tables_go_down_as_their_gradients_want(sparse, codec):
+    model = nn.Embedding(5_000, 16, sparse=sparse)
+    policy = Policy.for_budget(model, torch.optim.AdamW(model.parameters()), "25KB")
+    assert [type(rule.second_moment).__name__ for rule in policy.rules] == [codec]
+
+
+def test_tables_of_both_kinds_have_a_rule_each_and_hidden_layers_go_before_the_last_step_of_tables():
+    model = nn.Sequential(nn.Embedding(5_000, 16, sparse=True), nn.Embedding(5_000, 16), nn.Linear(16, 4_000))
+    optimizer = torch.optim.AdamW(model.parameters())
+    policy = Policy.for_budget(model, optimizer, "80KB")
+    found = [type(rule.second_moment).__name__ for rule in policy.rules]
+    assert found == ["RowWise", "Factored", "Factored"] and policy.rules[0].second_moment.compression == 10
+    compress(optimizer, model, policy)
+
+
 def test_an_impossible_budget_says_what_the_least_is():
     model = _model()
     with pytest.raises(ValueError, match=r"no policy fits 10 B: the smallest states are \d"):
