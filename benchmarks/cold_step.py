@@ -20,7 +20,8 @@ def main(threads: int, kind: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     if kind == "compressed":
         hidden = ls.Rule(role="hidden", first_moment=ls.BFloat16(), second_moment=ls.Factored())
-        ls.compress(optimizer, model, ls.Policy([*ls.default_policy().rules, hidden]))
+        table = ls.Rule(role="embedding", exp_avg=ls.Drop(), exp_avg_sq=ls.RowWise(compression=10))
+        ls.compress(optimizer, model, ls.Policy([table, hidden]))
     seconds = []
     for _ in range(2):
         model(torch.arange(128)).square().mean().backward()

@@ -148,7 +148,7 @@ def test_without_a_policy_small_tables_are_named_with_their_rows(warnings):
     model = nn.ModuleList([nn.Embedding(20, 2), nn.Embedding(9_999, 2)])
     compress(AdamW(model.parameters()), model)
     (message,) = warnings()
-    assert "and the largest, 1.weight, has 9,999. To compress the tables, pass Policy([Rule(role=\"embedding\"" in message
+    assert 'and the largest, 1.weight, has 9,999. To compress the tables, pass Policy([Rule(role="embedding"' in message
 
 
 def test_without_a_policy_a_large_frozen_table_is_named(warnings):
