@@ -100,8 +100,8 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
     Embedding: the weight of ``nn.Embedding`` and ``nn.EmbeddingBag``, and of Hugging Face's ``get_input_embeddings()``
     at any depth. Softmax: the weight of ``get_output_embeddings()`` and every matrix of
     ``nn.AdaptiveLogSoftmaxWithLoss``; a plain ``nn.Linear`` head only by `role_hints`, never by guess. What PEFT trains
-    in place of a table (the copy of ``modules_to_save``, the rows of ``TrainableTokens``) has the table's roles. Hidden:
-    all other parameters of two or more dimensions. Other: vectors and scalars.
+    in place of a table (the copy of ``modules_to_save``, the rows of ``TrainableTokens``) has the table's roles.
+    Hidden: all other parameters of two or more dimensions. Other: vectors and scalars.
 
     Raises:
         ValueError: a hint names an unknown role or matches nothing.
@@ -160,7 +160,7 @@ def _hf_weight(module: nn.Module, getter: str) -> Any:
 
 
 def _trained_copies(model: nn.Module) -> Iterator[tuple[nn.Parameter | None, nn.Parameter]]:
-    """PEFT trains a copy of a frozen layer, or of some of a table's rows: the original parameter and the trained one."""
+    """What PEFT trains in place of a frozen layer or of some rows of a table, as (original parameter, trained one)."""
     for module in model.modules():
         children = module._modules
         copies, original = children.get("modules_to_save"), children.get("original_module")

@@ -370,9 +370,11 @@ def test_sparse_selects_the_tables_whose_gradients_are_sparse(make, layout):
     ],
 )
 def test_sparse_and_optional_are_written_out(rule, text):
-    assert repr(rule) == text and eval(text) == rule
+    assert repr(rule) == text
+    assert eval(text) == rule
     assert Policy.from_dict(yaml.safe_load(yaml.safe_dump(Policy([rule]).to_dict()))) == Policy([rule])
-    assert not rule.is_default and rule.describe() == f"sparse={rule.sparse}"
+    assert not rule.is_default
+    assert rule.describe() == f"sparse={rule.sparse}"
 
 
 def test_an_optional_rule_may_match_nothing():

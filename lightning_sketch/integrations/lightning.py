@@ -70,8 +70,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
         allow_empty: whether the policy may compress nothing of what the optimizers train; see
-            `lightning_sketch.compress`. It is judged over all optimizers together, and beside a BaseFinetuning callback,
-            which adds layers later, never an error.
+            `lightning_sketch.compress`. It is judged over all optimizers together; beside a BaseFinetuning callback,
+            which adds layers later, it is a warning only.
         log_memory: print the plan at conversion and one line of bytes after the first step, where Lightning prints
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
 
