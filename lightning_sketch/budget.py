@@ -60,8 +60,10 @@ def policy_for_budget(
     """The mildest policy of the ladder whose states fit `budget`; see `Policy.for_budget`."""
     limit = parse_bytes(budget)
     least = None
-    trained = {id(p) for group in unwrap(optimizer).param_groups for p in group["params"] if p.requires_grad}
-    layers = [layer for key, layer in named_layers(model, role_hints).items() if key in trained]
+    inner = unwrap(optimizer)
+    params = [p for group in inner.param_groups for p in group["params"]]
+    counted = {id(p) for p in params if p.requires_grad or inner.state.get(p)}
+    layers = [layer for key, layer in named_layers(model, role_hints).items() if key in counted]
     for policy in _ladder(layers, seed, role_hints):
         needed = plan(model, optimizer, policy).bytes_after
         if needed <= limit:
@@ -92,7 +94,7 @@ def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> I
         for step in TABLE_LADDER:
             yield Policy(table_rules(*step), seed, role_hints)
     hidden: list[Rule] = []
-    if any(layer.roles == {"hidden"} for layer in layers):
+    if any("hidden" in x.roles and not x.roles & {"embedding", "softmax"} for x in layers):
         for first, second in HIDDEN_LADDER:
             hidden = [Rule(role="hidden", first_moment=first, second_moment=second)]
             yield Policy([*table_rules(*TABLE_LADDER[-1]), *hidden], seed, role_hints)

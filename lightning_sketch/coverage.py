@@ -28,9 +28,9 @@ def check_coverage(
     explicit: bool,
     allow_empty: bool,
 ) -> None:
-    """Warn of rules that compress no parameter that is trained; raise if the whole policy compresses none.
+    """Warn of rules that compress no parameter; raise if the whole policy compresses none.
 
-    Frozen parameters do not count, though they will be compressed once they are unfrozen.
+    Frozen parameters without states do not count, though they will be compressed once they are unfrozen.
 
     Args:
         plans: of all optimizers that the policy is meant for; in place of a plan, an optimizer that is converted.
@@ -47,7 +47,7 @@ def check_coverage(
     for made in plans:
         if isinstance(made, Plan):
             held |= {x.layer.fqn: x for x in made.layers}
-            compressed |= {x.layer.fqn for x in made.layers if x.layer.compressed and not x.frozen}
+            compressed |= {x.layer.fqn for x in made.layers if x.layer.compressed and not x.stateless}
         else:
             held |= dict.fromkeys(fqn for names in made._compression.names for fqn in names)
             compressed |= {Layer.from_record(record).fqn for record in made._compression.records}

@@ -41,6 +41,11 @@ class LayerPlan:
     frozen: bool = False
 
     @property
+    def stateless(self) -> bool:
+        """Whether the layer has no state, and will have none unless it is unfrozen."""
+        return self.frozen and not any(self.bytes_before.values())
+
+    @property
     def record(self) -> str | None:
         """What the parameter group says about this parameter: its layer's record, or None if it is kept."""
         return self.layer.to_record() if self.layer.compressed else None

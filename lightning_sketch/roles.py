@@ -58,7 +58,8 @@ class NamedLayer:
     @property
     def sparse(self) -> bool:
         """Whether its gradients are sparse: autograd makes a dense one as soon as one use of the weight is dense."""
-        return bool(self.owners) and all(getattr(owner, "sparse", False) is True for owner in self.owners)
+        flags = [vars(owner).get("sparse", getattr(type(owner), "sparse", False)) for owner in self.owners]
+        return bool(flags) and all(flag is True for flag in flags)  # a property of a user's module is no flag
 
 
 def clean_fqn(name: str, *, wrapped: bool = True) -> str:

@@ -133,6 +133,13 @@ def test_a_frozen_layer_is_compressed_once_it_is_unfrozen():
         assert ("exp_avg_sq_row" in optimizer.state.get(model.table.weight, {})) == thawed
 
 
+def test_a_frozen_layer_that_has_a_state_is_compressed(warnings):
+    model = lora()
+    optimizer = compress(Adagrad(model.parameters()), model, POLICY)  # which allocates in its constructor
+    assert warnings() == []
+    assert "sum_row" in optimizer.state[model.table.weight]
+
+
 # Without a policy
 
 
