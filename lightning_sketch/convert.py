@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.checkpoint import check_states
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
+from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
@@ -96,23 +98,29 @@ def compress(
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     _announce(made, inner)
+    warn_of_lossy(inner, errors)
     return optimizer
 
 
 def decompress(optimizer: OptimizerT) -> OptimizerT:
     """Give an optimizer its own class and dense states back, in place.
 
-    A dropped first moment comes back as zeros.
+    A dropped first moment comes back as zeros. States are made dense layer by layer.
 
     Args:
         optimizer: a converted optimizer, or a wrapper around one; any other is returned as it is.
 
     Returns:
         `optimizer`.
+
+    Raises:
+        ValueError: a parameter was resized (see `resize_states`), or a state is not what was compressed. Nothing was
+            changed then.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
+    check_states(inner)
     for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense

@@ -166,11 +166,7 @@ def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
             f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
             "ask for; call decompress(optimizer) and compress it again"
         )
-    if part.shard.global_shape != layer.shape:
-        raise ValueError(
-            f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
-            f"{list(layer.shape)}; compress the new optimizer again"
-        )
+    part.check_shape()
 
 
 def _sums_as(rule: UpdateRule, own: OwnTensor) -> list[Kind]:
