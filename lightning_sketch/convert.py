@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 OptimizerT = TypeVar("OptimizerT")
 
+#: Wrappers that make a class of their own and the optimizer's, and what they put in front of its name.
+_IMITATORS = {"LightningOptimizer": "Lightning", "_FabricOptimizer": "Fabric"}
+
 
 def compress(
     optimizer: OptimizerT,
@@ -44,8 +47,8 @@ def compress(
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
     Args:
-        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or an AcceleratedOptimizer or
-            LightningOptimizer around one.
+        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or Accelerate's, Lightning's or
+            Fabric's wrapper around one.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
@@ -179,11 +182,12 @@ def _refresh_wrapper(optimizer: Any) -> None:
     """Everything that a trainer's wrapper derived from the old class of the optimizer inside."""
     if hasattr(optimizer, "_optimizer_original_step_method"):
         optimizer.__setstate__({})  # an AcceleratedOptimizer with a GradScaler keeps bound steps; this binds them anew
-    # A LightningOptimizer imitates the class of the optimizer inside, so that isinstance checks work.
-    own = next((cls for cls in type(optimizer).__mro__ if cls.__name__ == "LightningOptimizer"), None)
-    if own is not None:
-        inner = type(unwrap(optimizer))
-        optimizer.__class__ = type(f"Lightning{inner.__name__}", (own, inner), {})
+    # Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so that isinstance checks work.
+    for own in type(optimizer).__mro__:
+        if prefix := _IMITATORS.get(own.__name__):
+            inner = type(unwrap(optimizer))
+            optimizer.__class__ = type(prefix + inner.__name__, (own, inner), {})
+            return
 
 
 def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy | None, nonfinite: NonFinite) -> None:
