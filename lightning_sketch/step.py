@@ -18,7 +18,7 @@ from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.rules import UpdateRule, run
-from lightning_sketch.sharding import show_shards
+from lightning_sketch.sharding import placed_like, show_shards
 from lightning_sketch.sharding.agree import all_agree
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-        gradients = [part.gradient(grad) for part in parts]
+        placed = placed_like(grad, param)
+        gradients = [part.gradient(placed) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
 

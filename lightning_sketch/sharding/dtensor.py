@@ -21,6 +21,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient, placed as its parameter is.
+
+    Tensor parallelism leaves that of a table cut by rows replicated, and that of a replicated norm as a sum that is still
+    to be made. A collective then, as in torch's own step.
+    """
+    if not is_dtensor(grad) or grad.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    placed: Tensor = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return placed
+
+
 def show_shards(model: nn.Module) -> None:
     """Have every parameter of a model under ``fully_shard`` be the shard that its optimizer steps.
 
