@@ -43,9 +43,9 @@ def warn_of_lossy(optimizer: CompressedOptimizer, errors: Mapping[str, Mapping[s
     if bad and (_is_rank_zero() or _is_sharded(optimizer)):
         # A warning, because Python shows those of loggers that nobody configured.
         logger.warning(
-            "encoding lost most of these states, and the next steps go by what is left:\n  %s\nChoose a milder codec "
-            "for them (BFloat16, a lower compression), Drop for a first moment, or start them afresh with "
-            "reset_states(optimizer, layers=[...])",
+            "states were encoded with large errors, ||encoded - dense|| / ||dense||, and the next steps go by them:\n  "
+            "%s\nChoose a milder codec (BFloat16, a lower compression), Drop for a first moment, or start these states "
+            "afresh with reset_states(optimizer, layers=[...])",
             "\n  ".join(bad),
         )
 

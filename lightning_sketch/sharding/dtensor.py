@@ -24,8 +24,8 @@ def local(tensor: Tensor) -> Tensor:
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient, placed as its parameter is.
 
-    Tensor parallelism leaves that of a table cut by rows replicated, and that of a replicated norm as a sum that is still
-    to be made. A collective then, as in torch's own step.
+    Tensor parallelism leaves that of a table cut by rows replicated, and that of a replicated norm as a sum yet to be
+    made. A collective then, as in torch's own step.
     """
     if not is_dtensor(grad) or grad.placements == param.placements:  # type: ignore[attr-defined]
         return grad
