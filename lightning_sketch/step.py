@@ -199,8 +199,8 @@ def _refuse(
     if optimizer._compression.nonfinite == "raise":
         raise FloatingPointError(
             f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
-            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step, or nonfinite="propagate" '
-            "to let NaN through as torch.optim does"
+            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step, or '
+            '"propagate" to let it through as torch.optim does'
         )
     skipped = optimizer._compression.skipped
     for fqn in bad:

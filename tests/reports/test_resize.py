@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -279,6 +280,24 @@ def test_only_converted_optimizers_can_follow():
         resize_states(ADAMW.make(model.parameters()), model)
 
 
+def test_a_trainers_wrapper_and_its_scheduler_go_on():
+    model = gpt2(tied=True)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, schedule = accelerator.prepare(model, compress(inner, model, TIED), schedule)
+    lm_step(model, optimizer, 0)
+    schedule.step()
+    model.resize_token_embeddings(MORE)
+    assert resize_states(optimizer, model) is optimizer
+    assert inner.param_groups[0]["params"][0] is model.transformer.wte.weight
+    before = model.transformer.wte.weight.detach().clone()
+    lm_step(model, optimizer, 1)
+    schedule.step()
+    assert inner.param_groups[0]["lr"] == 0.0025
+    assert not torch.equal(model.transformer.wte.weight, before)
+
+
 def gpt2(tied: bool) -> Any:
     return GPT2LMHeadModel(
         GPT2Config(
@@ -307,6 +326,9 @@ HUGGING_FACE = Policy(
 )
 
 
+TIED = Policy(HUGGING_FACE.rules[:1])  # the table is the softmax layer, too
+
+
 def lm_step(model: Any, optimizer: Any, step: int) -> float:
     tokens = torch.randint(0, FEWER, (4, 8), generator=torch.Generator().manual_seed(step % 2))
     loss = model(input_ids=tokens, labels=tokens).loss
@@ -321,7 +343,7 @@ def lm_step(model: Any, optimizer: Any, step: int) -> float:
 def test_resize_token_embeddings_in_the_middle_of_training(make, tied, rows):
     torch.manual_seed(0)
     model = make(tied)
-    policy = HUGGING_FACE if not tied else Policy(HUGGING_FACE.rules[:1])
+    policy = TIED if tied else HUGGING_FACE
     optimizer = compress(torch.optim.AdamW(model.parameters(), lr=0.01), model, policy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     first, *_ = [lm_step(model, optimizer, step) for step in range(4)]
