@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.distributed
 
 from lightning_sketch.codecs import Drop
-from lightning_sketch.layer import Layer
+from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -31,14 +31,17 @@ def warn_of_lossy(optimizer: CompressedOptimizer, errors: Mapping[str, Mapping[s
     Args:
         errors: relative error of every state that was encoded just now, by layer and state.
     """
-    codecs = {layer.fqn: layer.codecs for layer in map(Layer.from_record, optimizer._compression.records)}
+    shown = [record for group in optimizer.param_groups for record in group.get(RECORDS, ()) if record is not None]
+    layers = map(Layer.from_record, [*optimizer._compression.records, *shown])  # groups may have been decided anew
+    codecs = {layer.fqn: layer.codecs for layer in layers}
     bad: list[str] = []
     for name, by_state in errors.items():
-        stored_in = codecs[name.partition("[")[0]]  # parts in DeepSpeed's flat tensors are called fqn[start:end]
+        # Parts in DeepSpeed's flat tensors are called fqn[start:end], and some are of layers that are not compressed.
+        stored_in = codecs.get(name.partition("[")[0], {})
         bad += [
             f"{name}: {state} in {type(stored_in[state]).__name__}, relative error {error:.2g}"
             for state, error in by_state.items()
-            if error > LOSSY and not isinstance(stored_in[state], Drop)
+            if error > LOSSY and not isinstance(stored_in.get(state), Drop | None)
         ]
     if bad and (_is_rank_zero() or _is_sharded(optimizer)):
         # A warning, because Python shows those of loggers that nobody configured.

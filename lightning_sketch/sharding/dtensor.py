@@ -59,7 +59,7 @@ def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
         raise TypeError(
             f"{fqn} is a DTensor with placements {placements}. lightning_sketch compresses DTensors that are sharded "
             "over one mesh dimension, by rows (Shard(0), FSDP2's default) or by columns (Shard(1)), and replicated "
-            "over the others, so FSDP2 or tensor parallelism, not both at once; keep this layer with a policy that does "
+            "over the others, so FSDP2 or tensor parallelism, not both; keep this layer with a policy that does "
             "not match it, or shard it so"
         )
     return sharded[0]
