@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from lightning_sketch import dtensor_state
 from lightning_sketch.counter import counter
 from lightning_sketch.dense import encode_layer, encode_part
 from lightning_sketch.flat import FlatTensor, is_flat
-from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
+from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.recorded_policy import policy_hint
 from lightning_sketch.reshard import reshard
 from lightning_sketch.sharding import is_dtensor, local, shard_of
@@ -33,11 +34,38 @@ def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]
         for record, param in zip(records, group["params"], strict=True):
             if index in state and flat:
                 state[index] = dict(state[index]) | {LAYOUT: optimizer._flat_tensor(param).to_list()}
-            elif index in state and record is not None and is_dtensor(param):
-                layer = Layer.from_record(record)
-                state[index] = dtensor_state.wrap(LayerShard(layer, shard_of(param, layer.fqn)), param, state[index])
+            elif index in state and record is not None:
+                part = part_of(record, param)
+                part.check_shape()
+                state[index] = dtensor_state.wrap(part, param, state[index]) if is_dtensor(param) else state[index]
             index += 1
     return {**state_dict, "state": state}
+
+
+def check_states(optimizer: CompressedOptimizer) -> None:
+    """Verify that every compressed layer is of the shape it was compressed with, and its state what its codecs keep.
+
+    Raises:
+        ValueError: naming the layer, and what was found and expected.
+    """
+    for group, tensor, parts in optimizer.compressed_tensors():
+        _check_state(tensor, parts, group, optimizer.state.get(tensor, {}))
+    for flat in optimizer._flat_tensors or ():  # under ZeRO-3 no group shows them between steps
+        if flat.parts:
+            _check_state(flat.tensor, flat.parts, optimizer.flat_group(flat), optimizer.state.get(flat.tensor, {}))
+
+
+def _check_state(
+    tensor: Tensor, parts: Sequence[LayerShard], group: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    expected: dict[str, Any] = {}
+    meta = torch.empty_like(local(tensor), device="meta")
+    for part in parts:
+        part.check_shape()
+        expected |= part.allocate(meta, group)
+    # Whoever set a number for the steps meant it; what users added of their own is not looked at.
+    if state and (problem := _damage(expected, {key: state[key] for key in expected if key in state})):
+        raise ValueError(f"{parts[0].layer.fqn}: its state {problem}; nothing was changed")
 
 
 def prepare_load(
@@ -53,7 +81,8 @@ def prepare_load(
         the part that torch loads, and ``(param, optimizer.state[param])`` for every tensor that our rules step.
 
     Raises:
-        ValueError: the checkpoint does not fit; the message names every layer and the reason.
+        ValueError: the checkpoint does not fit; the message names every layer and the reason. Or a live parameter was
+            resized.
     """
     saved_groups = state_dict["param_groups"]
     live_groups = optimizer.param_groups
@@ -77,6 +106,7 @@ def prepare_load(
             "lightning_sketch.decompress_state_dict(state_dict)." + _policy_hint(optimizer, saved_groups)
         )
     optimizer._compression.errors.update(load.errors)
+    warn_of_lossy(optimizer, load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
     groups = [
         {**saved, RECORDS: live[RECORDS]} if RECORDS in live else saved
@@ -109,6 +139,7 @@ class _Load:
                     self.stock_state[key] = {k: dtensor_state.sharded_like(param, v) for k, v in state.items()}
                 continue
             layer = Layer.from_record(live_record)
+            part_of(live_record, param).check_shape()
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
             problem = problem or self._refused_options(layer, {**live, **saved})
             if problem or not state:

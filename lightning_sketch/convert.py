@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.checkpoint import check_states
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.coverage import check_coverage
@@ -18,6 +19,7 @@ from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fres
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
+from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
@@ -27,6 +29,9 @@ from lightning_sketch.sharding.agree import is_rank_zero
 logger = logging.getLogger(__name__)
 
 OptimizerT = TypeVar("OptimizerT")
+
+#: Wrappers that make a class of their own and the optimizer's, and what they put in front of its name.
+_IMITATORS = {"LightningOptimizer": "Lightning", "_FabricOptimizer": "Fabric"}
 
 
 def compress(
@@ -44,8 +49,8 @@ def compress(
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
     Args:
-        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or an AcceleratedOptimizer or
-            LightningOptimizer around one.
+        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or Accelerate's, Lightning's or
+            Fabric's wrapper around one.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
@@ -137,22 +142,28 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     _announce(made, inner)
+    warn_of_lossy(inner, errors)
 
 
 def decompress(optimizer: OptimizerT) -> OptimizerT:
     """Give an optimizer its own class and dense states back, in place.
 
-    A dropped first moment comes back as zeros.
+    A dropped first moment comes back as zeros. States are made dense layer by layer.
 
     Args:
         optimizer: a converted optimizer, or a wrapper around one; any other is returned as it is.
 
     Returns:
         `optimizer`.
+
+    Raises:
+        ValueError: a parameter was resized (see `resize_states`), or a state is not what was compressed. Nothing was
+            changed then.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
+    check_states(inner)
     for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
@@ -211,11 +222,12 @@ def _refresh_wrapper(optimizer: Any) -> None:
     """Everything that a trainer's wrapper derived from the old class of the optimizer inside."""
     if hasattr(optimizer, "_optimizer_original_step_method"):
         optimizer.__setstate__({})  # an AcceleratedOptimizer with a GradScaler keeps bound steps; this binds them anew
-    # A LightningOptimizer imitates the class of the optimizer inside, so that isinstance checks work.
-    own = next((cls for cls in type(optimizer).__mro__ if cls.__name__ == "LightningOptimizer"), None)
-    if own is not None:
-        inner = type(unwrap(optimizer))
-        optimizer.__class__ = type(f"Lightning{inner.__name__}", (own, inner), {})
+    # Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so that isinstance checks work.
+    for own in type(optimizer).__mro__:
+        if prefix := _IMITATORS.get(own.__name__):
+            inner = type(unwrap(optimizer))
+            optimizer.__class__ = type(prefix + inner.__name__, (own, inner), {})
+            return
 
 
 def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy | None, nonfinite: NonFinite) -> None:

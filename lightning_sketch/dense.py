@@ -172,7 +172,9 @@ def _with_step(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Map
     if "exp_avg" in layer.codecs and "weight_decay" not in group:
         return {"step": int(state["step"])}  # SparseAdam counts in a Python int
     on_device = bool(group.get("fused") or group.get("capturable"))
-    return {"step": state["step"].to(param.device if on_device and not param.is_meta else "cpu", copy=True)}
+    device = param.device if on_device and not param.is_meta else "cpu"
+    step = state["step"]  # whoever set a number meant it
+    return {"step": step.to(device, copy=True) if isinstance(step, Tensor) else counter(step, device)}
 
 
 def _untrained(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:

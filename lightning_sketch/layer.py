@@ -149,6 +149,15 @@ class LayerShard:
             return row_gradient(local(grad), self.shard, self.layer.fqn)
         return RowGradient(self.shard, None, self.rows(grad))
 
+    def check_shape(self) -> None:
+        """Raise ValueError if the parameter is no longer of the shape that the layer's states were laid out for."""
+        if self.shard.global_shape != self.layer.shape:
+            raise ValueError(
+                f"{self.layer.fqn} now has shape {list(self.shard.global_shape)}, but its states were laid out for "
+                f"{list(self.layer.shape)}; compress an optimizer of the new parameters, or call "
+                "resize_states(optimizer, model), which keeps the states of the rows that stay"
+            )
+
     def spec(self, state: str, param: Tensor, group: Mapping[str, Any]) -> StateSpec:
         """How a state is to be stored; `param` gives dtype and device."""
         signed = self.layer.signed[state]

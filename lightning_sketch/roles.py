@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lightning_sketch.names import clean_modules
 from lightning_sketch.sharding import global_shape, show_shards
 
 Role = Literal["embedding", "softmax", "hidden", "other"]
@@ -18,12 +19,6 @@ ROLES: tuple[str, ...] = get_args(Role)
 #: Roles a user gives: FQN pattern -> role; or "last_linear": the model's last ``nn.Linear`` is the softmax layer, which
 #: is an error if another Linear has more outputs.
 RoleHints = Mapping[str, str] | Literal["last_linear"] | None
-
-# Put the model under ``module``.
-_ROOT_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
-
-# Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing, DDP ("module" in front only).
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass
@@ -62,20 +57,6 @@ class NamedLayer:
         return bool(flags) and all(flag is True for flag in flags)  # a property of a user's module is no flag
 
 
-def clean_fqn(name: str, *, wrapped: bool = True) -> str:
-    """A parameter's name without what wrappers put into it.
-
-    Args:
-        wrapped: whether a leading ``module.`` is a wrapper's (DDP), and not the model's own.
-
-    >>> clean_fqn("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
-    'encoder.weight'
-    """
-    name = _WRAPPERS.sub("", name)
-    name = name.removeprefix("module.") if wrapped else name
-    return _WRAPPERS.sub("", name)
-
-
 def matches_name(pattern: str, fqn: str) -> bool:
     """Whether an fnmatch pattern, or a regular expression after ``re:`` (searched), matches.
 
@@ -108,14 +89,12 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
         ValueError: a hint names an unknown role or matches nothing.
     """
     show_shards(model)
-    root = getattr(model, "_orig_mod", model)  # torch.compile around DDP
-    wrapped = any(cls.__name__ in _ROOT_WRAPPERS for cls in type(root).__mro__)
     layers: dict[int, NamedLayer] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in clean_modules(model):
         for name, param in module._parameters.items():
             if param is None:
                 continue
-            fqn = clean_fqn(f"{path}.{name}" if path else name, wrapped=wrapped)
+            fqn = f"{path}.{name}" if path else name
             if id(param) not in layers:
                 layers[id(param)] = NamedLayer(fqn, param, module)
             elif fqn not in layers[id(param)].names:

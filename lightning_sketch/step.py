@@ -18,7 +18,7 @@ from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.rules import UpdateRule, run
-from lightning_sketch.sharding import show_shards
+from lightning_sketch.sharding import placed_like, show_shards
 from lightning_sketch.sharding.agree import all_agree
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-        gradients = [part.gradient(grad) for part in parts]
+        placed = placed_like(grad, param)
+        gradients = [part.gradient(placed) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
 
@@ -166,11 +167,7 @@ def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
             f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
             "ask for; call decompress(optimizer) and compress it again"
         )
-    if part.shard.global_shape != layer.shape:
-        raise ValueError(
-            f"{layer.fqn} now has shape {list(part.shard.global_shape)}, but its states were laid out for "
-            f"{list(layer.shape)}; compress the new optimizer again"
-        )
+    part.check_shape()
 
 
 def _sums_as(rule: UpdateRule, own: OwnTensor) -> list[Kind]:
@@ -202,7 +199,8 @@ def _refuse(
     if optimizer._compression.nonfinite == "raise":
         raise FloatingPointError(
             f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
-            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step'
+            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step, or '
+            '"propagate" to let it through as torch.optim does'
         )
     skipped = optimizer._compression.skipped
     for fqn in bad:

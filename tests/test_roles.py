@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_sketch.roles import clean_fqn, matches_name, named_layers
+from lightning_sketch.roles import matches_name, named_layers
 
 
 def roles(model, hints=None):
@@ -115,24 +116,18 @@ def test_a_last_linear_that_is_no_softmax_layer(model):
         roles(model, "last_linear")
 
 
-@pytest.mark.parametrize(
-    ("name", "clean"),
-    [
-        ("_orig_mod.a.weight", "a.weight"),
-        ("module._orig_mod.a._fsdp_wrapped_module.b._checkpoint_wrapped_module.weight", "a.b.weight"),
-        ("module.module.weight", "module.weight"),  # a layer of that name
-        ("a.module.weight", "a.module.weight"),
-        ("my_orig_mod.weight", "my_orig_mod.weight"),
-    ],
-)
-def test_names_are_those_without_wrappers(name, clean):
-    assert clean_fqn(name) == clean
-
-
 def test_wrapped_models_have_the_names_of_the_model():
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
     assert roles(torch.compile(model, backend="eager")) == roles(model)
     assert roles(nn.DataParallel(model)) == roles(model)
+    assert roles(torch.compile(nn.DataParallel(model), backend="eager")) == roles(model)
+    assert roles(nn.Sequential(checkpoint_wrapper(model[0]), offload_wrapper(model[1]))) == roles(model)
+
+
+def test_wrapped_parts_of_a_model_have_the_names_of_the_parts():
+    parts = [nn.Sequential(nn.Embedding(4, 2)), nn.Sequential(nn.Linear(2, 2))]
+    wrapped = [nn.DataParallel(parts[0]), torch.compile(parts[1], backend="eager")]
+    assert roles(nn.ModuleList(wrapped)) == roles(nn.ModuleList(parts))
 
 
 @pytest.mark.parametrize(

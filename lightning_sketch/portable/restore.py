@@ -15,6 +15,7 @@ from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import dense_like
 from lightning_sketch.flat import FlatTensor, NamedSegment, layer_shards
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.portable.read import Opened, open_checkpoint
 from lightning_sketch.portable.saved import (
@@ -88,6 +89,7 @@ class _Restored:
     def __init__(self, optimizer: CompressedOptimizer, saved: SavedOptimizer) -> None:
         self.optimizer, self.saved = optimizer, saved
         self.errors: Errors = {}
+        self.encoded: Errors = {}
         self._last: tuple[SavedLayer, dict[str, list[Source]]] | None = None
         self.states: list[tuple[Tensor, dict[str, Any]]] = []
         names = {fqn for group in optimizer._compression.names for fqn in group}
@@ -113,6 +115,7 @@ class _Restored:
             options = next((group for group in self.saved.groups if set(group["params"]) & set(names)), {})
             live.update({k: v for k, v in options.items() if k in live and k not in _HERE})
         self.optimizer._compression.errors.update(self.errors)
+        warn_of_lossy(self.optimizer, self.encoded)
 
     def _parameters(self) -> None:
         optimizer = self.optimizer
@@ -127,6 +130,7 @@ class _Restored:
                     self.states.append((param, self._kept(found, param, group)))
                 else:
                     part = LayerShard(Layer.from_record(record), shard_of(param, fqn))
+                    part.check_shape()
                     state = {"step": as_float_tensor(found.step)} | self._part(found, part, param, group)
                     self.states.append((param, state))
 
@@ -162,8 +166,11 @@ class _Restored:
         specs = {state: part.spec(state, param, group) for state in part.layer.stored()}
         for state, encoded, error in encode_states(found, self._sources(found), specs, part.layer):
             tensors |= encoded
-            if error != 0:
-                self.errors.setdefault(found.fqn, {})[state] = 1.0 if error is None else error
+            if error is None:
+                self.errors.setdefault(found.fqn, {})[state] = 1.0  # starts afresh
+            elif error != 0:
+                self.errors.setdefault(found.fqn, {})[state] = error
+                self.encoded.setdefault(found.fqn, {})[state] = error
         return tensors
 
     def _sources(self, found: SavedLayer) -> dict[str, list[Source]]:

@@ -1,7 +1,17 @@
 """Which part of a logical parameter the tensor on this rank holds. One file per engine."""
 
 from lightning_sketch.sharding.base import Block, Shard
-from lightning_sketch.sharding.dtensor import is_dtensor, local, show_shards
+from lightning_sketch.sharding.dtensor import is_dtensor, local, placed_like, show_shards
 from lightning_sketch.sharding.whole import global_shape, refuse_flattened, shard_of
 
-__all__ = ["Block", "Shard", "global_shape", "is_dtensor", "local", "refuse_flattened", "shard_of", "show_shards"]
+__all__ = [
+    "Block",
+    "Shard",
+    "global_shape",
+    "is_dtensor",
+    "local",
+    "placed_like",
+    "refuse_flattened",
+    "shard_of",
+    "show_shards",
+]

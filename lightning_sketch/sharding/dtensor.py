@@ -21,6 +21,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient, placed as its parameter is.
+
+    Tensor parallelism leaves that of a table cut by rows replicated, and that of a replicated norm as a sum yet to be
+    made. A collective then, as in torch's own step.
+    """
+    if not is_dtensor(grad) or grad.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    placed: Tensor = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return placed
+
+
 def show_shards(model: nn.Module) -> None:
     """Have every parameter of a model under ``fully_shard`` be the shard that its optimizer steps.
 
@@ -47,7 +59,8 @@ def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
         raise TypeError(
             f"{fqn} is a DTensor with placements {placements}. lightning_sketch compresses DTensors that are sharded "
             "over one mesh dimension, by rows (Shard(0), FSDP2's default) or by columns (Shard(1)), and replicated "
-            "over the others; keep this layer with a policy that does not match it, or shard it so"
+            "over the others, so FSDP2 or tensor parallelism, not both; keep this layer with a policy that does "
+            "not match it, or shard it so"
         )
     return sharded[0]
 
