@@ -6,11 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch.distributed
-
 from lightning_sketch.codecs import Drop
 from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.sharding import is_dtensor
+from lightning_sketch.sharding.agree import is_rank_zero
 
 if TYPE_CHECKING:
     from lightning_sketch.optimizer import CompressedOptimizer
@@ -43,7 +42,7 @@ def warn_of_lossy(optimizer: CompressedOptimizer, errors: Mapping[str, Mapping[s
             for state, error in by_state.items()
             if error > LOSSY and not isinstance(stored_in.get(state), Drop | None)
         ]
-    if bad and (_is_rank_zero() or _is_sharded(optimizer)):
+    if bad and (is_rank_zero() or _is_sharded(optimizer)):
         # A warning, because Python shows those of loggers that nobody configured.
         logger.warning(
             "states were encoded with large errors, ||encoded - dense|| / ||dense||, and the next steps go by them:\n  "
@@ -51,11 +50,6 @@ def warn_of_lossy(optimizer: CompressedOptimizer, errors: Mapping[str, Mapping[s
             "afresh with reset_states(optimizer, layers=[...])",
             "\n  ".join(bad),
         )
-
-
-def _is_rank_zero() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _is_sharded(optimizer: CompressedOptimizer) -> bool:
