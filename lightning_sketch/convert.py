@@ -15,11 +15,10 @@ from torch.optim import Optimizer
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
-from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
-from lightning_sketch.plan import Plan, as_policy, make_plan
+from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
 from lightning_sketch.sharding import refuse_flattened
 
@@ -74,7 +73,7 @@ def compress(
         _reattach(inner, model, chosen if policy is not None else None, nonfinite)
         return optimizer
     refuse_flattened(model)
-    _refuse_replaced(inner)
+    refuse_replaced(model, inner.param_groups)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
 
@@ -91,6 +90,7 @@ def compress(
     records = [x.record for x in made.layers if x.record is not None]
     names = [[x.layer.fqn for x in group] for group in made.groups]
     compression = Compression(chosen, weakref.ref(model), nonfinite, records, names, errors)
+    compression.remember_plain(inner.param_groups)
     inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)
@@ -113,7 +113,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
-    for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
+    for group, layer, param in [x for x in inner.compressed_layers() if not inner.is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
     for flat in inner._flat_tensors or ():
@@ -129,16 +129,6 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     return optimizer
-
-
-def _refuse_replaced(optimizer: Optimizer) -> None:
-    # ZeRO-3 shows its tensors during a step only: before and after, all groups are empty.
-    groups = optimizer.param_groups
-    if any(is_flat(group) for group in groups) or not any(group["params"] for group in groups):
-        raise ValueError(
-            "the optimizer holds no parameters of the model: an engine replaced them by tensors of its own, as "
-            "DeepSpeed does. Convert the optimizer before it is given to deepspeed.initialize"
-        )
 
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:

@@ -12,7 +12,6 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
-from lightning_sketch.flat import is_flat
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
@@ -146,7 +145,7 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
 def _refuse_replaced(optimizer: CompressedOptimizer) -> None:
     """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
     model = optimizer._compression.model()
-    ours = [param for group in optimizer.param_groups if not is_flat(group) for param in group["params"]]
+    ours = [param for group in optimizer.param_groups for param in group["params"] if isinstance(param, nn.Parameter)]
     if model is None or not ours or any(param.grad is not None for param in ours):
         return
     show_shards(model)

@@ -44,13 +44,16 @@ def plan_table(plan: Plan) -> str:
         table.add_column(column)
     for column in ("before", "after"):
         table.add_column(column, justify="right")
-    unmatched = [x for x in plan.layers if x.rule is None]
+    lazy = [x for x in plan.layers if x.roles == ("lazy",)]
+    unmatched = [x for x in plan.layers if x.rule is None and x not in lazy]
     for layer in plan.layers:
         if layer.rule is not None:
             table.add_row(*_row(layer))
     if unmatched:
         size = human_bytes(sum(sum(x.bytes_before.values()) for x in unmatched))
         table.add_row(f"{len(unmatched)} other parameters", "", "", "none", "kept as they are", size, size)
+    if lazy:
+        table.add_row(f"{len(lazy)} lazy parameters", "not known yet", "", "none", "kept as they are", "", "")
     table.add_section()
     table.add_row("total", "", "", "", "", human_bytes(plan.bytes_before), human_bytes(plan.bytes_after))
     return render(table)

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_sketch.classes import COMPRESSED, unwrap
 from lightning_sketch.convert import compress
 from lightning_sketch.engine import attach
-from lightning_sketch.flat import is_flat
 from lightning_sketch.integrations.lightning_load import MovingLoad
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer import CompressedOptimizer, NonFinite
@@ -125,7 +124,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
         for optimizer in map(unwrap, trainer.optimizers):
             # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
-            if isinstance(optimizer, CompressedOptimizer) and not any(map(is_flat, optimizer.param_groups)):
+            if isinstance(optimizer, CompressedOptimizer) and not any(map(optimizer.is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
                 decided = {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
                 found = {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
