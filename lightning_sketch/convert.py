@@ -20,7 +20,6 @@ from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
-from lightning_sketch.sharding import refuse_flattened
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,6 @@ def compress(
     if isinstance(inner, CompressedOptimizer):
         _reattach(inner, model, chosen if policy is not None else None, nonfinite)
         return optimizer
-    refuse_flattened(model)
     refuse_replaced(model, inner.param_groups)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
@@ -87,9 +85,8 @@ def compress(
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
-    records = [x.record for x in made.layers if x.record is not None]
-    names = [[x.layer.fqn for x in group] for group in made.groups]
-    compression = Compression(chosen, weakref.ref(model), nonfinite, records, names, errors)
+    compression = Compression(chosen, weakref.ref(model), nonfinite, errors=errors)
+    compression.describe(made)
     compression.remember_plain(inner.param_groups)
     inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, cls)
@@ -175,8 +172,27 @@ def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy |
             "this optimizer is already compressed under another policy; call decompress(optimizer) before compressing "
             f"it anew.\n  now:   {old.policy}\n  asked: {policy}"
         )
+    if old.model() is not model:
+        _rename(optimizer, model)
     old.policy = old.policy or policy
     old.model, old.nonfinite = weakref.ref(model), nonfinite
+
+
+def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
+    """Have layers the names that `model` gives them: a part of it was given before, as for an optimizer of its own.
+
+    Their hash seeds follow their names, so layers that were stepped keep both.
+    """
+    old = optimizer._compression
+    stepped = any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
+    if old.policy is None or stepped or any(map(optimizer.is_flat, optimizer.param_groups)):
+        return
+    if not any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's ZeRO-3 hides them
+        return
+    made = make_plan(model, optimizer.param_groups, optimizer.rule, old.policy)
+    for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
+        group[RECORDS] = [x.record for x in planned]
+    old.describe(made)
 
 
 def _check_states(optimizer: Optimizer, made: Plan) -> None:

@@ -18,7 +18,7 @@ from lightning_sketch import checkpoint
 from lightning_sketch.bound import Bindings
 from lightning_sketch.flat import FlatTensor, FlatTensors
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
-from lightning_sketch.plan import LayerPlan, make_plan
+from lightning_sketch.plan import LayerPlan, Plan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import UpdateRule
@@ -56,6 +56,11 @@ class Compression:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     plain: list[Tensor] = field(default_factory=list)
+
+    def describe(self, made: Plan) -> None:
+        """Take records and names from the plan of all groups."""
+        self.records = [x.record for x in made.layers if x.record is not None]
+        self.names = [[x.layer.fqn for x in group] for group in made.groups]
 
     def remember_plain(self, groups: list[dict[str, Any]]) -> None:
         """Take the plain tensors in `groups` for the user's own."""

@@ -19,7 +19,7 @@ from lightning_sketch.layer import Layer, LayerShard
 from lightning_sketch.policy import STATE_NAMES, Policy, default_policy
 from lightning_sketch.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
 from lightning_sketch.rules import StateDef, UpdateRule
-from lightning_sketch.sharding import Shard, shard_of
+from lightning_sketch.sharding import Shard, refuse_flattened, shard_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
         policy: a policy, its dictionary, or ``None`` for `default_policy()`.
 
     Raises:
-        TypeError: the optimizer class is not supported.
+        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
         ValueError: the policy does not fit the model or the optimizer, or the optimizer holds none of the model's
             parameters, parameters of another model, plain tensors that the policy would compress, or one parameter
             twice.
@@ -147,6 +147,7 @@ def make_plan(
     Args:
         first_group: the number of the first of `groups` in the optimizer.
     """
+    refuse_flattened(model)
     layers = named_layers(model, policy.role_hints)
     assigned = policy.assign(layers)
     _check_membership(groups, layers, first_group)
