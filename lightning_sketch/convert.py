@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
+from lightning_sketch.fake import is_fake
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
@@ -184,7 +185,7 @@ def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
     Their hash seeds follow their names, so layers that were stepped keep both.
     """
     old = optimizer._compression
-    stepped = any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state)
+    stepped = any(map(_has_history, optimizer.state.values()))
     if old.policy is None or stepped or any(map(optimizer.is_flat, optimizer.param_groups)):
         return
     if not any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's ZeRO-3 hides them
@@ -213,7 +214,8 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
 
 def _has_history(state: Mapping[str, Any]) -> bool:
     """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
-    return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+    step = state.get("step", 1)
+    return (is_fake(step) or float(step) > 0) and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:

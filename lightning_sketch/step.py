@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
+from lightning_sketch.fake import is_fake
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
@@ -72,7 +73,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-        gradients = [part.gradient(grad) for part in parts]
+        # Rows of a sparse gradient are found by reading it.
+        gradients = [] if is_fake(param) else [part.gradient(grad) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
 
@@ -87,7 +89,7 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
     """
     if not ours:
         _refuse_replaced(optimizer)
-    if optimizer._compression.nonfinite == "propagate" or not ours:
+    if optimizer._compression.nonfinite == "propagate" or not ours or is_fake(ours[0].param):
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
     wanted = [kind for own in ours for kind in _sums_as(optimizer.rule, own)]
@@ -108,16 +110,17 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
 @_disable_dynamo
 def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> None:
     """One step of our tensors (they and their states are modified in place)."""
+    if ready and is_fake(ready[0].param):  # what a step leaves behind is its states
+        for own in ready:
+            if not own.state:
+                _allocate(optimizer, own)
+        return
     rule = optimizer.rule
     counts: list[Tensor] = []
     for own in ready:
         if own.bound is None:
             if not own.state:
-                fresh: dict[str, Any] = {"step": counter()}
-                for part in own.parts:
-                    fresh |= part.allocate(own.param, own.group)
-                own.state = optimizer.state[own.param]
-                own.state.update(fresh)
+                _allocate(optimizer, own)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
         if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
             count = own.state["step"] = counter(count)  # who wrote a number there meant one
@@ -140,6 +143,15 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
+
+
+def _allocate(optimizer: CompressedOptimizer, own: OwnTensor) -> None:
+    """Make the states of a tensor's first step."""
+    fresh: dict[str, Any] = {"step": counter()}
+    for part in own.parts:
+        fresh |= part.allocate(own.param, own.group)
+    own.state = optimizer.state[own.param]
+    own.state.update(fresh)
 
 
 def _refuse_replaced(optimizer: CompressedOptimizer) -> None:
