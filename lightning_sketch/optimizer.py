@@ -24,7 +24,7 @@ from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
-from lightning_sketch.step import own_tensors, step_compressed, usable
+from lightning_sketch.step import own_tensors, refuse_kept_sparse, step_compressed, usable
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class CompressedOptimizer(Optimizer):
         Raises:
             FloatingPointError: a compressed layer's gradient is not finite, and ``nonfinite="raise"``. Nothing was
                 changed then.
+            RuntimeError: a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
+                if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
             ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
                 Nothing was changed then.
@@ -109,12 +111,18 @@ class CompressedOptimizer(Optimizer):
         if self._bind_if_flat():
             return loss
         with torch.no_grad():
+            if not self._bindings.kept_checked:
+                refuse_kept_sparse(self)
+                self._bindings.kept_checked = True
             ours = own_tensors(self)
             ready = usable(self, ours)
             try:
                 for own in ours:
                     own.param.grad = None
                 _unhooked(self.stock.step)(self)
+            except RuntimeError:
+                refuse_kept_sparse(self)  # a table whose first gradient comes in a later step
+                raise
             finally:
                 for own in ours:
                     own.param.grad = own.grad

@@ -16,7 +16,7 @@ from lightning_sketch.fake import is_fake
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
-from lightning_sketch.layer import LayerShard
+from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import show_shards
 from lightning_sketch.sharding.agree import all_agree
@@ -77,6 +77,31 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         gradients = [] if is_fake(param) else [part.gradient(grad) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
+
+
+@_disable_dynamo
+def refuse_kept_sparse(optimizer: CompressedOptimizer) -> None:
+    """Refuse sparse gradients of layers that the policy keeps, where torch's own optimizer does not take any.
+
+    Raises:
+        RuntimeError: as torch does; says how the layer could be trained.
+    """
+    refused: list[str] = []
+    for number, group in enumerate(optimizer.param_groups):
+        if optimizer.rule.keeps_sparse(group) or optimizer.is_flat(group):
+            continue
+        names = optimizer._compression.names[number : number + 1] or [[]]
+        for i, (param, record) in enumerate(zip(group["params"], group.get(RECORDS, ()), strict=False)):
+            if record is None and param.grad is not None and param.grad.is_sparse:
+                refused.append(names[0][i] if i < len(names[0]) else f"parameter {i} of group {number}")
+    if refused:
+        unsigned = any(not state.signed for state in optimizer.rule.states(optimizer.param_groups[0]))
+        codec = "second_moment=RowWise()" if unsigned else "first_moment=BFloat16()"
+        raise RuntimeError(
+            f"{', '.join(refused)}: torch's {optimizer.stock.__name__} does not support sparse gradients under these "
+            "options, and the policy keeps such layers as torch does. Compressed layers may have them: add a rule, "
+            f"e.g. Rule(name={refused[0]!r}, {codec}), or give the layer dense gradients (sparse=False)"
+        )
 
 
 @_disable_dynamo
