@@ -72,7 +72,7 @@ def compress(
     if isinstance(inner, CompressedOptimizer):
         _reattach(inner, model, chosen if policy is not None else None, nonfinite)
         return optimizer
-    refuse_replaced(model, inner.param_groups)
+    refuse_replaced(inner.param_groups)
     made = make_plan(model, inner.param_groups, cls.rule, chosen)
     _check_states(inner, made)
 

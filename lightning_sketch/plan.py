@@ -101,9 +101,11 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
             twice.
     """
     from lightning_sketch.classes import rule_of, unwrap  # optimizer plans its own conversion
+    from lightning_sketch.optimizer import CompressedOptimizer
 
     inner = unwrap(optimizer)
-    refuse_replaced(model, inner.param_groups)
+    if not isinstance(inner, CompressedOptimizer):  # its groups may show an engine's tensors, or none
+        refuse_replaced(inner.param_groups)
     return make_plan(model, inner.param_groups, rule_of(inner), as_policy(policy))
 
 
@@ -114,11 +116,11 @@ def as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
     return policy if isinstance(policy, Policy) else Policy.from_dict(policy)
 
 
-def refuse_replaced(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Refuse an optimizer that holds none of the model's parameters.
+def refuse_replaced(groups: list[dict[str, Any]]) -> None:
+    """Refuse an optimizer without parameters.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds plain tensors only, the user's or an engine's.
     """
     tensors = [tensor for group in groups for tensor in group["params"]]
     plain = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]

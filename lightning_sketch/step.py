@@ -37,7 +37,7 @@ class OwnTensor:
         needed: states that the group's hyperparameters ask for.
         state: ``optimizer.state[param]``, empty before the first step.
         bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part.
+        gradients: of each part; empty under ``FakeTensorMode``, where rows cannot be read.
     """
 
     group: dict[str, Any]
@@ -61,6 +61,7 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
     ours: list[OwnTensor] = []
+    fake: bool | None = None
     needed: dict[int, set[str]] = {}  # states, by group
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
@@ -73,8 +74,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-        # Rows of a sparse gradient are found by reading it.
-        gradients = [] if is_fake(param) else [part.gradient(grad) for part in parts]
+        fake = is_fake(param) if fake is None else fake  # one or all
+        gradients = [] if fake else [part.gradient(grad) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
 
@@ -114,7 +115,7 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
     """
     if not ours:
         _refuse_replaced(optimizer)
-    if optimizer._compression.nonfinite == "propagate" or not ours or is_fake(ours[0].param):
+    if optimizer._compression.nonfinite == "propagate" or not ours or not ours[0].gradients:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
     wanted = [kind for own in ours for kind in _sums_as(optimizer.rule, own)]
@@ -135,7 +136,7 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
 @_disable_dynamo
 def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> None:
     """One step of our tensors (they and their states are modified in place)."""
-    if ready and is_fake(ready[0].param):  # what a step leaves behind is its states
+    if ready and not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
         for own in ready:
             if not own.state:
                 _allocate(optimizer, own)

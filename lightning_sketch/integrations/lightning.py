@@ -130,7 +130,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
             if isinstance(optimizer, CompressedOptimizer) and not any(map(optimizer.is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
-                records = [record for group in optimizer.param_groups for record in optimizer._records(group)]
+                shown = [group for group in optimizer.param_groups if group["params"]]  # ZeRO-3 hides them
+                records = [record for group in shown for record in optimizer._records(group)]
                 pairs = zip(planned, records, strict=True)
                 wrong = [x.layer.fqn for x, record in pairs if not _is_as_planned(x, record)]
                 if wrong:
