@@ -95,6 +95,8 @@ class Bindings:
 
     def __init__(self) -> None:
         self._kept: dict[int, _Binding] = {}
+        #: Whether a step has looked at the gradients of kept layers.
+        self.kept_checked = False
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -102,6 +104,7 @@ class Bindings:
     def clear(self) -> None:
         """Let go of everything; tensors are bound anew."""
         self._kept.clear()
+        self.kept_checked = False
 
     def keep_those_in(self, states: Mapping[Tensor, Any]) -> None:
         """Let go of tensors without a state: of layers that are gone, or whose states were dropped."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch import dtensor_state
 from lightning_sketch.counter import counter
 from lightning_sketch.dense import encode_layer, encode_part
-from lightning_sketch.flat import FlatTensor, is_flat
+from lightning_sketch.flat import FlatTensor
 from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
 from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.recorded_policy import policy_hint
@@ -29,7 +29,7 @@ def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]
     """Make torch's state dict of a converted optimizer fit for checkpoints of sharded parameters."""
     state, index = dict(state_dict["state"]), 0
     for group in optimizer.param_groups:
-        flat = is_flat(group)
+        flat = optimizer.is_flat(group)
         records = [None] * len(group["params"]) if flat or not group["params"] else optimizer._records(group)
         for record, param in zip(records, group["params"], strict=True):
             if index in state and flat:
@@ -94,7 +94,7 @@ def prepare_load(
         )
     load = _Load(optimizer, dict(state_dict["state"]))
     for saved, live in zip(saved_groups, live_groups, strict=True):
-        if is_flat(live):
+        if optimizer.is_flat(live):
             load.flat_group(saved, live)
         elif live["params"]:
             load.group(saved, live)

@@ -16,14 +16,13 @@ from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.coverage import check_coverage
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
-from lightning_sketch.flat import is_flat
+from lightning_sketch.fake import is_fake
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
-from lightning_sketch.plan import Plan, as_policy, make_plan
+from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
-from lightning_sketch.sharding import refuse_flattened
 from lightning_sketch.sharding.agree import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -115,8 +114,7 @@ def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | Comp
     cls = compressed_class(optimizer)
     if isinstance(optimizer, CompressedOptimizer):
         return optimizer
-    refuse_flattened(model)
-    _refuse_replaced(optimizer)
+    refuse_replaced(optimizer.param_groups)
     made = make_plan(model, optimizer.param_groups, cls.rule, policy, optimizer.state)
     _check_states(optimizer, made)
     return made
@@ -134,9 +132,9 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
-    records = [x.record for x in made.layers if x.record is not None]
-    names = [[x.layer.fqn for x in group] for group in made.groups]
-    compression = Compression(policy, weakref.ref(model), nonfinite, records, names, errors)
+    compression = Compression(policy, weakref.ref(model), nonfinite, errors=errors)
+    compression.describe(made)
+    compression.remember_plain(inner.param_groups)
     inner._compression = compression  # type: ignore[attr-defined]
     _swap_class(inner, compressed_class(inner))
     _refresh_wrapper(optimizer)
@@ -164,7 +162,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
     check_states(inner)
-    for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
+    for group, layer, param in [x for x in inner.compressed_layers() if not inner.is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
     for flat in inner._flat_tensors or ():
@@ -180,16 +178,6 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     return optimizer
-
-
-def _refuse_replaced(optimizer: Optimizer) -> None:
-    # ZeRO-3 shows its tensors during a step only: before and after, all groups are empty.
-    groups = optimizer.param_groups
-    if any(is_flat(group) for group in groups) or not any(group["params"] for group in groups):
-        raise ValueError(
-            "the optimizer holds no parameters of the model: an engine replaced them by tensors of its own, as "
-            "DeepSpeed does. Convert the optimizer before it is given to deepspeed.initialize"
-        )
 
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
@@ -237,8 +225,27 @@ def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy |
             "this optimizer is already compressed under another policy; call decompress(optimizer) before compressing "
             f"it anew.\n  now:   {old.policy}\n  asked: {policy}"
         )
+    if old.model() is not model:
+        _rename(optimizer, model)
     old.policy = old.policy or policy
     old.model, old.nonfinite = weakref.ref(model), nonfinite
+
+
+def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
+    """Have layers the names that `model` gives them: a part of it was given before, as for an optimizer of its own.
+
+    Their hash seeds follow their names, so layers that were stepped keep both.
+    """
+    old = optimizer._compression
+    stepped = any(map(_has_history, optimizer.state.values()))
+    if old.policy is None or stepped or any(map(optimizer.is_flat, optimizer.param_groups)):
+        return
+    if not any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's ZeRO-3 hides them
+        return
+    made = make_plan(model, optimizer.param_groups, optimizer.rule, old.policy)
+    for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
+        group[RECORDS] = [x.record for x in planned]
+    old.describe(made)
 
 
 def _check_states(optimizer: Optimizer, made: Plan) -> None:
@@ -259,7 +266,8 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
 
 def _has_history(state: Mapping[str, Any]) -> bool:
     """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
-    return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+    step = state.get("step", 1)
+    return (is_fake(step) or float(step) > 0) and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Drop, decode, encode, relative_error
+from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
 from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, torn
+from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
@@ -33,7 +35,7 @@ def encode_layer(
 
     Returns:
         the compressed ``optimizer.state[param]``, and the relative error of every state (1.0 for a dropped one); of a
-        sharded layer, of the part that is held here.
+        sharded layer, of the part that is held here; NaN under ``FakeTensorMode``.
     """
     # SGD keeps no step count; its buffer exists, so at least one step was made.
     tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
@@ -50,6 +52,10 @@ def encode_part(
     errors: dict[str, float] = {}
     for name, codec in part.layer.codecs.items():
         held = dense[name].to(param.device)
+        if is_fake(held):
+            tensors |= {} if isinstance(codec, Drop) else allocate(codec, part.spec(name, param, group))
+            errors[name] = math.nan
+            continue
         if isinstance(codec, Drop):
             errors[name] = 1.0 if bool((held != 0).any()) else 0.0
             continue

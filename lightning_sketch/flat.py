@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sketch.codecs import Keep
 from lightning_sketch.layer import Layer, LayerShard
@@ -148,11 +148,6 @@ class FlatTensors:
         from lightning_sketch.tables import flat_table  # rich is slow to import
 
         return flat_table(self)
-
-
-def is_flat(group: Mapping[str, Any]) -> bool:
-    """Whether an engine replaced the group's parameters by tensors of its own."""
-    return any(not isinstance(param, nn.Parameter) for param in group["params"])
 
 
 def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> NamedSegment:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import CountSketch, allocate
@@ -94,7 +95,7 @@ def report(optimizer: Any) -> MemoryReport:
     else:
         tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
     for param, parts in tensors:
-        parameters += local(param).nbytes
+        parameters += 0 if is_lazy(param) else local(param).nbytes
         gradients += _grad_bytes(param.grad)
         state = inner.state.get(param, {})
         if not parts:

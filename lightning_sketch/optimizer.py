@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,15 +16,15 @@ from torch.optim import Optimizer
 
 from lightning_sketch import checkpoint
 from lightning_sketch.bound import Bindings
-from lightning_sketch.flat import FlatTensor, FlatTensors, is_flat
+from lightning_sketch.flat import FlatTensor, FlatTensors
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
-from lightning_sketch.plan import LayerPlan, make_plan
+from lightning_sketch.plan import LayerPlan, Plan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import named_layers
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
-from lightning_sketch.step import own_tensors, step_compressed, usable
+from lightning_sketch.step import own_tensors, refuse_kept_sparse, step_compressed, usable
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Compression:
         names: for each group the FQNs of all its parameters, in order.
         errors: relative error of each state that was encoded from a dense one, by FQN and state.
         skipped: how many steps each layer skipped for a non-finite gradient.
+        plain: the user's plain tensors beside the model's parameters, which torch steps. A tensor that is no
+            ``nn.Parameter`` and not among them was put in place of the parameters by an engine.
     """
 
     policy: Policy | None
@@ -52,16 +55,27 @@ class Compression:
     names: list[list[str]] = field(default_factory=list)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    plain: list[Tensor] = field(default_factory=list)
+
+    def describe(self, made: Plan) -> None:
+        """Take records and names from the plan of all groups."""
+        self.records = [x.record for x in made.layers if x.record is not None]
+        self.names = [[x.layer.fqn for x in group] for group in made.groups]
+
+    def remember_plain(self, groups: list[dict[str, Any]]) -> None:
+        """Take the plain tensors in `groups` for the user's own."""
+        self.plain += [param for group in groups for param in group["params"] if not isinstance(param, nn.Parameter)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
         copies = list(self.records), [list(names) for names in self.names], dict(self.errors), self.skipped.copy()
-        return Compression(self.policy, self.model, self.nonfinite, *copies)
+        return Compression(self.policy, self.model, self.nonfinite, *copies, copy.deepcopy(self.plain, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model cannot travel by weak reference, nor a policy with a lambda; only add_param_group needs them.
         portable = self.policy is not None and all(rule.match is None for rule in self.policy.rules)
         policy = self.policy if portable else None
-        return Compression, (policy, _no_model, self.nonfinite, self.records, self.names, self.errors, self.skipped)
+        kept = self.records, self.names, self.errors, self.skipped, self.plain
+        return Compression, (policy, _no_model, self.nonfinite, *kept)
 
 
 class CompressedOptimizer(Optimizer):
@@ -84,6 +98,8 @@ class CompressedOptimizer(Optimizer):
         Raises:
             FloatingPointError: a compressed layer's gradient is not finite, and ``nonfinite="raise"``. Nothing was
                 changed then.
+            RuntimeError: a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
+                if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
             ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
                 Nothing was changed then.
@@ -95,12 +111,18 @@ class CompressedOptimizer(Optimizer):
         if self._bind_if_flat():
             return loss
         with torch.no_grad():
+            if not self._bindings.kept_checked:
+                refuse_kept_sparse(self)
+                self._bindings.kept_checked = True
             ours = own_tensors(self)
             ready = usable(self, ours)
             try:
                 for own in ours:
                     own.param.grad = None
                 _unhooked(self.stock.step)(self)
+            except RuntimeError:
+                refuse_kept_sparse(self)  # a table whose first gradient comes in a later step
+                raise
             finally:
                 for own in ours:
                     own.param.grad = own.grad
@@ -113,7 +135,7 @@ class CompressedOptimizer(Optimizer):
         A parameter, whole or DTensor, is one part; a flat tensor of DeepSpeed has several, some of kept layers.
         """
         for group in self.param_groups:
-            if is_flat(group):
+            if self.is_flat(group):
                 for tensor in group["params"]:
                     if parts := self._flat_tensor(tensor).parts:
                         yield group, tensor, parts
@@ -134,12 +156,20 @@ class CompressedOptimizer(Optimizer):
         Under DeepSpeed that includes those that no group shows at the moment.
         """
         # Before DeepSpeed's first step no flat tensor is known, nor has any a state.
-        unknown = self._flat_tensors is None and any(map(is_flat, self.param_groups))
+        unknown = self._flat_tensors is None and any(map(self.is_flat, self.param_groups))
         ours = {} if unknown else {id(tensor): parts for _, tensor, parts in self.compressed_tensors()}
         ours |= {id(flat.tensor): flat.parts for flat in self._flat_tensors or ()}
         shown = {id(tensor): tensor for group in self.param_groups for tensor in group["params"]}
         shown |= {id(flat.tensor): flat.tensor for flat in self._flat_tensors or ()}
         return [(tensor, ours.get(key, ())) for key, tensor in shown.items()]
+
+    def is_flat(self, group: dict[str, Any]) -> bool:
+        """Whether an engine replaced the group's parameters by tensors of its own."""
+        # All of them at once, as engines do; one that joined parameters is reported with the group's length.
+        if any(isinstance(param, nn.Parameter) for param in group["params"]):
+            return False
+        own = self._compression.plain
+        return any(all(x is not y for y in own) for x in group["params"])
 
     def flat_group(self, flat: FlatTensor) -> dict[str, Any]:
         """The group of a flat tensor with compressed layers. Under ZeRO-3 no group shows it between steps."""
@@ -151,9 +181,10 @@ class CompressedOptimizer(Optimizer):
         found = None if flat is None else flat.find(tensor)
         if found is None:
             raise RuntimeError(
-                f"the optimizer was given a tensor of shape {list(tensor.shape)} that is no parameter of the model, as "
-                "DeepSpeed does; where DeepSpeed's engine cannot be found from the calling code, call "
-                "lightning_sketch.attach(engine) after deepspeed.initialize"
+                f"a tensor of shape {list(tensor.shape)} took the place of the optimizer's parameters after compress. "
+                "If you put it there: call decompress(optimizer) before, and compress it again after. If DeepSpeed "
+                "did: its engine cannot be found from the calling code, so call lightning_sketch.attach(engine) after "
+                "deepspeed.initialize"
             )
         return found
 
@@ -164,7 +195,7 @@ class CompressedOptimizer(Optimizer):
     def _bind_if_flat(self) -> bool:
         """Find out which layers lie in flat tensors; whether this is only DeepSpeed trying out the step."""
         flat = self._flat_tensors
-        tensors = [t for group in self.param_groups if is_flat(group) for t in group["params"]]
+        tensors = [t for group in self.param_groups if self.is_flat(group) for t in group["params"]]
         if all(flat is not None and flat.find(tensor) is not None for tensor in tensors):
             return False
         wrapper, trial = find_wrapper(self)
@@ -192,7 +223,8 @@ class CompressedOptimizer(Optimizer):
         """A live group's layer records. A group without any is decided now."""
         # Lightning's BaseFinetuning, when it resumes, replaces param_groups by those of the (dense) checkpoint.
         if RECORDS not in group:
-            group[RECORDS] = [planned.record for planned in self._decide(group)]
+            number = next(i for i, other in enumerate(self.param_groups) if other is group)
+            group[RECORDS] = [planned.record for planned in self._decide(group, number)]
         records: list[str | None] = group[RECORDS]
         if len(records) != len(group["params"]):
             raise RuntimeError(
@@ -201,10 +233,10 @@ class CompressedOptimizer(Optimizer):
             )
         return records
 
-    def _decide(self, group: dict[str, Any]) -> list[LayerPlan]:
+    def _decide(self, group: dict[str, Any], number: int) -> list[LayerPlan]:
         """What the policy says about a group, by position."""
         model, policy = self._model_and_policy()
-        return make_plan(model, [group], self.rule, policy).layers
+        return make_plan(model, [group], self.rule, policy, first_group=number).layers
 
     def _model_and_policy(self) -> tuple[nn.Module, Policy]:
         model, policy = self._compression.model(), self._compression.policy
@@ -220,7 +252,8 @@ class CompressedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: the model is gone (the optimizer was unpickled, or the model deleted).
-            ValueError: a parameter is not the model's. Nothing was changed then.
+            ValueError: a parameter is not the model's, or a plain tensor is one that the policy would compress.
+                Nothing was changed then.
         """
         params = param_group["params"]
         if isinstance(params, set):
@@ -228,10 +261,11 @@ class CompressedOptimizer(Optimizer):
         listed = [params] if isinstance(params, Tensor) else list(params)
         param_group["params"] = listed
         tensors = [p[1] if isinstance(p, tuple) else p for p in listed]
-        decided = self._decide({**self.defaults, **param_group, "params": tensors})
+        decided = self._decide({**self.defaults, **param_group, "params": tensors}, len(self.param_groups))
         super().add_param_group(param_group)
         self.param_groups[-1][RECORDS] = [planned.record for planned in decided]
         self._compression.records += [planned.record for planned in decided if planned.record is not None]
+        self._compression.remember_plain(self.param_groups[-1:])
         self._compression.names.append([planned.layer.fqn for planned in decided])
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_sketch.codecs import SM3, Drop, Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import Layer, LayerShard
 from lightning_sketch.policy import STATE_NAMES, Policy, default_policy
-from lightning_sketch.roles import NamedLayer, named_layers
-from lightning_sketch.rules import UpdateRule
-from lightning_sketch.sharding import Shard, shard_of
+from lightning_sketch.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
+from lightning_sketch.rules import StateDef, UpdateRule
+from lightning_sketch.sharding import Shard, refuse_flattened, shard_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class LayerPlan:
 
     Args:
         layer: names, codecs and seed.
-        roles: the parameter's roles.
+        roles: the parameter's roles; "lazy" of one that has no shape yet.
         rule: number of the deciding policy rule, from 1; ``None`` if no rule matched.
-        bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together. None for a
-            frozen layer without states, for which torch makes none.
+        bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together. 0 of a
+            frozen layer without states, for which torch makes none, and of a lazy one, whose size is not known yet.
         bytes_after: bytes under the policy, by state.
         frozen: whether the parameter does not require gradients.
     """
@@ -99,13 +102,17 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
         policy: a policy, its dictionary, or ``None`` for `default_policy()`.
 
     Raises:
-        TypeError: the optimizer class is not supported.
-        ValueError: the policy does not fit the model or the optimizer, or the optimizer holds parameters that are not
-            the model's, or one parameter twice.
+        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
+        ValueError: the policy does not fit the model or the optimizer, or the optimizer holds none of the model's
+            parameters, parameters of another model, plain tensors that the policy would compress, or one parameter
+            twice.
     """
     from lightning_sketch.classes import rule_of, unwrap  # optimizer plans its own conversion
+    from lightning_sketch.optimizer import CompressedOptimizer
 
     inner = unwrap(optimizer)
+    if not isinstance(inner, CompressedOptimizer):  # its groups may show an engine's tensors, or none
+        refuse_replaced(inner.param_groups)
     return make_plan(model, inner.param_groups, rule_of(inner), as_policy(policy), inner.state)
 
 
@@ -116,38 +123,88 @@ def as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
     return policy if isinstance(policy, Policy) else Policy.from_dict(policy)
 
 
+def refuse_replaced(groups: list[dict[str, Any]]) -> None:
+    """Refuse an optimizer without parameters.
+
+    Raises:
+        ValueError: it holds plain tensors only, the user's or an engine's.
+    """
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    plain = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+    if len(plain) < len(tensors):
+        return  # parameters of another model are refused by name
+    # ZeRO-3 shows its tensors during a step only: before and after, all groups are empty.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not tensors or (distributed and "deepspeed" in sys.modules):
+        raise ValueError(
+            "the optimizer holds no parameters of the model: an engine replaced them by tensors of its own, as "
+            "DeepSpeed does. Convert the optimizer before it is given to deepspeed.initialize"
+        )
+    raise ValueError(
+        f"the optimizer holds no parameters of the model, but plain tensors only (of shape {_shapes(plain)}): there is "
+        "nothing to compress. Leave this optimizer as it is, or make them parameters (nn.Parameter) of the model first"
+    )
+
+
 def make_plan(
     model: nn.Module,
     groups: list[dict[str, Any]],
     rule: UpdateRule,
     policy: Policy,
     existing: Mapping[Any, Any] | None = None,
+    *,
+    first_group: int = 0,
 ) -> Plan:
     """Resolve `policy` for `groups`; see `plan`.
 
+    Plain tensors beside the model's parameters are left to torch, under the name "group 0 parameter 3".
+
     Args:
         existing: the optimizer's states. A frozen parameter counts only if it has one.
+        first_group: the number of the first of `groups` in the optimizer.
     """
+    refuse_flattened(model)
     layers = named_layers(model, policy.role_hints)
     assigned = policy.assign(layers)
-    _check_membership(groups, layers)
+    _check_membership(groups, layers, first_group)
     deciding = {assigned.get(id(p)) for group in groups for p in group["params"]}
     _check_states_named(policy, deciding, groups, rule)
-    return Plan(
-        tuple(
-            tuple(
-                _plan_layer(layers[id(p)], assigned.get(id(p)), policy, rule, group, bool((existing or {}).get(p)))
-                for p in group["params"]
-            )
-            for group in groups
+    states: Mapping[Any, Any] = existing or {}
+    planned: list[tuple[LayerPlan, ...]] = []
+    for g, group in enumerate(groups, start=first_group):
+        found = []
+        for i, param in enumerate(group["params"]):
+            if id(param) in layers:
+                named, index = layers[id(param)], assigned.get(id(param))
+                found.append(_plan_layer(named, index, policy, rule, group, bool(states.get(param))))
+            else:
+                found.append(_plan_plain_tensor(param, g, i, policy, rule, group))
+        planned.append(tuple(found))
+    return Plan(tuple(planned))
+
+
+def _plan_plain_tensor(
+    tensor: Tensor, g: int, i: int, policy: Policy, rule: UpdateRule, group: Mapping[str, Any]
+) -> LayerPlan:
+    """A tensor that is no ``nn.Parameter``, beside the model's parameters: torch optimizes it, and so it stays."""
+    role = "hidden" if tensor.ndim >= 2 else "other"
+    named = NamedLayer(f"group {g} parameter {i}", cast(nn.Parameter, tensor), nn.Module(), {role})
+    index = policy.rule_for(named)
+    if index is not None and any(not isinstance(c, Keep) for c in policy.rules[index].codecs.values()):
+        raise ValueError(
+            f"parameter {i} of group {g} (shape {list(tensor.shape)}) is a plain tensor and no parameter of the model, "
+            f"and policy rule {index + 1} ({policy.rules[index].describe()}) would compress it: register it in the "
+            "model as an nn.Parameter, or give the rule a selector that does not match it"
         )
-    )
+    return _plan_layer(named, index, policy, rule, group, has_state=True)
 
 
 def _plan_layer(
     named: NamedLayer, index: int | None, policy: Policy, rule: UpdateRule, group: Mapping[str, Any], has_state: bool
 ) -> LayerPlan:
     states = rule.states(group)
+    if named.lazy:
+        return _plan_lazy(named, policy, states)
     chosen = policy.rules[index] if index is not None else None
     codecs = {s.name: chosen.codec_for(s.name, signed=s.signed) if chosen else Keep() for s in states}
     layer = Layer.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs)
@@ -176,6 +233,23 @@ def _plan_layer(
     return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after, frozen)
 
 
+def _plan_lazy(named: NamedLayer, policy: Policy, states: Sequence[StateDef]) -> LayerPlan:
+    """A layer without a shape is kept, unless a rule might compress it once it has one."""
+    for number, rule in enumerate(policy.rules, start=1):
+        if rule.misses(named):
+            continue
+        if any(not isinstance(codec, Keep) for codec in rule.codecs.values()):
+            raise ValueError(
+                f"{named.fqn} is lazy: it has no shape yet, so whether and how policy rule {number} "
+                f"({rule.describe()}) compresses it is not known; {RUN_FORWARD_FIRST}"
+            )
+        if not rule.asks_shape:
+            break
+    layer = Layer(named.fqn, layer_seed(policy.seed, named.fqn), (), {s.name: s.signed for s in states}, {})
+    unknown = {state.name: 0 for state in states}
+    return LayerPlan(layer, ("lazy",), None, unknown, unknown)
+
+
 def _check_one_momentum(layer: Layer) -> None:
     if not any(isinstance(codec, SM3) and codec.momentum for codec in layer.codecs.values()):
         return
@@ -187,17 +261,19 @@ def _check_one_momentum(layer: Layer) -> None:
             )
 
 
-def _check_membership(groups: list[dict[str, Any]], layers: Mapping[int, NamedLayer]) -> None:
+def _check_membership(groups: list[dict[str, Any]], layers: Mapping[int, NamedLayer], first_group: int) -> None:
     seen: set[int] = set()
-    for g, group in enumerate(groups):
+    for g, group in enumerate(groups, start=first_group):
         for i, param in enumerate(group["params"]):
-            if id(param) not in layers:
+            if id(param) not in layers and isinstance(param, nn.Parameter):
                 raise ValueError(
-                    f"parameter {i} of group {g} (shape {list(param.shape)}) is not a parameter of the model; pass the "
-                    "model that owns it, as compress(optimizer, model)"
+                    f"parameter {i} of group {g} (shape {_shapes([param])}) is not a parameter of the model; pass the "
+                    "model that owns it, as compress(optimizer, model), or if one optimizer trains several modules, "
+                    "nn.ModuleList of them"
                 )
             if id(param) in seen:
-                raise ValueError(f"{layers[id(param)].fqn} is in the optimizer twice; remove it from one of the groups")
+                name = layers[id(param)].fqn if id(param) in layers else f"parameter {i} of group {g}"
+                raise ValueError(f"{name} is in the optimizer twice; remove it from one of the groups")
             seen.add(id(param))
 
 
@@ -214,3 +290,8 @@ def _check_states_named(
                 f"policy rule {number} ({policy_rule.describe()}) gives codecs for {', '.join(named)}, but this "
                 f"optimizer keeps {', '.join(states) or 'no state at all (is momentum 0?)'}"
             )
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    shown = ["not known yet" if is_lazy(tensor) else str(list(tensor.shape)) for tensor in tensors[:3]]
+    return ", ".join(shown) + (", ..." if len(tensors) > 3 else "")

@@ -114,6 +114,11 @@ class Rule:
         """Whether the rule has no selector and so matches every layer."""
         return not self.selectors()
 
+    @property
+    def asks_shape(self) -> bool:
+        """Whether the rule's match depends on the parameter's shape."""
+        return bool(self.role or self.min_rows or self.min_numel)
+
     def selectors(self) -> dict[str, Any]:
         """The selectors given."""
         # Not by truth: sparse=False selects.
@@ -126,14 +131,14 @@ class Rule:
         return codec
 
     def misses(self, layer: NamedLayer) -> list[str]:
-        """The selectors that do not match a layer; empty if the rule does."""
+        """The selectors that do not match a layer; empty if the rule does, or might once a lazy layer has a shape."""
         shape = layer.shape
         passed = {
             "role": not self.role or any(role in layer.roles for role in _listed(self.role)),
             "name": not self.name or any(matches_name(p, n) for p in _listed(self.name) for n in layer.names),
             "module": self.module is None or _is_module(layer.module, self.module),
-            "min_rows": (shape[0] if shape else 1) >= self.min_rows,
-            "min_numel": math.prod(shape) >= self.min_numel,
+            "min_rows": layer.lazy or (shape[0] if shape else 1) >= self.min_rows,
+            "min_numel": layer.lazy or math.prod(shape) >= self.min_numel,
             "sparse": self.sparse is None or layer.sparse == self.sparse,
         }
         missed = [selector for selector, ok in passed.items() if not ok]
@@ -204,6 +209,10 @@ class Policy:
                 f"policy rule {defaults[0]} has no selector and takes every layer; it must be the last rule"
             )
 
+    def rule_for(self, layer: NamedLayer) -> int | None:
+        """The index of the rule that decides a layer: the first that matches it."""
+        return next((index for index, rule in enumerate(self.rules) if not rule.misses(layer)), None)
+
     def assign(self, layers: Mapping[int, NamedLayer]) -> dict[int, int]:
         """The index of the deciding rule, by ``id(param)``; layers without a rule are absent.
 
@@ -212,10 +221,8 @@ class Policy:
         """
         assigned: dict[int, int] = {}
         for key, layer in layers.items():
-            for index, rule in enumerate(self.rules):
-                if not rule.misses(layer):
-                    assigned[key] = index
-                    break
+            if (decided := self.rule_for(layer)) is not None:
+                assigned[key] = decided
         for index, rule in enumerate(self.rules):
             if index not in assigned.values() and not rule.optional:
                 raise ValueError(_unmatched(index, rule, layers))

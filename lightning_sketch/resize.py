@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import Codec, Rows, StateSpec, encode, key_of, relative_error
-from lightning_sketch.flat import is_flat
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.optimizer import CompressedOptimizer
@@ -115,7 +114,7 @@ def _changes(optimizer: CompressedOptimizer, model: nn.Module) -> Iterator[_Chan
     by_name = {name: layer.param for layer in layers for name in layer.names}
     seen: set[int] = set()
     for group, names in zip(optimizer.param_groups, optimizer._compression.names, strict=True):
-        if is_flat(group) or len(names) != len(group["params"]):
+        if optimizer.is_flat(group) or len(names) != len(group["params"]):
             raise ValueError(
                 "the optimizer's groups are not those that were compressed: an engine or a trainer replaced their "
                 "parameters. Resize the model before, and compress the optimizer after"

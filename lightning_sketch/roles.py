@@ -6,9 +6,11 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_sketch.names import clean_modules
 from lightning_sketch.sharding import global_shape, show_shards
@@ -20,6 +22,9 @@ ROLES: tuple[str, ...] = get_args(Role)
 #: is an error if another Linear has more outputs.
 RoleHints = Mapping[str, str] | Literal["last_linear"] | None
 
+#: What a user does about a lazy parameter.
+RUN_FORWARD_FIRST = "run a forward pass of the model first, which gives lazy layers their shape"
+
 
 @dataclass
 class NamedLayer:
@@ -28,10 +33,11 @@ class NamedLayer:
     Args:
         fqn: its first name, without the segments that wrappers add.
         param: the parameter.
-        module: the module that owns it.
+        module: the module that owns it; of a parametrized tensor's original, the module that has the tensor.
         roles: one or more roles; a tied weight has those of all its uses.
-        aliases: its other names (tied weights).
+        aliases: its other names (tied weights, the name of the tensor that is computed from it).
         owners: every module that owns it, `module` the first.
+        is_weight: whether it is the module's ``weight``, or what that is computed from in the same shape.
     """
 
     fqn: str
@@ -40,11 +46,17 @@ class NamedLayer:
     roles: set[str] = field(default_factory=set)
     aliases: list[str] = field(default_factory=list)
     owners: list[nn.Module] = field(default_factory=list)
+    is_weight: bool = False
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it has no shape before the model's first forward pass (``nn.LazyLinear``)."""
+        return is_lazy(self.param)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the logical parameter, however little of it is held here."""
-        return global_shape(self.param)
+        """Shape of the logical parameter, however little of it is held here; ``()`` if it is lazy."""
+        return () if self.lazy else global_shape(self.param)
 
     @property
     def names(self) -> list[str]:
@@ -79,30 +91,31 @@ def check_pattern(pattern: str) -> None:
 def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, NamedLayer]:
     """All parameters of `model` with their roles, by ``id(param)``, in ``named_parameters()`` order.
 
-    Embedding: the weight of ``nn.Embedding`` and ``nn.EmbeddingBag``, and of Hugging Face's ``get_input_embeddings()``
-    at any depth. Softmax: the weight of ``get_output_embeddings()`` and every matrix of
-    ``nn.AdaptiveLogSoftmaxWithLoss``; a plain ``nn.Linear`` head only by `role_hints`, never by guess. What PEFT trains
-    in place of a table (the copy of ``modules_to_save``, the rows of ``TrainableTokens``) has the table's roles.
-    Hidden: all other parameters of two or more dimensions. Other: vectors and scalars.
+    Embedding: the weight of ``nn.Embedding`` and ``nn.EmbeddingBag``, and of ``get_input_embeddings()`` of a Hugging
+    Face model (``transformers.PreTrainedModel``) at any depth. Softmax: the weight of its ``get_output_embeddings()``
+    and every matrix of ``nn.AdaptiveLogSoftmaxWithLoss``; a plain ``nn.Linear`` head only by `role_hints`, never by
+    guess. What PEFT trains in place of a table (the copy of ``modules_to_save``, the rows of ``TrainableTokens``) has
+    the table's roles. Hidden: all other parameters of two or more dimensions. Other: vectors and scalars. A lazy
+    parameter may become either.
+
+    Where a weight is computed from other tensors (``spectral_norm``, ``weight_norm``, pruning and all of
+    ``torch.nn.utils.parametrize``), the original has its role if it has the weight's shape; its name as a plain weight
+    is an alias. Nothing is computed.
 
     Raises:
         ValueError: a hint names an unknown role or matches nothing.
     """
     show_shards(model)
+    tables = _tables(model)
     layers: dict[int, NamedLayer] = {}
-    for path, module in clean_modules(model):
-        for name, param in module._parameters.items():
-            if param is None:
-                continue
-            fqn = f"{path}.{name}" if path else name
-            if id(param) not in layers:
-                layers[id(param)] = NamedLayer(fqn, param, module)
-            elif fqn not in layers[id(param)].names:
-                layers[id(param)].aliases.append(fqn)
-            layers[id(param)].owners.append(module)
-    for param, role in _structural_roles(model):
-        if id(param) in layers:
-            layers[id(param)].roles.add(role)
+    for path, name, param, module, tensor in _parameters(model):
+        fqn = _join(path, name)
+        layer = layers.setdefault(id(param), NamedLayer(fqn, param, module))
+        layer.aliases += [x for x in dict.fromkeys((fqn, _join(path, tensor))) if x not in layer.names]
+        layer.owners.append(module)
+        if tensor == "weight":
+            layer.is_weight = True
+            layer.roles |= tables.get(id(module), set())
     _apply_hints(layers, role_hints)
     for original, copy in _trained_copies(model):
         if id(original) in layers and id(copy) in layers:
@@ -111,32 +124,106 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
             layers[id(copy)].roles |= roles
     for layer in layers.values():
         if not layer.roles:
-            layer.roles.add("hidden" if len(layer.shape) >= 2 else "other")
+            layer.roles |= {"hidden", "other"} if layer.lazy else {"hidden" if len(layer.shape) >= 2 else "other"}
     return layers
 
 
-def _structural_roles(model: nn.Module) -> Iterator[tuple[Any, str]]:
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, nn.Module, str]]:
+    """Every parameter at every place, in ``named_parameters()`` order.
+
+    Yields:
+        the module's path; the parameter's name in it; the parameter; the module; and the name of the tensor in it that
+        the parameter is, or that is computed from it in the same shape.
+    """
+    parametrized: dict[int, tuple[nn.Module, str]] = {}  # by the id of a ParametrizationList
+    for path, module in clean_modules(model):
+        if is_parametrized(module):
+            for tensor, originals in module.get_submodule("parametrizations").named_children():
+                parametrized[id(originals)] = module, tensor
+        place = parametrized.get(id(module)) if isinstance(module, ParametrizationList) else None
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if place is None:
+                yield path, name, param, module, _computed_from(module, name, param)
+            else:
+                owner, tensor = place
+                inside = f"parametrizations.{tensor}"
+                alone = name == "original"  # several (weight_norm's norms and directions) are original0, original1
+                name = f"{inside}.{name}"
+                same = _has_shape(owner, tensor, param, unknown=alone)
+                yield path.removesuffix(inside).removesuffix("."), name, param, owner, tensor if same else name
+
+
+def _computed_from(module: nn.Module, name: str, param: nn.Parameter) -> str:
+    """The tensor that hooks compute from a parameter, in its shape: ``weight`` from ``weight_orig``, ``weight_v``.
+
+    ``torch.nn.utils.spectral_norm``, ``weight_norm`` and ``prune`` leave it as a plain attribute.
+    """
+    for suffix in ("_orig", "_v"):
+        tensor = name.removesuffix(suffix)
+        if tensor != name and isinstance(module.__dict__.get(tensor), Tensor):
+            return tensor if _has_shape(module, tensor, param, unknown=True) else name
+    return name
+
+
+def _has_shape(module: nn.Module, tensor: str, param: nn.Parameter, *, unknown: bool) -> bool:
+    """Whether a parameter has the shape of the tensor that is computed from it, as the module's sizes say.
+
+    Args:
+        unknown: what to say where they do not.
+    """
+    sizes = {"weight": _weight_shape(module)}.get(tensor)
+    return unknown if sizes is None else global_shape(param) == sizes
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return module.num_embeddings, module.embedding_dim
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+
+
+def _tables(model: nn.Module) -> dict[int, set[str]]:
+    """Roles of the weights of modules, by ``id(module)``."""
+    found: dict[int, set[str]] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            yield module.weight, "embedding"
+            found.setdefault(id(module), set()).add("embedding")
         if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
-            for param in module.parameters():
-                if param.ndim == 2:
-                    yield param, "softmax"
-        for getter, role in (("get_input_embeddings", "embedding"), ("get_output_embeddings", "softmax")):
-            yield _hf_weight(module, getter), role
+            for part in module.modules():
+                found.setdefault(id(part), set()).add("softmax")
+        if _is_hugging_face(module):
+            for getter, role in (("get_input_embeddings", "embedding"), ("get_output_embeddings", "softmax")):
+                for table in _hugging_face_tables(module, getter):
+                    found.setdefault(id(table), set()).add(role)
+    return found
 
 
-def _hf_weight(module: nn.Module, getter: str) -> Any:
-    """The weight behind Hugging Face's getter, or None. PEFT puts the layer itself under ``base_layer``."""
-    function = getattr(module, getter, None)
-    if not callable(function):
-        return None
+def _is_hugging_face(module: nn.Module) -> bool:
+    # By name: transformers is not imported here. Other modules have methods of these names for purposes of their own.
+    return any(
+        cls.__name__ == "PreTrainedModel" and cls.__module__.split(".")[0] == "transformers"
+        for cls in type(module).__mro__
+    )
+
+
+def _hugging_face_tables(model: nn.Module, getter: str) -> Iterator[nn.Module]:
+    """The module that a Hugging Face model's getter gives, and those that PEFT put in its place."""
     try:
-        layer = function()
-    except (NotImplementedError, AttributeError):  # transformers' base classes declare getters that many models lack
-        return None
-    return getattr(getattr(layer, "base_layer", layer), "weight", None)
+        layer = getattr(model, getter)()
+    except Exception:  # the base class raises for models without, and subclasses whatever they like
+        return
+    if not isinstance(layer, nn.Module):
+        return
+    yield layer
+    for name in ("base_layer", "original_module", "modules_to_save"):
+        inner = layer._modules.get(name)
+        if inner is not None:
+            yield from inner.children() if isinstance(inner, nn.ModuleDict) else (inner,)
 
 
 def _trained_copies(model: nn.Module) -> Iterator[tuple[nn.Parameter | None, nn.Parameter]]:
@@ -157,7 +244,9 @@ def _trained_copies(model: nn.Module) -> Iterator[tuple[nn.Parameter | None, nn.
 
 def _apply_hints(layers: Mapping[int, NamedLayer], hints: RoleHints) -> None:
     if hints == "last_linear":
-        linears = [x for x in layers.values() if isinstance(x.module, nn.Linear) and len(x.shape) == 2]
+        linears = [x for x in layers.values() if isinstance(x.module, nn.Linear) and x.is_weight]
+        if lazy := [x.fqn for x in linears if x.lazy]:
+            raise ValueError(f"role_hints='last_linear': {', '.join(lazy)} has no shape yet; {RUN_FORWARD_FIRST}")
         most = max((x.shape[0] for x in linears), default=0)
         if not linears or linears[-1].shape[0] < most:
             raise ValueError(

@@ -12,11 +12,11 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
-from lightning_sketch.flat import is_flat
+from lightning_sketch.fake import is_fake
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
-from lightning_sketch.layer import LayerShard
+from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import placed_like, show_shards
 from lightning_sketch.sharding.agree import all_agree
@@ -37,7 +37,7 @@ class OwnTensor:
         needed: states that the group's hyperparameters ask for.
         state: ``optimizer.state[param]``, empty before the first step.
         bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part.
+        gradients: of each part; empty under ``FakeTensorMode``, where rows cannot be read.
     """
 
     group: dict[str, Any]
@@ -61,6 +61,7 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
     ours: list[OwnTensor] = []
+    fake: bool | None = None
     needed: dict[int, set[str]] = {}  # states, by group
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
@@ -73,10 +74,36 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
+        fake = is_fake(param) if fake is None else fake  # one or all
         placed = placed_like(grad, param)
-        gradients = [part.gradient(placed) for part in parts]
+        gradients = [] if fake else [part.gradient(placed) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
+
+
+@_disable_dynamo
+def refuse_kept_sparse(optimizer: CompressedOptimizer) -> None:
+    """Refuse sparse gradients of layers that the policy keeps, where torch's own optimizer does not take any.
+
+    Raises:
+        RuntimeError: as torch does; says how the layer could be trained.
+    """
+    refused: list[str] = []
+    for number, group in enumerate(optimizer.param_groups):
+        if optimizer.rule.keeps_sparse(group) or optimizer.is_flat(group):
+            continue
+        names = optimizer._compression.names[number : number + 1] or [[]]
+        for i, (param, record) in enumerate(zip(group["params"], group.get(RECORDS, ()), strict=False)):
+            if record is None and param.grad is not None and param.grad.is_sparse:
+                refused.append(names[0][i] if i < len(names[0]) else f"parameter {i} of group {number}")
+    if refused:
+        unsigned = any(not state.signed for state in optimizer.rule.states(optimizer.param_groups[0]))
+        codec = "second_moment=RowWise()" if unsigned else "first_moment=BFloat16()"
+        raise RuntimeError(
+            f"{', '.join(refused)}: torch's {optimizer.stock.__name__} does not support sparse gradients under these "
+            "options, and the policy keeps such layers as torch does. Compressed layers may have them: add a rule, "
+            f"e.g. Rule(name={refused[0]!r}, {codec}), or give the layer dense gradients (sparse=False)"
+        )
 
 
 @_disable_dynamo
@@ -89,7 +116,7 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
     """
     if not ours:
         _refuse_replaced(optimizer)
-    if optimizer._compression.nonfinite == "propagate" or not ours:
+    if optimizer._compression.nonfinite == "propagate" or not ours or not ours[0].gradients:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
     wanted = [kind for own in ours for kind in _sums_as(optimizer.rule, own)]
@@ -110,16 +137,17 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
 @_disable_dynamo
 def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> None:
     """One step of our tensors (they and their states are modified in place)."""
+    if ready and not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
+        for own in ready:
+            if not own.state:
+                _allocate(optimizer, own)
+        return
     rule = optimizer.rule
     counts: list[Tensor] = []
     for own in ready:
         if own.bound is None:
             if not own.state:
-                fresh: dict[str, Any] = {"step": counter()}
-                for part in own.parts:
-                    fresh |= part.allocate(own.param, own.group)
-                own.state = optimizer.state[own.param]
-                own.state.update(fresh)
+                _allocate(optimizer, own)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
         if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
             count = own.state["step"] = counter(count)  # who wrote a number there meant one
@@ -144,10 +172,19 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
     )
 
 
+def _allocate(optimizer: CompressedOptimizer, own: OwnTensor) -> None:
+    """Make the states of a tensor's first step."""
+    fresh: dict[str, Any] = {"step": counter()}
+    for part in own.parts:
+        fresh |= part.allocate(own.param, own.group)
+    own.state = optimizer.state[own.param]
+    own.state.update(fresh)
+
+
 def _refuse_replaced(optimizer: CompressedOptimizer) -> None:
     """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
     model = optimizer._compression.model()
-    ours = [param for group in optimizer.param_groups if not is_flat(group) for param in group["params"]]
+    ours = [param for group in optimizer.param_groups for param in group["params"] if isinstance(param, nn.Parameter)]
     if model is None or not ours or any(param.grad is not None for param in ours):
         return
     show_shards(model)

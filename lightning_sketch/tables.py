@@ -44,7 +44,8 @@ def plan_table(plan: Plan) -> str:
         table.add_column(column)
     for column in ("before", "after"):
         table.add_column(column, justify="right")
-    unmatched = [x for x in plan.layers if x.rule is None]
+    lazy = [x for x in plan.layers if x.roles == ("lazy",)]
+    unmatched = [x for x in plan.layers if x.rule is None and x not in lazy]
     for layer in plan.layers:
         if layer.rule is not None:
             table.add_row(*_row(layer))
@@ -53,6 +54,8 @@ def plan_table(plan: Plan) -> str:
         frozen = sum(x.frozen for x in unmatched)
         what = "kept as they are" + (f" ({frozen} frozen)" if frozen else "")
         table.add_row(f"{len(unmatched)} other parameters", "", "", "none", what, size, size)
+    if lazy:
+        table.add_row(f"{len(lazy)} lazy parameters", "not known yet", "", "none", "kept as they are", "", "")
     table.add_section()
     table.add_row("total", "", "", "", "", human_bytes(plan.bytes_before), human_bytes(plan.bytes_after))
     return render(table)

@@ -268,7 +268,7 @@ def test_named_parameters_may_be_added():
 @pytest.mark.parametrize(
     ("added", "error", "message"),
     [
-        (lambda m: [nn.Parameter(torch.ones(2, 3))], ValueError, r"parameter 0 of group 0 .* not a parameter of the"),
+        (lambda m: [nn.Parameter(torch.ones(2, 3))], ValueError, r"parameter 0 of group 1 .* not a parameter of the"),
         (lambda m: [m.late.table.weight, m.late.table.weight], ValueError, "late.table.weight is in the optimizer twi"),
         (lambda m: [m.table.weight], ValueError, "some parameters appear in more than one parameter group"),
         (lambda m: set(m.late.parameters()), TypeError, "ordered collections"),

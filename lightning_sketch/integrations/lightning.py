@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sketch.classes import COMPRESSED, unwrap
 from lightning_sketch.convert import compress_all
 from lightning_sketch.engine import attach
-from lightning_sketch.flat import is_flat
 from lightning_sketch.integrations.lightning_load import MovingLoad
 from lightning_sketch.layer import Layer
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer import CompressedOptimizer, NonFinite
-from lightning_sketch.plan import as_policy, plan
+from lightning_sketch.plan import LayerPlan, as_policy, plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.recorded_policy import policy_hint
 from lightning_sketch.roles import named_layers
@@ -64,7 +65,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     are sharded, every figure that is printed or logged is that of rank zero's part.
 
     With several optimizers the policy is resolved once over the whole module. An optimizer of an unsupported class is
-    left alone if the policy decides none of its layers.
+    left alone if the policy decides none of its layers, and one of plain tensors alone always. One that was converted
+    by hand, with a part of the module perhaps, stays as it is if that was under the same policy.
 
     Args:
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
@@ -133,20 +135,23 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
-        decided: dict[str, Layer] = {}
-        found: dict[str, Layer] = {}
+        wrong: list[str] = []
+        decided: list[Layer] = []
+        found: list[Layer] = []
         for optimizer in map(unwrap, trainer.optimizers):
             # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
-            if isinstance(optimizer, CompressedOptimizer) and not any(map(is_flat, optimizer.param_groups)):
+            if isinstance(optimizer, CompressedOptimizer) and not any(map(optimizer.is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
-                decided |= {x.layer.fqn: x.layer for x in planned if x.layer.compressed}
-                found |= {layer.fqn: layer for _, layer, _ in optimizer.compressed_layers()}
-        wrong = [fqn for fqn in decided | found if decided.get(fqn) != found.get(fqn)]
+                shown = [group for group in optimizer.param_groups if group["params"]]  # ZeRO-3 hides them
+                records = [record for group in shown for record in optimizer._records(group)]
+                pairs = zip(planned, records, strict=True)
+                wrong += [x.layer.fqn for x, record in pairs if not _is_as_planned(x, record)]
+                decided += [x.layer for x in planned if x.layer.compressed]
+                found += [Layer.from_record(record) for record in records if record is not None]
         if wrong:
             raise ValueError(
                 f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
-                "load it with the policy and seed it was written under."
-                + policy_hint(found.values(), decided.values(), self.policy.seed)
+                "load it with the policy and seed it was written under." + policy_hint(found, decided, self.policy.seed)
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
@@ -194,7 +199,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         for optimizer in _optimizers_in(configured):
             inner = unwrap(optimizer)
             touched = any(id(p) in decided for group in inner.param_groups for p in group["params"])
-            if not touched and type(inner) not in COMPRESSED and not isinstance(inner, CompressedOptimizer):
+            foreign = type(inner) not in COMPRESSED and not isinstance(inner, CompressedOptimizer)
+            parameters = any(isinstance(p, nn.Parameter) for group in inner.param_groups for p in group["params"])
+            if not touched and (foreign or not parameters):
                 self._left_alone.append(inner)
             else:
                 ours.append(optimizer)
@@ -212,6 +219,16 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
             if self.log_memory and any(x.layer.compressed for x in made.layers):
                 _say(str(made))
+
+
+def _is_as_planned(planned: LayerPlan, record: str | None) -> bool:
+    """Whether a parameter's record is what the policy says; under another name it has another seed, too."""
+    if record is None or planned.record is None:
+        return record is planned.record
+    found = Layer.from_record(record)
+    if found.fqn != planned.layer.fqn:  # converted by hand with a part of the module, and stepped
+        found = dataclasses.replace(found, fqn=planned.layer.fqn, seed=planned.layer.seed)
+    return found == planned.layer
 
 
 def _optimizers_in(configured: Any) -> list[Any]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
 from lightning_sketch.dtensor_state import SHARD_DIM, SHARD_STEPS, SHARDS, tensor_axes
-from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.plan import make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.portable.checksums import large, verify
 from lightning_sketch.portable.deepspeed import rank_files, stage0_file, stage0_state_dict
@@ -31,10 +31,12 @@ from lightning_sketch.portable.saved import (
 )
 from lightning_sketch.reshard import LazyTensor, Source, fill_dense
 from lightning_sketch.roles import named_layers
+from lightning_sketch.rules import rule_of_group
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
 
-Decide = Callable[[SavedLayer, Mapping[str, Any]], Layer | None]
+#: The layers of a checkpoint that are to be compressed, by name.
+Decide = Callable[[SavedOptimizer], Mapping[str, Layer]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: `destination` exists.
-        ValueError: the checkpoint cannot be read or does not fit `model`; or options contradict each other.
+        ValueError: the checkpoint cannot be read or does not fit `model`; `compress` would refuse the policy; or
+            options contradict each other.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
@@ -159,12 +162,9 @@ class _Rewrite:
     def groups(self, saved: SavedOptimizer, *, numbered: bool) -> list[dict[str, Any]]:
         """The parameter groups, with the records of what is compressed."""
         groups: list[dict[str, Any]] = []
+        decided = self.decide(saved)
         for group, keys in zip(saved.groups, _keys(saved, numbered), strict=True):
-            records = []
-            for fqn in group["params"]:
-                layer = saved.layers.get(fqn)
-                decided = None if layer is None else self.decide(layer, group)
-                records.append(None if decided is None else decided.to_record())
+            records = [decided[fqn].to_record() if fqn in decided else None for fqn in group["params"]]
             options = {k: v for k, v in group.items() if k != "params"}
             compressed = {RECORDS: records} if self.decide is not _plain else {}
             groups.append(options | compressed | {"params": keys})
@@ -172,11 +172,12 @@ class _Rewrite:
 
     def entries(self, saved: SavedOptimizer, *, numbered: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The states, one parameter after the other."""
+        decided = self.decide(saved)
         for group, keys in zip(saved.groups, _keys(saved, numbered), strict=True):
             for fqn, key in zip(group["params"], keys, strict=True):
                 layer = saved.layers.get(fqn)
                 if layer is not None:
-                    yield key, self._entry(layer, self.decide(layer, group), group)
+                    yield key, self._entry(layer, decided.get(fqn), group)
 
     def _entry(self, saved: SavedLayer, decided: Layer | None, group: Mapping[str, Any]) -> dict[str, Any]:
         sources = saved.states()
@@ -244,41 +245,38 @@ def _keys(saved: SavedOptimizer, numbered: bool) -> list[Sequence[Any]]:
     return [[next(numbers) if numbered else fqn for fqn in group["params"]] for group in saved.groups]
 
 
-def _plain(saved: SavedLayer, group: Mapping[str, Any]) -> Layer | None:
-    return None
+def _plain(saved: SavedOptimizer) -> Mapping[str, Layer]:
+    return {}
 
 
-def _as_it_was(saved: SavedLayer, group: Mapping[str, Any]) -> Layer | None:
-    return saved.layer
+def _as_it_was(saved: SavedOptimizer) -> Mapping[str, Layer]:
+    return {fqn: found.layer for fqn, found in saved.layers.items() if found.layer is not None}
 
 
 def _by_policy(policy: Policy, model: nn.Module) -> Decide:
-    layers = named_layers(model, policy.role_hints)
-    rules = policy.assign(layers)
-    chosen = {named.fqn: policy.rules[rules[key]] for key, named in layers.items() if key in rules}
-    known = {named.fqn for named in layers.values()}
+    """What ``compress(optimizer, model, policy)`` would decide about the optimizer that wrote a checkpoint."""
+    params = {named.fqn: named.param for named in named_layers(model).values()}
 
-    def decide(saved: SavedLayer, group: Mapping[str, Any]) -> Layer | None:
-        if saved.fqn not in known:
-            raise ValueError(f"the checkpoint holds {saved.fqn}, which is no parameter of the model")
-        rule = chosen.get(saved.fqn)
-        signed = saved.layer.signed if saved.layer is not None else _signs(saved)
-        if rule is None:
-            return None
-        codecs = {state: rule.codec_for(state, signed=positive) for state, positive in signed.items()}
-        seed = layer_seed(policy.seed, saved.fqn)
-        layer = Layer(saved.fqn, seed, saved.shape, dict(signed), codecs)
-        part = LayerShard(layer, Shard.whole(saved.shape))
-        for state, codec in codecs.items():
-            codec.check(part.spec(state, torch.empty(saved.shape, device="meta"), group))
-        return layer if layer.compressed else None
+    def decide(saved: SavedOptimizer) -> Mapping[str, Layer]:
+        for fqn in saved.layers:
+            if fqn not in params:
+                raise ValueError(f"the checkpoint holds {fqn}, which is no parameter of the model")
+        _check_shapes(saved, model)
+        rule = rule_of_group(saved.groups[0])
+        groups = [
+            {**group, "params": [params[fqn] for fqn in group["params"] if fqn in params]} for group in saved.groups
+        ]
+        planned = make_plan(model, groups, rule, policy).layers
+        compressed = {x.layer.fqn: x.layer for x in planned if x.layer.compressed and x.layer.fqn in saved.layers}
+        for fqn, layer in compressed.items():
+            if unknown := sorted(set(saved.layers[fqn].states()) - set(layer.codecs)):
+                raise ValueError(
+                    f"{fqn} has {', '.join(unknown)} in the checkpoint, which {rule.name} with the options of its "
+                    "parameter group does not keep"
+                )
+        return compressed
 
     return decide
-
-
-def _signs(saved: SavedLayer) -> dict[str, bool]:
-    """Which states may be negative, by torch's names."""
-    return {state: state not in ("exp_avg_sq", "sum", "square_avg", "max_exp_avg_sq") for state in saved.states()}
 
 
 def _names(old: Mapping[str, Any], model: nn.Module | None) -> list[list[str]]:

@@ -107,7 +107,7 @@ def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> Saved
     if layer is not None:
         return SavedLayer(fqn, layer.shape, step, layer, lambda: dict(_compressed(layer, entry)))
     dense = {key: value for key, value in entry.items() if isinstance(value, Tensor | LazyTensor) and key != "step"}
-    shape = next((tuple(value.shape) for value in dense.values()), ())
+    shape = max((tuple(value.shape) for value in dense.values()), key=len, default=())  # NAdam keeps a 0-d state, too
     whole = Shard.whole(shape)
     return SavedLayer(
         fqn, shape, step, None, lambda: {key: [Source(whole, {key: value}, None)] for key, value in dense.items()}

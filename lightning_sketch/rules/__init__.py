@@ -3,6 +3,7 @@
 from lightning_sketch.rules.adagrad import AdagradRule
 from lightning_sketch.rules.adam import AdamRule, AdamWRule, SparseAdamRule
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.rules.of_group import rule_of_group
 from lightning_sketch.rules.rmsprop import RMSpropRule
 from lightning_sketch.rules.sgd import SGDRule
 
@@ -16,5 +17,6 @@ __all__ = [
     "SparseAdamRule",
     "StateDef",
     "UpdateRule",
+    "rule_of_group",
     "run",
 ]

@@ -38,6 +38,7 @@ class AdamRule(UpdateRule):
 
     name: ClassVar[str] = "adam"
     refused_flags: ClassVar[tuple[str, ...]] = (*UpdateRule.refused_flags, "amsgrad")
+    torch_takes_sparse: ClassVar[bool] = False
     decoupled: ClassVar[bool] = False
     #: Whether eps is added before the bias correction of the second moment, as ``torch.optim.SparseAdam`` does.
     early_eps: ClassVar[bool] = False
@@ -152,4 +153,5 @@ class SparseAdamRule(AdamRule):
     """SparseAdam: no weight decay, and the larger eps of the paper's more efficient form (its section 2)."""
 
     name: ClassVar[str] = "sparse_adam"
+    torch_takes_sparse: ClassVar[bool] = True
     early_eps: ClassVar[bool] = True

@@ -139,6 +139,9 @@ class UpdateRule(ABC):
     #: Group flags that the rule does not implement; truthy means an error for compressed layers.
     refused_flags: ClassVar[tuple[str, ...]] = ("differentiable", "capturable")
 
+    #: Whether torch's own optimizer takes sparse gradients, where it has neither weight decay nor a fused kernel.
+    torch_takes_sparse: ClassVar[bool] = True
+
     @abstractmethod
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         """The states torch keeps under these hyperparameters."""
@@ -151,6 +154,10 @@ class UpdateRule(ABC):
                     f"{flag}=True is not supported for compressed layers, and {fqn} is one; "
                     f"set {flag}=False or let the policy keep {fqn}"
                 )
+
+    def keeps_sparse(self, group: Mapping[str, Any]) -> bool:
+        """Whether torch's own optimizer steps a kept layer that has a sparse gradient."""
+        return self.torch_takes_sparse and not (group.get("weight_decay") or group.get("fused"))
 
     def coupled_weight_decay(self, group: Mapping[str, Any]) -> float:
         """The factor of the parameter that is added to the gradient."""

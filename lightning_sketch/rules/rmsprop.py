@@ -25,6 +25,7 @@ class RMSpropRule(UpdateRule):
     """RMSprop. A dropped ``grad_avg`` is an uncentered layer, a dropped ``momentum_buffer`` one without momentum."""
 
     name: ClassVar[str] = "rmsprop"
+    torch_takes_sparse: ClassVar[bool] = False
 
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         found = [StateDef("square_avg", signed=False)]
