@@ -59,7 +59,7 @@ def redirect(
 
 def run(optimizer: CompressedOptimizer) -> None:
     """Run the stock class's step, as it is now, without torch's step hooks: those run around ours."""
-    step = optimizer.stock.step
+    step: Callable[..., Any] = optimizer.stock.step
     while getattr(step, "hooked", None) is True and _is_torch(step):  # torch.compile wraps that of SparseAdam once more
         step = step.__wrapped__  # type: ignore[attr-defined]
     if _is_torch(step):
