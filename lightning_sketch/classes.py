@@ -99,7 +99,11 @@ def unwrap(optimizer: Any) -> Optimizer:
 def _inside(optimizer: Any) -> Optimizer | None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         return optimizer.optimizer  # type: ignore[no-any-return]
-    if not isinstance(optimizer, Optimizer) or type(optimizer) in COMPRESSED or isinstance(optimizer, CompressedOptimizer):
+    if (
+        not isinstance(optimizer, Optimizer)
+        or type(optimizer) in COMPRESSED
+        or isinstance(optimizer, CompressedOptimizer)
+    ):
         return None
     own = {id(group) for group in optimizer.param_groups}
     held = {
@@ -108,10 +112,8 @@ def _inside(optimizer: Any) -> Optimizer | None:
         if any(id(group) in own for group in inner.param_groups)
     }
     if len(held) > 1:
-        raise TypeError(
-            f"{type(optimizer).__name__} holds several optimizers, in {', '.join(sorted(name for name, _ in held.values()))}; "
-            "pass one of those"
-        )
+        where = ", ".join(sorted(name for name, _ in held.values()))
+        raise TypeError(f"{type(optimizer).__name__} holds several optimizers, in {where}; pass one of those")
     return next((inner for _, inner in held.values()), None)
 
 

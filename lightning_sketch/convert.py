@@ -143,8 +143,8 @@ def _refuse_replaced(optimizer: Optimizer) -> None:
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
     """Change the class of the same object, and everything that torch derived from the old class."""
-    # An LRScheduler freezes the old class's step on the instance, and Accelerate binds it there. What else is there is a
-    # user's wrapper, and stays: what it calls is redirected (`stock_step`).
+    # An LRScheduler freezes the old class's step on the instance, and Accelerate binds it there. Anything else there is
+    # a user's wrapper, and stays: the step that it calls is redirected (`stock_step`).
     frozen = optimizer.__dict__.get("step")
     scheduled = getattr(frozen, "_wrapped_by_lr_sched", False) is True
     if getattr(frozen, "__wrapped__" if scheduled else "__func__", None) is type(optimizer).step:

@@ -72,8 +72,8 @@ class Compression:
 class CompressedOptimizer(Optimizer):
     """Mixin in front of a torch optimizer class. Made by `compress`; its constructor makes a plain ``stock`` optimizer.
 
-    ``__name__`` is the stock class's, because metrics, profiles and printed optimizers are named after it; pickle goes by
-    ``__qualname__``.
+    ``__name__`` is the stock class's, because metrics, profiles and printed optimizers are named after it; pickle goes
+    by ``__qualname__``.
     """
 
     stock: ClassVar[type[Optimizer]]
@@ -304,8 +304,8 @@ class CompressedOptimizer(Optimizer):
         if not self._loading and state.keys() == {"state", "param_groups"}:
             raise RuntimeError(
                 "load_state_dict of the optimizer as it was before compress() was called, which cannot load compressed "
-                "states; nothing was changed. Something kept that method: call compress() before optimizer.load_state_dict "
-                "is wrapped, or take it from the optimizer anew"
+                "states; nothing was changed. Something kept that method: call compress() before "
+                "optimizer.load_state_dict is wrapped, or take it from the optimizer anew"
             )
         super().__setstate__(state)
 

@@ -7,6 +7,7 @@ there at that time: it is run where the other one is meant.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_sketch.optimizer import CompressedOptimizer
 
 StepT = TypeVar("StepT", bound=Callable[..., Any])
+_HOOK_WRAPPER = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def with_hooks(step: StepT) -> StepT:
@@ -41,15 +43,15 @@ def with_hooks(step: StepT) -> StepT:
 def redirect(
     optimizer: CompressedOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments for a step that is about to run on a converted optimizer, with which it does the converted step.
+    """Arguments with which the stock class's step, about to run on a converted optimizer, does the converted step.
 
     A step that was bound before the conversion is the stock class's: who wrapped it calls that. Given an optimizer
     without parameters and our step as its closure, it does ours, between torch's hooks, and returns our loss.
 
     Returns:
-        the arguments; ``None`` if it is the optimizer's own step.
+        the arguments; ``None`` if it is the optimizer's own step, or another function with torch's hooks around it.
     """
-    if optimizer._stepping:
+    if optimizer._stepping or not _runs_step_of(optimizer.stock):
         return None
     nothing = optimizer.stock.__new__(optimizer.stock)
     nothing.__dict__.update(defaults=optimizer.defaults, state={}, param_groups=[])
@@ -69,6 +71,17 @@ def run(optimizer: CompressedOptimizer) -> None:
     with _no_hooks(optimizer):
         bound = step.__get__(optimizer, type(optimizer)) if hasattr(type(step), "__get__") else step
         bound()
+
+
+def _runs_step_of(stock: type[Optimizer]) -> bool:
+    """Whether the innermost call of torch's hook wrapper, which does not say so, is around that class's step."""
+    frame = sys._getframe(1)
+    while frame.f_code is not _HOOK_WRAPPER:
+        if frame.f_back is None:  # compiled: what torch.compile was given is a step
+            return True
+        frame = frame.f_back
+    name = getattr(frame.f_locals["func"], "__qualname__", None)
+    return any(name == f"{cls.__qualname__}.step" for cls in stock.__mro__)  # AdamW's is Adam's
 
 
 def _is_torch(function: Callable[..., Any]) -> bool:
