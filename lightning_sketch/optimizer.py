@@ -283,7 +283,7 @@ class CompressedOptimizer(Optimizer):
         try:
             super().load_state_dict(stock_dict)
         finally:
-            self._loading = False
+            del self._loading
             self._optimizer_load_state_dict_pre_hooks = before
             self._optimizer_load_state_dict_post_hooks = after
         for param, tensors in restored:

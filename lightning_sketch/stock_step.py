@@ -30,11 +30,13 @@ def with_hooks(step: StepT) -> StepT:
     def wrapper(self: CompressedOptimizer, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "_compression"):  # decompressed, and called by who bound its step before
             return type(self).step(self, *args, **kwargs)
-        before, self._stepping = self._stepping, True
+        if self._stepping:
+            return hooked(self, *args, **kwargs)
+        self._stepping = True
         try:
             return hooked(self, *args, **kwargs)
         finally:
-            self._stepping = before
+            del self._stepping
 
     wrapper.hooked = True  # type: ignore[attr-defined]
     return wrapper  # type: ignore[return-value]

@@ -10,6 +10,8 @@ from unittest.mock import DEFAULT, MagicMock, patch
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
@@ -173,6 +175,25 @@ def test_with_a_scheduler_both_wrappers_stay(first, when):
     assert optimizer._opt_called
     assert hasattr(optimizer.step, "_wrapped_by_lr_sched")
     assert_equal_weights(model, plain)
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_steps_that_accelerate_bound_beside_a_grad_scaler_are_the_converted_step(when):
+    """Where the optimizer inside the wrapper is converted, and not the wrapper."""
+    model = Tiny()
+    plain = copy.deepcopy(model)
+    Accelerator(cpu=True)
+    pair = [(m, ADAMW.make(m.parameters())) for m in (model, plain)]
+    wrappers = [AcceleratedOptimizer(o, scaler=torch.amp.GradScaler("cpu", init_scale=1.0)) for _, o in pair]
+    for step in range(4):
+        if step == when:
+            compress(pair[0][1], model, EXACTLY)
+        for (net, _), wrapper in zip(pair, wrappers, strict=True):
+            wrapper.scaler.scale(torch.ones(()))  # creates the scale
+            train(net, wrapper, [step])
+            assert not wrapper.step_was_skipped
+    assert_equal_weights(model, plain)
+    assert "exp_avg_table" in pair[0][1].state[model.table.weight]
 
 
 def test_what_only_binds_the_class_s_step_is_bound_anew():
