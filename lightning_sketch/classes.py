@@ -105,7 +105,7 @@ def _inside(optimizer: Any) -> Optimizer | None:
         or isinstance(optimizer, CompressedOptimizer)
     ):
         return None
-    own = {id(group) for group in optimizer.param_groups}
+    own = {id(group) for group in getattr(optimizer, "param_groups", ())}
     held = {
         id(inner): (name, inner)
         for name, inner in inner_optimizers(optimizer)
