@@ -12,7 +12,6 @@ from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Drop, Fac
 from lightning_sketch.convert import compress, decompress
 from lightning_sketch.dense import decompress_state_dict
 from lightning_sketch.engine import attach
-from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.memory import report
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule, default_policy
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression
 
 __version__ = "0.1.0"
-
-guard_foreign_steps()
 
 __all__ = [
     "SM3",

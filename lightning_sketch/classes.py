@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from lightning_sketch.counter import counter
+from lightning_sketch.guard import inner_optimizers
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
 from lightning_sketch.sharding.wrapper import wrapper_of
@@ -50,6 +51,13 @@ class CompressedAdagrad(CompressedOptimizer):
             if values and not isinstance(values["step"], Tensor):
                 values["step"] = counter(values["step"])
 
+    def share_memory(self) -> None:
+        """Move the states of all layers, whatever form they have, into shared memory, as the stock method does."""
+        for values in self.state.values():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and name != "step":
+                    value.share_memory_()  # type: ignore[no-untyped-call]
+
 
 class CompressedRMSprop(CompressedOptimizer, RMSprop):
     """``torch.optim.RMSprop`` with compressed states."""
@@ -72,14 +80,41 @@ COMPRESSED: dict[type[Optimizer], type[CompressedOptimizer]] = {
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside an AcceleratedOptimizer, a LightningOptimizer, or what DeepSpeed makes of one."""
+    """The torch optimizer inside an AcceleratedOptimizer, a LightningOptimizer, or what DeepSpeed makes of one.
+
+    Or inside an optimizer of any other class that holds one over its own parameter groups, as SAM does.
+
+    Raises:
+        TypeError: it is no optimizer, or there are several inside.
+    """
     found = wrapper_of(optimizer)  # is no Optimizer, and Accelerate's wrapper may hide it
     optimizer = optimizer if found is None else found
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    while (inner := _inside(optimizer)) is not None:
+        optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return optimizer
+
+
+def _inside(optimizer: Any) -> Optimizer | None:
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        return optimizer.optimizer  # type: ignore[no-any-return]
+    if (
+        not isinstance(optimizer, Optimizer)
+        or type(optimizer) in COMPRESSED
+        or isinstance(optimizer, CompressedOptimizer)
+    ):
+        return None
+    own = {id(group) for group in getattr(optimizer, "param_groups", ())}
+    held = {
+        id(inner): (name, inner)
+        for name, inner in inner_optimizers(optimizer)
+        if any(id(group) in own for group in inner.param_groups)
+    }
+    if len(held) > 1:
+        where = ", ".join(sorted(name for name, _ in held.values()))
+        raise TypeError(f"{type(optimizer).__name__} holds several optimizers, in {where}; pass one of those")
+    return next((inner for _, inner in held.values()), None)
 
 
 def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:

@@ -69,8 +69,8 @@ def compress(
     >>> model = torch.nn.Embedding(30_000, 16)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> policy = Policy([Rule(role="embedding", exp_avg="BFloat16", exp_avg_sq="RowWise")])
-    >>> type(compress(optimizer, model, policy)).__name__
-    'CompressedAdamW'
+    >>> type(compress(optimizer, model, policy))
+    <class 'lightning_sketch.classes.CompressedAdamW'>
     """
     explicit = policy is not None
     compress_all([optimizer], model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
@@ -182,12 +182,19 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
     """Change the class of the same object, and everything that torch derived from the old class."""
-    frozen = optimizer.__dict__.pop("step", None)  # an LRScheduler freezes the old class's step on the instance
+    # An LRScheduler freezes the old class's step on the instance, and Accelerate binds it there. Anything else there is
+    # a user's wrapper, and stays: the step that it calls is redirected (`stock_step`).
+    frozen = optimizer.__dict__.get("step")
+    scheduled = getattr(frozen, "_wrapped_by_lr_sched", False) is True
+    if getattr(frozen, "__wrapped__" if scheduled else "__func__", None) is type(optimizer).step:
+        del optimizer.step
+    else:
+        scheduled = False
     optimizer.__class__ = cls
     optimizer._patch_step_function()  # step hooks live in a wrapper around the class's step
     # fused=True makes GradScaler leave unscaling to torch's fused kernel, which does not see compressed layers.
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)
-    if frozen is not None and getattr(frozen, "_wrapped_by_lr_sched", False):
+    if scheduled:
         _wrap_for_scheduler(optimizer)
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_sketch.classes import unwrap
+from lightning_sketch import stock_step
 from lightning_sketch.layer import RECORDS
-from lightning_sketch.optimizer import CompressedOptimizer
+
+#: Optimizers that were found to work with a converted one.
+_allowed: WeakSet[Optimizer] = WeakSet()
 
 
 @functools.cache  # once for the process
-def guard_foreign_steps() -> None:
-    """From now on, an optimizer that is not converted raises when it steps groups that are.
+def guard_foreign_steps(converted: type[Any]) -> None:
+    """From now on, an optimizer that is not of class `converted` raises when it steps groups that are compressed.
 
     A plain optimizer that loaded a compressed checkpoint would fail later, and obscurely. One that an engine built over
     our groups in our place would train without us, silently: DeepSpeedCPUAdam, under Accelerate with optimizer offload.
+    It holds our groups, the very same dictionaries; but a wrapper that delegates holds our optimizer.
     """
-    register_optimizer_step_pre_hook(_refuse_foreign_step)
+    register_optimizer_step_pre_hook(functools.partial(_before_step, converted))
 
 
 def refuse_zero_redundancy(optimizer: Any) -> None:
@@ -40,18 +45,48 @@ def refuse_zero_redundancy(optimizer: Any) -> None:
         )
 
 
-def _refuse_foreign_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if isinstance(getattr(optimizer, "optim", None), CompressedOptimizer):
+def inner_optimizers(optimizer: Any) -> Iterator[tuple[str, Optimizer]]:
+    """The optimizers that `optimizer` holds, in attributes or in lists and dictionaries there, and where."""
+    for name, value in getattr(optimizer, "__dict__", {}).items():
+        if name not in ("state", "param_groups", "defaults"):
+            yield from ((name, found) for found in _optimizers_in(value, nested=2) if found is not optimizer)
+
+
+def _before_step(converted: type[Any], optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    if isinstance(optimizer, converted):
+        return stock_step.redirect(optimizer, args, kwargs)
+    if isinstance(getattr(optimizer, "optim", None), converted):
         refuse_zero_redundancy(optimizer)  # compress() saw the inner one only
     records = [record for group in optimizer.param_groups for record in group.get(RECORDS) or ()]
-    if isinstance(optimizer, CompressedOptimizer) or all(record is None for record in records):
-        return
-    inner = unwrap(optimizer)
-    if not isinstance(inner, CompressedOptimizer):
-        raise RuntimeError(
-            f"{type(inner).__name__} steps parameter groups that lightning_sketch compressed. If it loaded a "
-            "compressed checkpoint: convert the optimizer with compress(optimizer, model, policy) before loading, or "
-            "make the checkpoint plain with decompress_state_dict(state_dict) or `lightning-sketch convert`. If an "
-            "engine put it in place of the converted optimizer: with DeepSpeed's optimizer offload, set "
-            "zero_force_ds_cpu_optimizer=false in its configuration"
-        )
+    if optimizer in _allowed or all(record is None for record in records):
+        return None
+    held = _all_inside(optimizer)
+    if any(isinstance(inner, converted) for inner in held):
+        _allowed.update([optimizer, *held])  # those beside ours, too, where a wrapper has several over the same groups
+        return None
+    raise RuntimeError(
+        f"{type(optimizer).__name__} steps parameter groups that lightning_sketch compressed. If it loaded a "
+        "compressed checkpoint: convert the optimizer with compress(optimizer, model, policy) before loading, or "
+        "make the checkpoint plain with decompress_state_dict(state_dict) or `lightning-sketch convert`. If an "
+        "engine put it in place of the converted optimizer: with DeepSpeed's optimizer offload, set "
+        "zero_force_ds_cpu_optimizer=false in its configuration. If it is meant to step beside the converted "
+        "optimizer: give it groups of its own, [dict(group) for group in groups] made before compress()"
+    )
+
+
+def _optimizers_in(value: Any, nested: int) -> Iterator[Optimizer]:
+    if isinstance(value, Optimizer):
+        yield value
+    elif nested and isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _optimizers_in(item, nested - 1)
+
+
+def _all_inside(optimizer: Optimizer) -> list[Optimizer]:
+    found: list[Optimizer] = []
+    waiting = [optimizer]
+    while waiting:
+        inner = [held for _, held in inner_optimizers(waiting.pop()) if all(held is not known for known in found)]
+        found += inner
+        waiting += inner
+    return found

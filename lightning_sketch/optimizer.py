@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch import checkpoint
+from lightning_sketch import checkpoint, stock_step
 from lightning_sketch.bound import Bindings
 from lightning_sketch.flat import FlatTensor, FlatTensors
+from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.plan import LayerPlan, Plan, make_plan
 from lightning_sketch.policy import Policy
-from lightning_sketch.roles import named_layers
+from lightning_sketch.roles import find_model, named_layers
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
@@ -67,8 +69,11 @@ class Compression:
         self.plain += [param for group in groups for param in group["params"] if not isinstance(param, nn.Parameter)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
+        # The model's copy, where it was made before; where it is made after, `find_model` finds it.
+        model = memo.get(id(self.model()))
+        reference = _no_model if model is None else weakref.ref(model)
         copies = list(self.records), [list(names) for names in self.names], dict(self.errors), self.skipped.copy()
-        return Compression(self.policy, self.model, self.nonfinite, *copies, copy.deepcopy(self.plain, memo))
+        return Compression(self.policy, reference, self.nonfinite, *copies, copy.deepcopy(self.plain, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model cannot travel by weak reference, nor a policy with a lambda; only add_param_group needs them.
@@ -79,13 +84,28 @@ class Compression:
 
 
 class CompressedOptimizer(Optimizer):
-    """Mixin in front of a torch optimizer class. Made by `compress`, never constructed."""
+    """Mixin in front of a torch optimizer class. Made by `compress`; its constructor makes a plain ``stock`` optimizer.
+
+    ``__name__`` is the stock class's, because metrics, profiles and printed optimizers are named after it; pickle goes
+    by ``__qualname__``.
+    """
 
     stock: ClassVar[type[Optimizer]]
     rule: ClassVar[UpdateRule]
     _compression: Compression
     _flat_tensors: FlatTensors | None = None
+    _stepping = _loading = False  # whether `step`, or `load_state_dict`, is running
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "stock" in vars(cls):  # not what trainers derive
+            cls.__name__ = cls.stock.__name__
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain optimizer of the stock class for ``type(optimizer)(params, **options)``; copies pass no arguments."""
+        return cls.stock(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @stock_step.with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
 
@@ -119,7 +139,7 @@ class CompressedOptimizer(Optimizer):
             try:
                 for own in ours:
                     own.param.grad = None
-                _unhooked(self.stock.step)(self)
+                stock_step.run(self)
             except RuntimeError:
                 refuse_kept_sparse(self)  # a table whose first gradient comes in a later step
                 raise
@@ -239,7 +259,10 @@ class CompressedOptimizer(Optimizer):
         return make_plan(model, [group], self.rule, policy, first_group=number).layers
 
     def _model_and_policy(self) -> tuple[nn.Module, Policy]:
-        model, policy = self._compression.model(), self._compression.policy
+        compression = self._compression
+        model, policy = compression.model(), compression.policy
+        if model is None and (model := find_model(compression.names, self.param_groups)) is not None:
+            compression.model = weakref.ref(model)
         if model is None or policy is None:
             raise RuntimeError(
                 "this optimizer no longer knows its model, so the policy cannot decide its parameters; call "
@@ -290,9 +313,11 @@ class CompressedOptimizer(Optimizer):
         # torch would cast our tensors to the parameter's dtype, so it gets none; hooks must see them all the same.
         self._optimizer_load_state_dict_pre_hooks = type(before)()
         self._optimizer_load_state_dict_post_hooks = type(after)()
+        self._loading = True
         try:
             super().load_state_dict(stock_dict)
         finally:
+            del self._loading
             self._optimizer_load_state_dict_pre_hooks = before
             self._optimizer_load_state_dict_post_hooks = after
         for param, tensors in restored:
@@ -308,13 +333,20 @@ class CompressedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_compression": self._compression}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's load_state_dict, bound before the conversion, ends here: it has cast our tensors, and checked nothing.
+        if not self._loading and state.keys() == {"state", "param_groups"}:
+            raise RuntimeError(
+                "load_state_dict of the optimizer as it was before compress() was called, which cannot load compressed "
+                "states; nothing was changed. Something kept that method: call compress() before "
+                "optimizer.load_state_dict is wrapped, or take it from the optimizer anew"
+            )
+        super().__setstate__(state)
+
+    def _patch_step_function(self) -> None:
+        super()._patch_step_function()
+        guard_foreign_steps(CompressedOptimizer)  # here, because copies and unpickled ones are converted, too
+
 
 def _no_model() -> None:
     return None
-
-
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's step without the wrapper that runs step hooks: those already run around ours."""
-    while getattr(step, "hooked", False):  # torch.compile wraps the hooked step of SparseAdam once more
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    return step

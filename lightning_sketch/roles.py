@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -126,6 +127,31 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
         if not layer.roles:
             layer.roles |= {"hidden", "other"} if layer.lazy else {"hidden" if len(layer.shape) >= 2 else "other"}
     return layers
+
+
+def find_model(names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]]) -> nn.Module | None:
+    """The module of which an optimizer's parameters are the parameters by these names, among all that are alive.
+
+    A copied or unpickled optimizer may have come before its model, and a parameter does not know its module.
+
+    Args:
+        names: for every group the FQNs of its parameters.
+        groups: parameter groups.
+    """
+    if [len(own) for own in names] != [len(group["params"]) for group in groups]:
+        return None
+    wanted = [pair for own, group in zip(names, groups, strict=True) for pair in zip(own, group["params"], strict=True)]
+    modules = (x for x in gc.get_objects() if wanted and issubclass(type(x), nn.Module))
+    return next((m for m in modules if all(_parameter(m, name) is param for name, param in wanted)), None)
+
+
+def _parameter(module: Any, fqn: str) -> nn.Parameter | None:
+    *path, name = fqn.split(".")
+    for part in path:  # attributes would evaluate what is parametrized
+        module = vars(module).get("_modules", {}).get(part)
+        if module is None:
+            return None
+    return vars(module).get("_parameters", {}).get(name)  # type: ignore[no-any-return]
 
 
 def _join(path: str, name: str) -> str:

@@ -242,5 +242,5 @@ def _refuse(
     skipped = optimizer._compression.skipped
     for fqn in bad:
         if not skipped[fqn]:
-            warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=7)
+            warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=8)
         skipped[fqn] += 1

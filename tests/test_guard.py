@@ -13,10 +13,12 @@ from torch.optim import AdamW
 
 from lightning_sketch import Policy, RowWise, Rule, compress
 
+POLICY = Policy([Rule(name="weight", exp_avg_sq=RowWise())])
+
 
 def compressed_state(path: Path) -> None:
     layer = nn.Linear(4, 3)
-    optimizer = compress(AdamW(layer.parameters()), layer, Policy([Rule(name="weight", exp_avg_sq=RowWise())]))
+    optimizer = compress(AdamW(layer.parameters()), layer, POLICY)
     layer(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), path)
@@ -34,11 +36,19 @@ def test_a_plain_optimizer_that_loaded_a_compressed_checkpoint(tmp_path: Path) -
     assert torch.equal(before, layer.weight)
 
 
-def test_importing_the_package_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", ["by compress", "by pickle", "never"])
+def test_the_first_converted_optimizer_of_a_process_is_enough(made: str, tmp_path: Path) -> None:
     compressed_state(tmp_path / "state.pt")
+    layer = nn.Linear(4, 3)
+    torch.save(compress(AdamW(layer.parameters()), layer, POLICY), tmp_path / "optimizer.pt")
     program = (
         "import torch, lightning_sketch\n"
         "layer = torch.nn.Linear(4, 3)\n"
+        f"if {made == 'by compress'}:\n"
+        "    policy = {'rules': [{'name': 'weight', 'exp_avg_sq': 'RowWise'}]}\n"
+        "    lightning_sketch.compress(torch.optim.AdamW(layer.parameters()), layer, policy)\n"
+        f"if {made == 'by pickle'}:\n"
+        f"    torch.load({str(tmp_path / 'optimizer.pt')!r}, weights_only=False)\n"
         "plain = torch.optim.AdamW(layer.parameters())\n"
         f"plain.load_state_dict(torch.load({str(tmp_path / 'state.pt')!r}, weights_only=True))\n"
         "layer(torch.ones(2, 4)).sum().backward()\n"
@@ -46,5 +56,5 @@ def test_importing_the_package_is_enough(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "KeyError" not in done.stderr
-    assert "compress" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last == "KeyError: 'exp_avg_sq'" if made == "never" else "convert the optimizer with compress" in last

@@ -19,10 +19,11 @@ OPTIONAL = {"accelerate", "deepspeed", "lightning", "pytorch_lightning", "rich",
 #: One interpreter for all questions: importing torch takes seconds. What torch itself imports does not count.
 SCRIPT = f"""
 import sys, torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).step()
 known = set(sys.modules)
 def tell(when):
-    print(when, *sorted({OPTIONAL} & {{name.split(".")[0] for name in set(sys.modules) - known}}))
+    print(when, len(hooks), *sorted({OPTIONAL} & {{name.split(".")[0] for name in set(sys.modules) - known}}))
 import lightning_sketch as ls
 tell("imported")
 model = torch.nn.Embedding(20_000, 4)
@@ -30,6 +31,7 @@ optimizer = ls.compress(torch.optim.AdamW(model.parameters()), model)
 model(torch.tensor([1, 2])).sum().backward()
 optimizer.step()
 optimizer.load_state_dict(optimizer.state_dict())
+ls.compress(torch.optim.AdamW(model.parameters()), model)
 ls.report(optimizer), ls.plan(model, ls.decompress(optimizer))
 tell("used")
 print("CUDA", torch.cuda.is_initialized())
@@ -42,11 +44,15 @@ def run(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_optional_packages_are_imported_when_asked_for_and_cuda_is_left_alone():
+def test_optional_packages_are_imported_when_asked_for_and_cuda_and_torch_s_hooks_are_left_alone():
     done = run("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
     imported, used, cuda, asked = done.stdout.splitlines()
-    assert (imported, used, cuda) == ("imported", "used", "CUDA False")
+    assert (imported, used, cuda) == (
+        "imported 0",
+        "used 1",
+        "CUDA False",
+    )
     assert "lightning" in asked.split()
 
 

@@ -379,5 +379,5 @@ def test_it_is_still_an_optimizer_with_its_own_name():
     model = Tiny()
     optimizer = compress(ADAMW.make(model.parameters()), model, on_table(second_moment="SM3"))
     assert isinstance(optimizer, Optimizer)
-    assert repr(optimizer).startswith("CompressedAdamW (")
+    assert repr(optimizer).startswith("AdamW (")
     assert not report(optimizer).skipped

@@ -30,7 +30,7 @@ class CompressedOptimizerFactory:
     ...     "weight_decay": 0.01,
     ... }  # Trainer(..., optimizer_cls_and_kwargs=(factory, kwargs)) then does
     >>> optimizer = factory()(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 2)), **kwargs)
-    >>> type(optimizer).__name__, [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+    >>> type(optimizer).__qualname__, [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
     ('CompressedAdamW', [(2, 0.01), (1, 0.0)])
     """
 

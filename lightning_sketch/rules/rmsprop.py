@@ -35,17 +35,18 @@ class RMSpropRule(UpdateRule):
             found.append(StateDef("momentum_buffer", signed=True))
         return found
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, float, float, float, float]:
-        """alpha, momentum, learning rate, eps and weight decay."""
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, bool, float, float, float, float]:
+        """alpha, whether centered, momentum, learning rate, eps and weight decay."""
         alpha, momentum, lr = float(group["alpha"]), float(group["momentum"]), float(group["lr"])
-        return alpha, momentum, lr, float(group["eps"]), float(group["weight_decay"])
+        return alpha, bool(group["centered"]), momentum, lr, float(group["eps"]), float(group["weight_decay"])
 
     def reference(self, layer: LayerStep) -> None:
-        alpha, momentum, lr, eps, weight_decay = layer.numbers
+        alpha, centered, momentum, lr, eps, weight_decay = layer.numbers
         square_avg = layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         assert square_avg is not None  # `Drop` refuses second moments
-        grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha)
-        buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0)
+        # Switched off in the middle of training, these stay as they are, as torch's do.
+        grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha) if centered else None
+        buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0) if momentum > 0 else None
         begin_momentum(layer)
         for block, g in layer.gradients(weight_decay):
             square_avg.add(block, g.square())
@@ -80,7 +81,7 @@ class RMSpropRule(UpdateRule):
         return set(states) == {"square_avg"}  # neither centered nor with momentum
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        alpha, _, lr, eps, weight_decay = layer.numbers
+        alpha, _, _, lr, eps, weight_decay = layer.numbers
         layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         begin_momentum(layer)
         return layer.fuse("square_avg", None, lr=lr, eps=eps, weight_decay=weight_decay)

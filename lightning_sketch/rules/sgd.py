@@ -56,7 +56,7 @@ class SGDRule(UpdateRule):
         buffer = self._begin(layer)
         return layer.fuse(
             None,
-            "momentum_buffer",
+            None if buffer is None else "momentum_buffer",
             lr=numbers.lr,
             weight_decay=numbers.weight_decay,
             nesterov=numbers.momentum if numbers.nesterov and buffer is not None else 0.0,
@@ -64,6 +64,8 @@ class SGDRule(UpdateRule):
 
     def _begin(self, layer: LayerStep) -> CodecState | None:
         numbers: _Numbers = layer.numbers
+        if not numbers.momentum:  # set to 0 in the middle of training: the buffer stays as it is, as torch's does
+            return None
         return layer.begin("momentum_buffer", decay=numbers.momentum, weight=numbers.weight)
 
 

@@ -167,7 +167,7 @@ def train_and_resume(rank: int, world: int, case: Case) -> dict[str, Any]:
     losses += train(accelerator, *first, data[SAVED_AT:])
     found = {
         "processes": accelerator.num_processes,
-        "client": type(unwrap(first[1])).__name__,
+        "client": type(unwrap(first[1])).__qualname__,
         "saved": report(first[1]).dense_state / report(first[1]).state,
         "losses": losses,
         "end": snapshot(first[1]),
@@ -242,7 +242,7 @@ def replace(rank: int, case: Case) -> dict[str, str]:
     accelerator = accelerate(case, zero_force_ds_cpu_optimizer=True)  # DeepSpeed's default
     prepared = accelerator.prepare(*make(case.policy, WORLD))
     found = errors(attach=lambda: attach(prepared[0]), step=lambda: train(accelerator, *prepared, batches(rank)[:1]))
-    return {"client": type(unwrap(prepared[1])).__name__, **found}
+    return {"client": type(unwrap(prepared[1])).__qualname__, **found}
 
 
 def on_any_number(rank: int, world_size: int) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def fit(rank: int, case: Case, ckpt_path: str | None = None, **config: Any) -> d
     end = {"states": [dict(client.state[p]) for p in tensors], "tensors": tensors}
     return {
         "world": made.world_size,
-        "client": type(client).__name__,
+        "client": type(client).__qualname__,
         "losses": module.losses,
         "lrs": module.lrs,
         "end": tree_map_only(Tensor, lambda t: t.detach().clone(), end),

@@ -97,7 +97,7 @@ class Words(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
-        optimizer.register_load_state_dict_pre_hook(lambda o, _: self.events.append(f"load {type(o).__name__}"))
+        optimizer.register_load_state_dict_pre_hook(lambda o, _: self.events.append(f"load {type(o).__qualname__}"))
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -174,7 +174,7 @@ def fit(
         "weights": weights,
         "bytes": report(made.optimizers[0]).state,
         "errors": {k: dict(v) for k, v in report(made.optimizers[0]).conversion_errors.items()},
-        "class": type(made.optimizers[0]).__name__,
+        "class": type(made.optimizers[0]).__qualname__,
     }
 
 

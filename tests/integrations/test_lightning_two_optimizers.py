@@ -141,7 +141,7 @@ def fit(saved_as: str, policy: Policy | None = POLICY, seed: int = 0, **options:
         "start": watch.start,
         "saved": watch.saved,
         "end": shards(made, module),
-        "classes": [type(optimizer).__name__ for optimizer in made.optimizers],
+        "classes": [type(optimizer).__qualname__ for optimizer in made.optimizers],
     }
 
 

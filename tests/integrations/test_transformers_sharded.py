@@ -107,7 +107,7 @@ def fit(case: Case, policy: Policy | None, out: str, resume: str | None = None, 
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "start": watch.start,
         "end": held(unwrap(trainer.optimizer)),
-        "class": type(unwrap(trainer.optimizer)).__name__,
+        "class": type(unwrap(trainer.optimizer)).__qualname__,
         "saved": bytes_.dense_state / bytes_.state,
         "errors": {fqn: dict(errors) for fqn, errors in bytes_.conversion_errors.items()},
     }

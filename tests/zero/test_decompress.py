@@ -44,7 +44,7 @@ def observe(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     decompress(optimizer)
     decompressed = held(made)
     train(made, range(STEPS, 2 * STEPS), rank, world_size)
-    end = {"end": held(made), "class": type(optimizer).__name__}
+    end = {"end": held(made), "class": type(optimizer).__qualname__}
     return {"values": values, "decompressed": decompressed} | end
 
 

@@ -232,7 +232,7 @@ def undone(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     train(made, range(4), rank, world_size)
     decompress(optimizer)
     train(made, range(4, STEPS), rank, world_size)
-    return {"tensors": held(made), "class": type(optimizer).__name__}
+    return {"tensors": held(made), "class": type(optimizer).__qualname__}
 
 
 def too_late(stage: int) -> str:
