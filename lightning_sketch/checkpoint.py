@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,9 +153,11 @@ class _Load:
             elif not flat.parts:
                 self.stock_state[key] = own
             elif layout is not None:
-                problem = _damage(self._expected_flat(flat, live), own)
-                self.problems += [f"flat tensor {key}: {problem}"] if problem else []
-                self._restore(key, param, _on_device(own, param.device))
+                loaded = _checked(self._expected_flat(flat, live), flat.parts, own, param.device)
+                if isinstance(loaded, str):
+                    self.problems.append(f"flat tensor {key}: {loaded}")
+                else:
+                    self._restore(key, param, loaded)
             else:
                 self._encode_flat(key, flat, live, own)
 
@@ -168,7 +170,7 @@ class _Load:
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_state.unwrap_same(part, param, state)
         if same is not None:
-            return _damage(expected, same) or _on_device(same, param.device)
+            return _checked(expected, [part], same, param.device)
         lacking = sorted(key for key in expected if key not in state)
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
@@ -237,8 +239,6 @@ def _damage(expected: Mapping[str, Any], state: Mapping[str, Any]) -> str | None
             found = state[key]
             if not isinstance(found, Tensor) or found.shape != value.shape or found.dtype != value.dtype:
                 return f"{key} is {_describe(found)}, expected {_describe(value)}"
-        elif not isinstance(state[key], float):
-            return f"{key} is {_describe(state[key])}, expected a number"
     return None
 
 
@@ -254,11 +254,19 @@ def _not_dense(layer: Layer, param: Tensor, state: Any) -> str | None:
     return None
 
 
-def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    # Copies: the checkpoint stays the caller's. `step` lives on the CPU, where reading it costs nothing.
-    return {
-        k: v.to("cpu" if k == "step" else device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()
-    }
+def _checked(
+    expected: Mapping[str, Any], parts: Sequence[LayerShard], state: dict[str, Any], device: torch.device
+) -> dict[str, Any] | str:
+    """A saved compressed state as the live optimizer holds it, or what is wrong with it."""
+    try:
+        for part in parts:
+            state = state | part.scales(state)
+    except ValueError as error:
+        return str(error)
+    if problem := _damage(expected, state):
+        return problem
+    # Copies: the checkpoint stays the caller's. `step` and scales live on the CPU, where reading them costs nothing.
+    return {k: v.to("cpu" if expected[k].is_cpu else device, copy=True) for k, v in state.items()}
 
 
 def _describe(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Drop, decode, encode, relative_error
 from lightning_sketch.counter import counter
-from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, torn
+from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, tensor_axes, torn
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
@@ -69,7 +69,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     if not state:
         return _untrained(layer, param, group)
     part = LayerShard(layer, shard_of(param, layer.fqn))
-    device = next((v.device for k, v in state.items() if isinstance(v, Tensor) and k != "step"), torch.device("cpu"))
+    device = next((state[key].device for key in tensor_axes(layer) if key in state), torch.device("cpu"))
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
         # With the parameter's strides (channels_last): torch's fused kernels walk their memory side by side.

@@ -56,7 +56,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
 
     Raises:
         TypeError: a gradient has an unsupported layout.
-        ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
+        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or a
+            scale of its states is damaged.
     """
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
@@ -73,6 +74,7 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
+                part.scales(state)
         gradients = [part.gradient(grad) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
     return ours
@@ -120,8 +122,10 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
                 own.state = optimizer.state[own.param]
                 own.state.update(fresh)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-        if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
-            count = own.state["step"] = counter(count)  # who wrote a number there meant one
+        count = own.state["step"]
+        if not isinstance(count, Tensor) or not count.is_floating_point() or not count.is_cpu:
+            # A plain number of user code, or a tensor that a trainer moved to the device with all others.
+            count = own.state["step"] = counter(count)
         counts.append(count)
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
