@@ -85,8 +85,8 @@ class CompressedOptimizer(Optimizer):
             FloatingPointError: a compressed layer's gradient is not finite, and ``nonfinite="raise"``. Nothing was
                 changed then.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
-            ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
-                Nothing was changed then.
+            ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
+                a scale in its states is not one finite number above 0. Nothing was changed then.
         """
         loss = None
         if closure is not None:
