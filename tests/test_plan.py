@@ -108,7 +108,7 @@ a.weight 20,000 x 8 embedding 1 exp_avg: Drop() 1.22 MiB 31.32 KiB
 exp_avg_sq: CountSketch()
 b.weight 10 x 8 embedding 3 exp_avg: Keep() 640 B 640 B
 exp_avg_sq: Keep()
-c.weight 100 x 8 hidden 2 exp_avg: Keep() 6.25 KiB 3.56 KiB
+c.weight 100 x 8 hidden 2 exp_avg: Keep() 6.25 KiB 3.55 KiB
 exp_avg_sq: SM3(variant='I')
 c.bias 100 other 2 exp_avg: Keep() 800 B 800 B
 exp_avg_sq: SM3(variant='I')
