@@ -110,10 +110,10 @@ b.weight 10 x 8 embedding 3 exp_avg: Keep() 640 B 640 B
 exp_avg_sq: Keep()
 c.weight 100 x 8 hidden 2 exp_avg: Keep() 6.25 KiB 3.55 KiB
 exp_avg_sq: SM3(variant='I')
-c.bias 100 other 2 exp_avg: Keep() 800 B 800 B
+c.bias 100 other 2 exp_avg: Keep() 800 B 808 B
 exp_avg_sq: SM3(variant='I')
 1 other parameters none kept as they are 8 B 8 B
-total 1.23 MiB 36.27 KiB
+total 1.23 MiB 36.30 KiB
 """
 
 
