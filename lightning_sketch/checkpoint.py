@@ -185,9 +185,11 @@ class _Load:
             elif not flat.parts:
                 self.stock_state[key] = own
             elif layout is not None:
-                problem = _damage(self._expected_flat(flat, live), own)
-                self.problems += [f"flat tensor {key}: {problem}"] if problem else []
-                self._restore(key, param, _on_device(own, param.device))
+                loaded = _checked(self._expected_flat(flat, live), flat.parts, own, param.device)
+                if isinstance(loaded, str):
+                    self.problems.append(f"flat tensor {key}: {loaded}")
+                else:
+                    self._restore(key, param, loaded)
             else:
                 self._encode_flat(key, flat, live, own)
 
@@ -200,7 +202,7 @@ class _Load:
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_state.unwrap_same(part, param, state)
         if same is not None:
-            return _damage(expected, same) or _on_device(same, param.device)
+            return _checked(expected, [part], same, param.device)
         lacking = sorted(key for key in expected if key not in state)
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
@@ -286,8 +288,6 @@ def _damage(expected: Mapping[str, Any], state: Mapping[str, Any]) -> str | None
             found = state[key]
             if not isinstance(found, Tensor) or found.shape != value.shape or found.dtype != value.dtype:
                 return f"{key} is {_describe(found)}, expected {_describe(value)}"
-        elif not isinstance(state[key], float):
-            return f"{key} is {_describe(state[key])}, expected a number"
     return None
 
 
@@ -303,11 +303,19 @@ def _not_dense(layer: Layer, param: Tensor, state: Any) -> str | None:
     return None
 
 
-def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    # Copies: the checkpoint stays the caller's. `step` lives on the CPU, where reading it costs nothing.
-    return {
-        k: v.to("cpu" if k == "step" else device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()
-    }
+def _checked(
+    expected: Mapping[str, Any], parts: Sequence[LayerShard], state: dict[str, Any], device: torch.device
+) -> dict[str, Any] | str:
+    """A saved compressed state as the live optimizer holds it, or what is wrong with it."""
+    try:
+        for part in parts:
+            state = state | part.scales(state)
+    except ValueError as error:
+        return str(error)
+    if problem := _damage(expected, state):
+        return problem
+    # Copies: the checkpoint stays the caller's. `step` and scales live on the CPU, where reading them costs nothing.
+    return {k: v.to("cpu" if expected[k].is_cpu else device, copy=True) for k, v in state.items()}
 
 
 def _describe(value: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
 from lightning_sketch.counter import counter
-from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, torn
+from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, tensor_axes, torn
 from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
@@ -75,7 +75,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     if not state:
         return _untrained(layer, param, group)
     part = LayerShard(layer, shard_of(param, layer.fqn))
-    device = next((v.device for k, v in state.items() if isinstance(v, Tensor) and k != "step"), torch.device("cpu"))
+    device = next((state[key].device for key in tensor_axes(layer) if key in state), torch.device("cpu"))
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
         # With the parameter's strides (channels_last): torch's fused kernels walk their memory side by side.

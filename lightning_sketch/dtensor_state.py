@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Codec, key_of
+from lightning_sketch.codecs import Codec, key_of, scale_tensor
 from lightning_sketch.layer import Layer, LayerShard
 from lightning_sketch.reshard import Source
 from lightning_sketch.sharding import Shard, is_dtensor, local
@@ -47,9 +47,9 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
         step = torch.tensor(float(state["step"]), dtype=torch.float64, device=param.device)
         wrapped[SHARD_STEPS] = _wrap(step, (), param, dim)
     for key, value in state.items():
-        if isinstance(value, float):
+        if key not in axes and key != "step":
             # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
-            value = torch.tensor(value, dtype=torch.float64, device=param.device)
+            value = torch.as_tensor(value, dtype=torch.float64, device=param.device)
         wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim)
     return wrapped
 
@@ -116,7 +116,7 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
             held = local(value)
             state[key] = held if dim in axes[key] else held[0]
         else:
-            state[key] = float(local(value)[0]) if is_dtensor(value) else value
+            state[key] = local(value)[0] if is_dtensor(value) else value
     return state
 
 
@@ -137,9 +137,6 @@ def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], li
         if here is None:
             continue
         tensors: dict[str, Any] = {}
-        if key_of(state, "scale") in saved:
-            scale = saved[key_of(state, "scale")]
-            tensors[key_of(state, "scale")] = float(scale[index]) if isinstance(scale, Tensor) else scale
         for key, along in axes.items():
             value = local(saved[key])
             if dim not in along:
@@ -148,6 +145,11 @@ def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], li
                 start, length = _extent(here, dim)
                 first = _extent(live, dim)[0] if is_dtensor(saved[key]) else 0
                 tensors[key] = value.narrow(along.index(dim), start - first, length)
+        scale_key = key_of(state, "scale")
+        if scale_key in saved:
+            scale = saved[scale_key]
+            scale = scale[index] if isinstance(scale, Tensor) and scale.ndim else scale
+            tensors[scale_key] = scale_tensor(scale, f"{scale_key} of {layer.fqn}")
         yield Source(here, tensors, codec, layer.seed, layer.signed[state])
 
 

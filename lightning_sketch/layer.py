@@ -173,6 +173,19 @@ class LayerShard:
             fill=float(group.get("initial_accumulator_value", 0.0)) if not signed else 0.0,
         )
 
+    def scales(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The scales among the entries of ``optimizer.state[param]`` or of a checkpoint, by key, as steps read them.
+
+        Raises:
+            ValueError: one is no finite number above 0.
+        """
+        keys = [codec_lib.key_of(self.prefix + name, "scale") for name in self.layer.stored()]
+        return {
+            key: codec_lib.scale_tensor(state[key], f"{key.removeprefix(self.prefix)} of {self.layer.fqn}")
+            for key in keys
+            if key in state
+        }
+
     def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The initial entries of ``optimizer.state[param]``, but its ``step``, on the parameter's device."""
         tensors: dict[str, Any] = {}

@@ -121,8 +121,8 @@ class CompressedOptimizer(Optimizer):
             RuntimeError: a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
                 if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
-            ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
-                Nothing was changed then.
+            ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
+                a scale in its states is not one finite number above 0. Nothing was changed then.
         """
         loss = None
         if closure is not None:

@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Codec, CountSketch, Rows, StateSpec, encode, key_of, relative_error, rows_of
+from lightning_sketch.codecs import (
+    Codec,
+    CountSketch,
+    Rows,
+    StateSpec,
+    encode,
+    key_of,
+    relative_error,
+    rows_of,
+    scale_tensor,
+)
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
@@ -96,7 +106,9 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
 
     for source in useful:
         if source.shard == spec.shard and source.stored_like(codec, spec) and _fits(codec, plain, source.tensors):
-            return rename({key: _copy(value, spec.device) for key, value in source.tensors.items()}), 0.0
+            scale_key = key_of(plain.name, "scale")  # on the CPU
+            devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
+            return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()}), 0.0
     if isinstance(codec, CountSketch) and all(_same_rows(codec, source, spec) for source in useful):
         return rename(_join_columns(codec, plain, useful)), 0.0
     estimates = _Estimates(plain, useful)
@@ -209,15 +221,15 @@ def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]
     fresh = codec.allocate(spec)
     table = fresh["table"]
     flat = table.view(*table.shape[:2], math.prod(table.shape[2:]))
-    scale = float(sources[0].tensors[scale_key]) if sources else 1.0
+    scale = sources[0].tensors[scale_key].item() if sources else 1.0
     for source in sources:
         overlap = _overlap(source.shard, spec.shard)
         assert overlap is not None
         columns, old, own = overlap[1], source.shard.column_offset, spec.shard.column_offset
         values = _in_memory(source.tensors[key]).flatten(2)[..., columns.start - old : columns.stop - old]
         part = flat[..., columns.start - own : columns.stop - own]
-        part.copy_(values).mul_(float(source.tensors[scale_key]) / scale)
-    return {key: table, scale_key: scale}
+        part.copy_(values).mul_(source.tensors[scale_key].item() / scale)
+    return {key: table, scale_key: scale_tensor(scale)}
 
 
 def _fits(codec: Codec, spec: StateSpec, tensors: Mapping[str, Any], any_dtype: bool = False) -> bool:

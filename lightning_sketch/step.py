@@ -56,7 +56,8 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
 
     Raises:
         TypeError: a gradient has an unsupported layout.
-        ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
+        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or a
+            scale of its states is damaged.
     """
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
@@ -74,6 +75,7 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
+                part.scales(state)
         fake = is_fake(param) if fake is None else fake  # one or all
         placed = placed_like(grad, param)
         gradients = [] if fake else [part.gradient(placed) for part in parts]
@@ -149,8 +151,10 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             if not own.state:
                 _allocate(optimizer, own)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-        if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
-            count = own.state["step"] = counter(count)  # who wrote a number there meant one
+        count = own.state["step"]
+        if not isinstance(count, Tensor) or not count.is_floating_point() or not count.is_cpu:
+            # A plain number of user code, or a tensor that a trainer moved to the device with all others.
+            count = own.state["step"] = counter(count)
         counts.append(count)
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes

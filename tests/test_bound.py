@@ -392,7 +392,7 @@ def test_states_of_another_dtype_or_size_are_not_taken_by_kernels(codec):
         model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
         state = optimizer.state[model.weight]
-        for key, old in [(key, x) for key, x in state.items() if key.startswith("exp_avg_sq_") and torch.is_tensor(x)]:
+        for key, old in [(key, x) for key, x in state.items() if key.startswith("exp_avg_sq_") and x.ndim]:
             values = change(old)
             beyond = torch.zeros(4 * values.numel(), dtype=values.dtype)  # its first quarter becomes the state
             beyond[: values.numel()] = values.flatten()

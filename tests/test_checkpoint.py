@@ -253,8 +253,8 @@ DAMAGED = {
     ),
     "table type": (damage(lambda record, state: state.update(exp_avg_table=None)), "exp_avg_table is NoneType, expect"),
     "scale": (
-        damage(lambda record, state: state.update(exp_avg_scale=torch.ones(()))),
-        r"exp_avg_scale is float32 \[\], expected a number",
+        damage(lambda record, state: state.update(exp_avg_scale=torch.zeros(()))),
+        r"exp_avg_scale of table.weight is 0.0, expected one finite number above 0",
     ),
 }
 

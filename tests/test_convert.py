@@ -194,7 +194,7 @@ def test_a_policy_may_be_a_dictionary():
     model = Tiny()
     optimizer = compress(ADAM.make(model.parameters()), model, {"rules": [{"role": "embedding", "exp_avg_sq": "SM3"}]})
     train(model, optimizer, [0])
-    assert report(optimizer).state_by_codec["SM3"] == 4 * (30 + 4)
+    assert report(optimizer).state_by_codec["SM3"] == 4 * (30 + 4) + 8  # rows, columns, scale
 
 
 def test_without_a_policy_the_default_one_is_used():

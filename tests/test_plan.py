@@ -66,7 +66,8 @@ def test_a_model_that_does_not_fit_into_memory_can_be_planned():
     policy = Policy([Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=RowWise(compression=10))])
     made = plan(model, optimizer, policy)
     assert made.bytes_before == 2 * 4 * (256_000_000_000 + 256 * 256 + 256)
-    assert sum(made.layers[0].bytes_after.values()) == 3 * 4 * 33_333_334  # depth * ceil(rows / (10 * depth))
+    scale = 8
+    assert sum(made.layers[0].bytes_after.values()) == 3 * 4 * 33_333_334 + scale  # depth * ceil(rows / (10 * depth))
 
 
 def test_a_plan_on_meta_is_that_of_the_real_model():
@@ -103,16 +104,16 @@ def test_a_converted_optimizer_can_be_planned_too():
 
 EXPLAINED = """
 layer shape role rule state: codec before after
-a.weight 20,000 x 8 embedding 1 exp_avg: Drop() 1.22 MiB 31.31 KiB
+a.weight 20,000 x 8 embedding 1 exp_avg: Drop() 1.22 MiB 31.32 KiB
 exp_avg_sq: CountSketch()
 b.weight 10 x 8 embedding 3 exp_avg: Keep() 640 B 640 B
 exp_avg_sq: Keep()
 c.weight 100 x 8 hidden 2 exp_avg: Keep() 6.25 KiB 3.55 KiB
 exp_avg_sq: SM3(variant='I')
-c.bias 100 other 2 exp_avg: Keep() 800 B 800 B
+c.bias 100 other 2 exp_avg: Keep() 800 B 808 B
 exp_avg_sq: SM3(variant='I')
 1 other parameters none kept as they are 8 B 8 B
-total 1.23 MiB 36.27 KiB
+total 1.23 MiB 36.30 KiB
 """
 
 

@@ -20,6 +20,7 @@ from lightning_sketch.codecs.base import (
 )
 from lightning_sketch.codecs.bfloat16 import BFloat16
 from lightning_sketch.codecs.count_sketch import CountSketch
+from lightning_sketch.codecs.decay import scale_tensor
 from lightning_sketch.codecs.drop import Drop
 from lightning_sketch.codecs.factored import Factored
 from lightning_sketch.codecs.keep import Keep
@@ -46,6 +47,7 @@ __all__ = [
     "key_of",
     "relative_error",
     "rows_of",
+    "scale_tensor",
 ]
 
 _CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored)}

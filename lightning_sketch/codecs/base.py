@@ -16,8 +16,8 @@ from lightning_sketch import huge_pages
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 
-#: What lies in ``optimizer.state[param]``: tensors, and Python floats for scalars that the host must read every step
-#: (a 0-d tensor would be moved to the device by trainers and then cost a synchronisation).
+#: What lies in ``optimizer.state[param]``: tensors only, because training code moves and measures all of its values as
+#: such. Scalars that the host reads every step are 0-d and on the CPU, as torch's ``step`` is.
 Tensors = MutableMapping[str, Any]
 
 
@@ -71,7 +71,6 @@ class CodecState(ABC):
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
         self.tensors = tensors
-        self.scale_key = key_of(spec.name, "scale")  # read and written at every step, where there is one
 
     def __getitem__(self, suffix: str) -> Any:
         return self.tensors[key_of(self.spec.name, suffix)]
@@ -148,7 +147,7 @@ class Codec(ABC):
 
     @abstractmethod
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
-        """Fresh tensors by suffix; the empty suffix is the state's own name."""
+        """Fresh tensors by suffix; the empty suffix is the state's own name, ``scale`` a 0-d tensor on the CPU."""
 
     @abstractmethod
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
@@ -159,7 +158,7 @@ class Codec(ABC):
         """For each stored tensor, by suffix, which dimension of the parameter each of its dimensions runs along.
 
         ``None`` for a dimension that runs along none. Where a parameter is sharded along a dimension that a tensor
-        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank.
+        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank. A scale is left out.
 
         Args:
             ndim: number of dimensions of the parameter, a scalar counting as one row.

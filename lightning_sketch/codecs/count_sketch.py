@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
-from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import MOST_DEPTH, Kind, Stored
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
 from lightning_sketch.sharding import Block, Shard
@@ -87,7 +87,7 @@ class CountSketch(Codec):
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         table = spec.zeros(*self.table_shape(spec.shard), *spec.shard.row_shape)
-        return {"table": table, "scale": 1.0}
+        return {"table": table, "scale": scale_tensor()}
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"table": (None, None, *range(1, ndim))}
@@ -96,11 +96,12 @@ class CountSketch(Codec):
         return (_PaperSketch if self.update == "paper" else _LinearSketch)(self, spec, tensors)
 
 
-class _Sketch(CodecState):
+class _Sketch(ScaledState):
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.codec = codec
-        self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by self["scale"]
+        self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by the scale
+        self.divided = (self.table,)
         self.depth, self.width = int(self.table.shape[0]), int(self.table.shape[1])
         self.exact: bool = self.width >= spec.shard.table_rows
 
@@ -121,15 +122,13 @@ class _Sketch(CodecState):
 
     def estimate(self, block: Block) -> Tensor:
         if self.exact and isinstance(block.index, slice):
-            exact: Tensor = self.table[0, block.index] * self["scale"]
-            return exact
+            return self.table[0, block.index] * self.scale
         buckets, signs = self.hashes(block)
         if self.spec.signed and not self.exact:
             found = gather_median(self.table, buckets, signs)
         else:
             found = gather_min(self.table, buckets)
-        scale: float = self["scale"]
-        return found.mul_(scale)
+        return found.mul_(self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
@@ -154,16 +153,17 @@ class _LinearSketch(_Sketch):
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         if self.codec.lazy and rows is not None:
+            self.decay_scale(1.0)
             self._decay_touched(rows)
         else:
-            self["scale"] = decayed(self["scale"], decay, (self.table,))
+            self.decay_scale(decay)
 
     def fusable(self) -> bool:
         numel = self.depth * self.width * self.spec.shard.row_numel
         return self.depth <= MOST_DEPTH and self.plain(self.table, numel)
 
     def stored(self) -> Stored:
-        scale: float = self["scale"]
+        scale = self.scale
         weight = self.weight / scale
         if self.exact:
             return Stored(Kind.SCALED, self.table[0], weight=weight, scale=scale)
@@ -186,10 +186,14 @@ class _LinearSketch(_Sketch):
             self.table[level].index_copy_(0, touched, self.table[level].index_select(0, touched).mul_(self.decay))
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.insert(block, x, self.weight / self["scale"])
+        self.insert(block, x, self.weight / self.scale)
 
 
 class _PaperSketch(_Sketch):
+    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        self.decay_scale(1.0)  # rows decay as they are added
+
     def add(self, block: Block, x: Tensor) -> None:
         delta = x * self.weight
         if self.decay != 1:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
-from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block
@@ -35,7 +35,8 @@ class Factored(Codec):
         return Kind.FACTORED
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
-        return {"row": spec.zeros(spec.shard.local_rows), "col": spec.zeros(*spec.shard.row_shape), "scale": 1.0}
+        row, col = spec.zeros(spec.shard.local_rows), spec.zeros(*spec.shard.row_shape)
+        return {"row": row, "col": col, "scale": scale_tensor()}
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"row": (0,), "col": tuple(range(1, ndim))}
@@ -44,15 +45,15 @@ class Factored(Codec):
         return _Factored(spec, tensors)
 
 
-class _Factored(CodecState):
+class _Factored(ScaledState):
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
-        self.row: Tensor = self["row"]  # [local_rows], divided by self["scale"]
-        self.col: Tensor = self["col"]  # row_shape, divided by self["scale"]
+        self.row: Tensor = self["row"]  # [local_rows], divided by the scale
+        self.col: Tensor = self["col"]  # row_shape, divided by the scale
+        self.divided = (self.row, self.col)
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        scale = self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row, self.col))
-        self.weight = weight / scale
+        self.weight = weight / self.decay_scale(decay)
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * self.weight
@@ -64,12 +65,11 @@ class _Factored(CodecState):
 
     def stored(self) -> Stored:
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
-        scale: float = self.tensors[self.scale_key]
-        return Stored(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, scale)
+        return Stored(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
 
     def estimate(self, block: Block) -> Tensor:
         shape = (self.col / self.col.mean()).nan_to_num_(nan=0.0)  # 0/0 := 0 before the first gradient
-        return over_rows(self.row[block.index] * self["scale"], len(self.spec.local_shape)) * shape
+        return over_rows(self.row[block.index] * self.scale, len(self.spec.local_shape)) * shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.count_sketch import CountSketch
-from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.sharding import Block, Shard
@@ -64,7 +64,7 @@ class RowWise(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         if self.compression > 1:
             return self.sketch().allocate(_row_scalars(spec))
-        return {"row": spec.zeros(spec.shard.local_rows), "scale": 1.0}
+        return {"row": spec.zeros(spec.shard.local_rows), "scale": scale_tensor()}
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"table": (None, None)} if self.compression > 1 else {"row": (0,)}
@@ -75,34 +75,36 @@ class RowWise(Codec):
         return _Rows(spec, tensors, self.lazy)
 
 
-class _Rows(CodecState):
+class _Rows(ScaledState):
     def __init__(self, spec: StateSpec, tensors: Tensors, lazy: bool) -> None:
         super().__init__(spec, tensors)
         self.lazy = lazy
-        self.row: Tensor = self["row"]  # [local_rows], the true value divided by self["scale"]
+        self.row: Tensor = self["row"]  # [local_rows], the true value divided by the scale
+        self.divided = (self.row,)
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight
         if self.lazy and rows is not None:
+            self.decay_scale(1.0)
             self.row[rows] *= decay
         else:
-            self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row,))
+            self.decay_scale(decay)
 
     def fusable(self) -> bool:
         return self.plain(self.row, self.spec.shard.local_rows)
 
     def stored(self) -> Stored:
-        scale: float = self.tensors[self.scale_key]
+        scale = self.scale
         return Stored(Kind.ROW, self.row, None, 1.0, self.weight / scale, 0.0, scale)  # by position: half as long
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.row[block.index] += row_mean(x) * (self.weight / self["scale"])
+        self.row[block.index] += row_mean(x) * (self.weight / self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
 
     def estimate(self, block: Block) -> Tensor:
-        return over_rows(self.row[block.index] * self["scale"], len(self.spec.local_shape))
+        return over_rows(self.row[block.index] * self.scale, len(self.spec.local_shape))
 
 
 class _SketchedRows(CodecState):

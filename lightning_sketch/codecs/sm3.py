@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
-from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block
@@ -62,7 +62,7 @@ class SM3(Codec):
         tensors: dict[str, Any] = {f"dim{d}": spec.zeros(n) for d, n in enumerate(shape)}
         if self.momentum:
             tensors["momentum"] = torch.zeros(shape, dtype=spec.param_dtype, device=spec.device)
-        return tensors | {"scale": 1.0}
+        return tensors | {"scale": scale_tensor()}
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         vectors: dict[str, tuple[int | None, ...]] = {f"dim{d}": (d,) for d in range(ndim)}
@@ -78,17 +78,18 @@ class SM3(Codec):
         return Keep().bind(_momentum_spec(spec), tensors)
 
 
-class _SM3(CodecState):
-    """Accumulators: dimension 0 divided by self["scale"], so that absent rows decay in constant time; others as is."""
+class _SM3(ScaledState):
+    """Accumulators: dimension 0 divided by the scale, so that absent rows decay in constant time; others as is."""
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.row: Tensor = self["dim0"]
+        self.divided = (self.row,)
         self.others: list[Tensor] = [self[f"dim{d}"] for d in range(1, len(spec.local_shape))]
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight
-        self.tensors[self.scale_key] = decayed(self.tensors[self.scale_key], decay, (self.row,))
+        self.decay_scale(decay)
         if decay != 1:
             for accumulator in self.others:
                 accumulator.mul_(decay)
@@ -96,7 +97,7 @@ class _SM3(CodecState):
 
     def estimate(self, block: Block) -> Tensor:
         ndim = len(self.spec.local_shape)
-        least = _along(self.row[block.index] * self["scale"], 0, ndim)
+        least = _along(self.row[block.index] * self.scale, 0, ndim)
         for d, accumulator in enumerate(self.others, start=1):
             least = torch.minimum(least, _along(accumulator, d, ndim))
         return least
@@ -117,11 +118,11 @@ class _SM3II(_SM3):
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None
-        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, 0.0, self.tensors[self.scale_key])
+        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, 0.0, self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]
-        self.row[block.index] = _max_to(nu, 0) / self["scale"]
+        self.row[block.index] = _max_to(nu, 0) / self.scale
         for d, new in enumerate(self.new_others, start=1):
             torch.maximum(new, _max_to(nu, d), out=new)
         return nu
@@ -138,7 +139,7 @@ class _SM3I(_SM3):
         self.most = [torch.zeros_like(a) for a in self.others]
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.row[block.index] += _max_to(x, 0) * (self.weight / self["scale"])
+        self.row[block.index] += _max_to(x, 0) * (self.weight / self.scale)
         for d, most in enumerate(self.most, start=1):
             torch.maximum(most, _max_to(x, d), out=most)
 

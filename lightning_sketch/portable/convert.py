@@ -230,10 +230,8 @@ class _Rewrite:
         joined: dict[str, Any] = {}
         for key in parts[0]:
             values = [part[key] for part in parts]
-            if key not in axes:
-                joined[key] = torch.tensor(values, dtype=torch.float64)  # scales: shards may differ
-            else:
-                joined[key] = torch.cat(values) if 0 in axes[key] else torch.stack(values)
+            # Scales have no axes, and shards may differ in them.
+            joined[key] = torch.cat(values) if 0 in axes.get(key, ()) else torch.stack(values)
         if any(0 not in axes.get(key, ()) for key in joined):
             joined[SHARD_STEPS] = as_float_tensor(saved.step).to(torch.float64).repeat(self.world_size)
         return joined | {SHARDS: self.world_size, SHARD_DIM: 0}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of
+from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of, scale_tensor
 from lightning_sketch.counter import counter
 from lightning_sketch.dtensor_state import SHARDS, sources, torn
 from lightning_sketch.layer import RECORDS, Layer
@@ -144,14 +144,17 @@ def tensors_of(codec: Codec, state: str, ndim: int, entry: Mapping[str, Any]) ->
     """The entries of a layer's state dict that belong to one state.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: one is missing, or the scale is damaged.
     """
     keys = [key_of(state, suffix) for suffix in codec.axes(ndim)]
     missing = [key for key in keys if not isinstance(entry.get(key), Tensor | LazyTensor)]
     if missing:
         raise ValueError(f"the checkpoint has no {', '.join(missing)} (it holds {sorted(map(str, entry))})")
+    found = {key: entry[key] for key in keys}
     scale = key_of(state, "scale")
-    return {key: entry[key] for key in keys} | ({scale: entry[scale]} if scale in entry else {})
+    if scale in entry:
+        found[scale] = entry[scale] if SHARDS in entry else scale_tensor(entry[scale], scale)  # of shards, a stack
+    return found
 
 
 def _compressed(layer: Layer, entry: Mapping[str, Any]) -> Iterator[tuple[str, list[Source]]]:
