@@ -19,7 +19,7 @@ from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local
-from lightning_sketch.sharding.base import BLOCK_NUMEL
+from lightning_sketch.sharding.base import block_numel
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
@@ -175,12 +175,14 @@ def _strip_bytes(part: LayerShard) -> int:
 
 
 def _block_bytes(part: LayerShard, param: Tensor) -> int:
-    """Blocks of `BLOCK_NUMEL` elements in the reference's step."""
+    """Blocks of `block_numel` elements in the reference's step."""
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
-    numel = min(rows * row, max(BLOCK_NUMEL, row))
+    numel = min(rows * row, max(block_numel(param.device), row))
     depth, hashes = _hashes(part)
     blocks = _LIVE_BLOCKS + max(0, depth - 3)
-    total = blocks * numel * compute_dtype(param).itemsize + numel // row * hashes
+    # On accelerators what is known of rows is made for all of them at once.
+    hashed = numel // row if param.device.type == "cpu" else rows
+    total = blocks * numel * compute_dtype(param).itemsize + hashed * hashes
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total

@@ -49,8 +49,10 @@ def all_finite(tensors: Sequence[Tensor], wanted: Sequence[Kind]) -> tuple[list[
     # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
     # not finite may just have overflowed, so then look closer.
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
-    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
+    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite()
+    if bool(likely.all()):
+        return [True] * len(tensors), [None] * len(tensors)
+    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely.tolist(), tensors, strict=True)]
     return found, [None] * len(found)
 
 
