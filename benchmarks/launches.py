@@ -9,7 +9,8 @@ operators that would be launched. An accumulating ``index_put_`` is several kern
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +112,20 @@ class CountLaunches(TorchDispatchMode):
 
 
 class IndexByOperators(TorchFunctionMode):
-    """Does ``tensor[...]`` and ``copy_`` by operators: torch's CPU build asks for a CUDA device where Python calls."""
+    """Does by operators what in torch's CPU build asks for the device when Python calls it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+        if not (args and isinstance(args[0], FakeTensor)):
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__:
             return _indexed(*args)
-        if func is Tensor.copy_ and isinstance(args[0], FakeTensor):
+        if func is Tensor.copy_:
             return torch.ops.aten.copy_(*args)
-        if func is Tensor.__setitem__ and isinstance(args[0], FakeTensor):
+        if func in (Tensor.__int__, Tensor.__bool__):
+            return torch.ops.aten._local_scalar_dense(*args)
+        if func is Tensor.__setitem__:
             target, index, value = args
             if isinstance(index, Tensor):
                 return target.index_put_((index,), value)
@@ -145,6 +150,14 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
     return tensor
 
 
+@contextmanager
+def counting(device: str = "cuda") -> Iterator[CountLaunches]:
+    """Tensors on a device are fake within, and what is launched on it is counted."""
+    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
+    with FakeTensorMode(), IndexByOperators(), CountLaunches(device) as mode:
+        yield mode
+
+
 def count_step(
     shapes: list[tuple[int, int]],
     policy: Policy | None,
@@ -164,8 +177,7 @@ def count_step(
     Returns:
         what it asks of the device, and the bound of its temporaries that `report` gives.
     """
-    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
-    with FakeTensorMode(), IndexByOperators(), CountLaunches(device) as mode:
+    with counting(device) as mode:
         model = nn.ModuleList(nn.Embedding(1, 1) for _ in shapes)
         for module, shape in zip(model, shapes, strict=True):
             module.weight = nn.Parameter(mode.tensor(*shape, dtype=dtype))

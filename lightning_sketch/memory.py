@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import CountSketch, allocate
-from lightning_sketch.kernels import fused_kernel, native
+from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.fused import DTYPES, Kind
 from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
@@ -45,7 +45,7 @@ class MemoryReport:
             torch's own.
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
         skipped: steps that each layer skipped for a non-finite gradient.
-        kernels: what does the steps of compressed layers on the CPU.
+        kernels: what does the steps of compressed layers on the devices of the parameters.
         process: resident memory of this process now, bytes; ``None`` where the system does not say.
         process_peak: its largest value so far, bytes; 0 on Windows.
         cuda_peak: largest memory allocated by torch on the current CUDA device, bytes; 0 without one.
@@ -93,6 +93,7 @@ def report(optimizer: Any) -> MemoryReport:
         tensors = inner.all_tensors()
     else:
         tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
+    kinds = sorted({local(param).device.type for param, _ in tensors})
     for param, parts in tensors:
         parameters += local(param).nbytes
         gradients += _grad_bytes(param.grad)
@@ -121,7 +122,7 @@ def report(optimizer: Any) -> MemoryReport:
         transient=blocks + together,
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
-        kernels=native.describe(),
+        kernels=", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"]),
         process=_resident(),
         process_peak=_peak(),
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]

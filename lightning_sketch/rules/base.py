@@ -186,6 +186,7 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> None:
         device = layer.param.device
         if device not in by_device:
             by_device[device] = kernels.fused_kernel(device)
+            kernels.announce(device)
         kernel = by_device[device]
         if kernel is not None and layer.fusable() and rule.fusable(layer.states):
             fused.setdefault(kernel, []).append(rule.fuse(layer))
