@@ -18,6 +18,7 @@ from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fres
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
+from lightning_sketch.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan
 from lightning_sketch.policy import Policy
@@ -95,7 +96,7 @@ def compress(
     _swap_class(inner, cls)
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
-    _announce(made, inner)
+    _announce(made, inner, model)
     return optimizer
 
 
@@ -210,13 +211,14 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
-def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:
+def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return
     for state, names in made.dropped().items():
         # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
         logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(names))
+    warn_of_masked_rows(model, optimizer)
     parts = [part for _, _, parts in optimizer.compressed_tensors() for part in parts]
     if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:
         logger.warning(
