@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import lightning_sketch
 from benchmarks import gpu_peers, roofline, speed, speed_cases
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on
 from benchmarks.speed_cases import FULL, QUICK, Sizes
@@ -201,7 +201,7 @@ def _environment(device: torch.device, quick: bool) -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": version("triton"),
         "python": platform.python_version(),
-        "ours": importlib.metadata.version("lightning-sketch"),
+        "ours": lightning_sketch.__version__,
         "quick": quick,
     }
 

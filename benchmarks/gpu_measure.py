@@ -96,7 +96,7 @@ class Under:
         return self.optimizer.state
 
     def step(self) -> None:
-        with _environment(native.VARIABLE, self.kernels):
+        with under(self.kernels):
             self.optimizer.step()
 
     def zero_grad(self) -> None:
@@ -104,13 +104,14 @@ class Under:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def under(kernels: str) -> Iterator[None]:
+    """Steps are done by the kernels that `native.VARIABLE` would name."""
+    before = os.environ.get(native.VARIABLE)
+    os.environ[native.VARIABLE] = kernels
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[native.VARIABLE]
         else:
-            os.environ[name] = before
+            os.environ[native.VARIABLE] = before

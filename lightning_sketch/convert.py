@@ -20,6 +20,7 @@ from lightning_sketch.fake import is_fake
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.lossy import warn_of_lossy
+from lightning_sketch.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
@@ -139,7 +140,7 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
     _swap_class(inner, compressed_class(inner))
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
-    _announce(made, inner)
+    _announce(made, inner, model)
     warn_of_lossy(inner, errors)
 
 
@@ -277,12 +278,13 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     return (is_fake(step) or float(step) > 0) and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
-def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:
+def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:
     if not is_rank_zero():
         return
     for state, names in made.dropped().items():
         # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
         logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(names))
+    warn_of_masked_rows(model, optimizer)
     parts = [part for _, _, parts in optimizer.compressed_tensors() for part in parts]
     if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:
         logger.warning(

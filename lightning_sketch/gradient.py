@@ -31,7 +31,11 @@ class RowGradient:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The rows in blocks; made once, so that a block's hashes outlive one pass over the gradient."""
-        return tuple(self.shard.blocks(self.rows))
+        return tuple(self.shard.blocks(self.rows, self.values.device))
+
+    def forget_blocks(self) -> None:
+        """Let go of the blocks and of what they remember: gradients outlive the step of their layer."""
+        self.__dict__.pop("blocks", None)
 
     def touched_only(self) -> RowGradient:
         """The same gradient without its all-zero rows (lazy semantics: an absent row does not decay)."""

@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import CountSketch, allocate
-from lightning_sketch.kernels import fused_kernel, native
+from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.fused import DTYPES, Kind
 from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local
-from lightning_sketch.sharding.base import BLOCK_NUMEL
+from lightning_sketch.sharding.base import block_numel
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
@@ -46,7 +46,7 @@ class MemoryReport:
             torch's own.
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
         skipped: steps that each layer skipped for a non-finite gradient.
-        kernels: what does the steps of compressed layers on the CPU.
+        kernels: what does the steps of compressed layers on the devices of the parameters.
         process: resident memory of this process now, bytes; ``None`` where the system does not say.
         process_peak: its largest value so far, bytes; 0 on Windows.
         cuda_peak: largest memory allocated by torch on the current CUDA device, bytes; 0 without one.
@@ -94,6 +94,7 @@ def report(optimizer: Any) -> MemoryReport:
         tensors = inner.all_tensors()
     else:
         tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
+    kinds = sorted({local(param).device.type for param, _ in tensors})
     for param, parts in tensors:
         parameters += 0 if is_lazy(param) else local(param).nbytes
         gradients += _grad_bytes(param.grad)
@@ -122,7 +123,7 @@ def report(optimizer: Any) -> MemoryReport:
         transient=blocks + together,
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
-        kernels=native.describe(),
+        kernels=", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"]),
         process=_resident(),
         process_peak=_peak(),
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
@@ -176,12 +177,14 @@ def _strip_bytes(part: LayerShard) -> int:
 
 
 def _block_bytes(part: LayerShard, param: Tensor) -> int:
-    """Blocks of `BLOCK_NUMEL` elements in the reference's step."""
+    """Blocks of `block_numel` elements in the reference's step."""
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
-    numel = min(rows * row, max(BLOCK_NUMEL, row))
+    numel = min(rows * row, max(block_numel(param.device), row))
     depth, hashes = _hashes(part)
     blocks = _LIVE_BLOCKS + max(0, depth - 3)
-    total = blocks * numel * compute_dtype(param).itemsize + numel // row * hashes
+    # On accelerators what is known of rows is made for all of them at once.
+    hashed = numel // row if param.device.type == "cpu" else rows
+    total = blocks * numel * compute_dtype(param).itemsize + hashed * hashes
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total

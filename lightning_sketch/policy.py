@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from torch import nn
 
 from lightning_sketch.codecs import BFloat16, Codec, Drop, Factored, Keep, RowWise, codec_from
@@ -266,6 +265,8 @@ class Policy:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Policy:
         """A policy from a YAML file of the form that `from_dict` takes."""
+        import yaml  # may be missing where a checkout runs that was never installed
+
         value = yaml.safe_load(Path(path).read_text())
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}: expected a mapping with the key 'rules', got {type(value).__name__}")

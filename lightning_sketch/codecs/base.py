@@ -67,6 +67,9 @@ class CodecState(ABC):
 
     #: Whether an estimate may hold what belongs to other rows.
     mixes_rows: bool = False
+    #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.
+    adds_values: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -100,7 +103,7 @@ class CodecState(ABC):
         """The state after this step at the block's rows, broadcastable to ``[k, *row_shape]``; not to be modified.
 
         Args:
-            x: the same values that were added.
+            x: the same values that were added; anything if not `reads_values`.
         """
 
     def commit(self) -> None:  # noqa: B027
@@ -218,10 +221,11 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> dict[str, Any
         return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
     state.begin(decay=1.0, weight=1.0, step=1, rows=None)
-    for block in spec.shard.blocks():
+    blocks = tuple(spec.shard.blocks(device=spec.device))
+    for block in blocks:
         state.add(block, values(block))
     state.settle()
-    for block in spec.shard.blocks():
+    for block in blocks:
         state.read(block, values(block))
     state.commit()
     return tensors
@@ -250,5 +254,5 @@ def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tenso
 
 def _estimates(codec: Codec, spec: StateSpec, tensors: Tensors) -> Iterator[tuple[Block, Tensor]]:
     state = codec.bind(spec, tensors)
-    for block in spec.shard.blocks():
+    for block in spec.shard.blocks(device=spec.device):
         yield block, state.estimate(block).expand(block.size, *spec.shard.row_shape)

@@ -57,11 +57,18 @@ class _BFloat16State(DenseState):
 
     def store(self, block: Block, values: Tensor) -> Tensor:
         salt = self.salt
-        rows = mix64(block.row_ids(values.device), salt).to(torch.int32)  # [k]
-        places = torch.arange(self.spec.shard.row_numel, device=values.device) + self.spec.shard.column_offset
-        columns = mix64(places, ~salt).to(torch.int32)
+        device = values.device
+        (rows,) = block.of_rows(("noise", salt), device, lambda ids: (mix64(ids, salt).to(torch.int32),))  # [k]
+        if block.whole is None:
+            columns = self._column_bits(device)
+        else:
+            columns = block.whole.memo(("columns", salt), lambda: self._column_bits(device))
         noise = _noise16(rows[:, None] ^ columns[None, :]).view(values.shape)
         return stochastic_round(values.float(), noise)
+
+    def _column_bits(self, device: torch.device) -> Tensor:
+        places = torch.arange(self.spec.shard.row_numel, device=device) + self.spec.shard.column_offset
+        return mix64(places, ~self.salt).to(torch.int32)
 
 
 def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:

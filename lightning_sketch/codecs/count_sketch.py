@@ -139,10 +139,11 @@ class _Sketch(ScaledState):
             rows = block.local_ids(self.table.device)[None]
             return rows, rows
 
-        def make() -> tuple[Tensor, Tensor]:
-            return hash_rows(block.row_ids(self.table.device), self.spec.seed, self.depth, self.width)
+        def make(row_ids: Tensor) -> tuple[Tensor, ...]:
+            return hash_rows(row_ids, self.spec.seed, self.depth, self.width)
 
-        return block.memo((self.depth, self.width), make)
+        buckets, signs = block.of_rows((self.depth, self.width), self.table.device, make)
+        return buckets, signs
 
 
 class _LinearSketch(_Sketch):

@@ -67,9 +67,20 @@ class _Factored(ScaledState):
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
         return Stored(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
 
+    def settle(self) -> None:
+        self.shape = self._shape()
+
     def read(self, block: Block, x: Tensor) -> Tensor:
-        return self.estimate(block)
+        return self._product(block, self.shape)
+
+    def commit(self) -> None:
+        del self.shape  # a bound state outlives the step
 
     def estimate(self, block: Block) -> Tensor:
-        shape = (self.col / self.col.mean()).nan_to_num_(nan=0.0)  # 0/0 := 0 before the first gradient
+        return self._product(block, self._shape())
+
+    def _shape(self) -> Tensor:
+        return (self.col / self.col.mean()).nan_to_num_(nan=0.0)  # 0/0 := 0 before the first gradient
+
+    def _product(self, block: Block, shape: Tensor) -> Tensor:
         return over_rows(self.row[block.index] * self.scale, len(self.spec.local_shape)) * shape

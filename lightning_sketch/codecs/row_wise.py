@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
@@ -111,8 +112,14 @@ class _SketchedRows(CodecState):
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
         super().__init__(spec, tensors)
         self.inner = inner
+        # Of a step on an accelerator, where all rows are inserted and read at once.
+        self.whole: Block | None = None
+        self.means: list[Tensor] = []
+        self.found: Tensor | None = None
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+        self.whole, self.found = None, None
+        self.means.clear()
         self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
 
     def fusable(self) -> bool:
@@ -123,10 +130,24 @@ class _SketchedRows(CodecState):
         return replace(inner, kind=Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW)
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.inner.add(block, row_mean(x))
+        if block.whole is None:
+            self.inner.add(block, row_mean(x))
+        else:
+            self.whole = block.whole
+            self.means.append(row_mean(x))
+
+    def settle(self) -> None:
+        if self.whole is not None:
+            self.inner.add(self.whole, torch.cat(self.means))
+            self.means.clear()
+            self.found = self.inner.estimate(self.whole)  # [k], of all rows of the gradient
 
     def read(self, block: Block, x: Tensor) -> Tensor:
-        return self.estimate(block)
+        found = self.inner.estimate(block) if self.found is None else self.found[block.span]
+        return over_rows(found, len(self.spec.local_shape))
+
+    def commit(self) -> None:
+        self.whole, self.found = None, None  # a bound state outlives the step
 
     def estimate(self, block: Block) -> Tensor:
         return over_rows(self.inner.estimate(block), len(self.spec.local_shape))

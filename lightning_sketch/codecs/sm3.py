@@ -106,6 +106,8 @@ class _SM3(ScaledState):
 class _SM3II(_SM3):
     # The step's `nu` needs the accumulators of before the step, so those that blocks share are replaced in `commit`; a
     # row belongs to one block, and to hold all new ones back would be a temporary that grows with the table.
+    adds_values: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
 
     def settle(self) -> None:
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.

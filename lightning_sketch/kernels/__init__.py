@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +12,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kind
+
+logger = logging.getLogger(__name__)
 
 FusedKernel = Callable[[Sequence[FusedStep]], None]
 
@@ -26,6 +30,29 @@ def fused_kernel(device: torch.device) -> FusedKernel | None:
 
         return triton.step
     return None
+
+
+def describe(device: torch.device) -> str:
+    """What does the steps of compressed layers on a device, in words for a report."""
+    if device.type in ("cpu", "meta"):
+        return native.describe()
+    if fused_kernel(device) is not None:
+        return f"Triton on {device.type}, chosen by {native.VARIABLE}"
+    choice = f"; {native.VARIABLE}=triton chooses Triton's kernels, which are experimental"
+    return f"plain PyTorch on {device.type}" + (choice if device.type == "cuda" else ", which has no kernels")
+
+
+def announce(device: torch.device) -> None:
+    """Say once, at the first step on an accelerator, what does the steps there."""
+    if device.type != "cpu":
+        _announce(device.type, fused_kernel(device) is None)
+
+
+@functools.cache
+def _announce(kind: str, reference: bool) -> None:
+    # A warning where it is slow, because Python shows warnings of unconfigured loggers.
+    level = logging.WARNING if reference else logging.INFO
+    logger.log(level, "steps of compressed layers: %s", describe(torch.device(kind)))
 
 
 @_disable_dynamo
@@ -49,8 +76,10 @@ def all_finite(tensors: Sequence[Tensor], wanted: Sequence[Kind]) -> tuple[list[
     # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
     # not finite may just have overflowed, so then look closer.
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().tolist()
-    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely, tensors, strict=True)]
+    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite()
+    if bool(likely.all()):
+        return [True] * len(tensors), [None] * len(tensors)
+    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely.tolist(), tensors, strict=True)]
     return found, [None] * len(found)
 
 

@@ -64,11 +64,33 @@ def segment_add(table: Tensor, buckets: Tensor, values: Tensor) -> None:
         buckets: int64 ``[k]``, duplicates allowed.
         values: ``[k, ...]``.
     """
-    if table.is_cuda:
-        # index_add_ is atomic on CUDA, so DDP replicas would drift apart; an accumulating index_put_ sorts first.
-        table.index_put_((buckets,), values, accumulate=True)
-    else:
+    # Elsewhere than on the CPU index_add_ is atomic, so DDP replicas would drift apart.
+    if table.device.type == "cpu":
         table.index_add_(0, buckets, values)
+    elif table.device.type == "cuda":
+        table.index_put_((buckets,), values, accumulate=True)  # CUDA's and ROCm's sorts first; MPS's is atomic, too
+    else:
+        sorted_segment_add(table, buckets, values)
+
+
+def sorted_segment_add(table: Tensor, buckets: Tensor, values: Tensor) -> None:
+    """`segment_add` of nothing but sorting, gathering and elementwise operations, whose order no device may choose.
+
+    Waits for the device once: the longest run of rows in one bucket says how many passes there are, its logarithm.
+    """
+    if buckets.numel() == 0:
+        return
+    buckets, order = buckets.sort(stable=True)
+    sums = values.index_select(0, order)
+    edges = torch.searchsorted(buckets, torch.arange(table.shape[0] + 1, device=table.device))  # where buckets begin
+    counts = edges[1:] - edges[:-1]
+    longest, reach = int(counts.max()), 1
+    while reach < longest:  # then each row holds the sum of itself and of up to `2 * reach - 1` before it in its bucket
+        same = over_rows(buckets[reach:] == buckets[:-reach], values.ndim)
+        sums[reach:] += sums[:-reach].where(same, 0.0)
+        reach *= 2
+    last = sums.index_select(0, (edges[1:] - 1).clamp_min_(0))
+    table += last.where(over_rows(counts > 0, values.ndim), 0.0)
 
 
 def gather_min(table: Tensor, buckets: Tensor) -> Tensor:

@@ -14,7 +14,16 @@ from typing import Any, ClassVar
 
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.fused import FusedStep
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
+from lightning_sketch.rules.base import (
+    LayerStep,
+    StateDef,
+    UpdateRule,
+    add_moments,
+    begin_momentum,
+    precondition,
+    read_second,
+    safe_divide,
+)
 
 
 class AdagradRule(UpdateRule):
@@ -33,11 +42,9 @@ class AdagradRule(UpdateRule):
     def reference(self, layer: LayerStep) -> None:
         lr, eps, weight_decay = layer.numbers
         total = self._begin(layer)
+        add_moments(layer, total, None, weight_decay)
         for block, g in layer.gradients(weight_decay):
-            total.add(block, g.square())
-        total.settle()
-        for block, g in layer.gradients(weight_decay):
-            s = total.read(block, g.square())
+            s = read_second(total, block, g)
             update = safe_divide(g, s.sqrt().add_(eps), s)
             layer.apply(block, precondition(layer, block, update), lr)
         total.commit()

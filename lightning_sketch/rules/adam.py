@@ -25,10 +25,12 @@ from lightning_sketch.rules.base import (
     LayerStep,
     StateDef,
     UpdateRule,
+    add_moments,
     begin_momentum,
     bounded_first_moment,
     first_moment_bound,
     precondition,
+    read_second,
     safe_divide,
 )
 
@@ -49,17 +51,10 @@ class AdamRule(UpdateRule):
     def reference(self, layer: LayerStep) -> None:
         numbers: _Numbers = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
-        for block, g in layer.gradients(numbers.weight_decay):
-            if exp_avg is not None:
-                exp_avg.add(block, g)
-            exp_avg_sq.add(block, g.square())
-        if exp_avg is not None:
-            exp_avg.settle()
-        exp_avg_sq.settle()
-
+        add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
         for block, g in layer.gradients(numbers.weight_decay):
             m = g if exp_avg is None else exp_avg.read(block, g)
-            v = exp_avg_sq.read(block, g.square())
+            v = read_second(exp_avg_sq, block, g)
             if exp_avg is not None and exp_avg.mixes_rows:
                 m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)

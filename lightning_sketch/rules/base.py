@@ -193,11 +193,13 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> None:
         device = layer.param.device
         if device not in by_device:
             by_device[device] = kernels.fused_kernel(device)
+            kernels.announce(device)
         kernel = by_device[device]
         if kernel is not None and layer.fusable() and rule.fusable(layer.states):
             fused.setdefault(kernel, []).append(rule.fuse(layer))
         else:
             rule.reference(layer)
+            layer.gradient.forget_blocks()
     for kernel, steps in fused.items():
         kernel(steps)
 
@@ -238,6 +240,24 @@ def bounded_first_moment(m: Tensor, v: Tensor, beta1: float, beta2: float) -> Te
 def first_moment_bound(beta1: float, beta2: float) -> float | None:
     """The largest :math:`|m| / \\sqrt v`; ``None`` if there is none."""
     return None if beta1**2 >= beta2 else (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+
+
+def add_moments(layer: LayerStep, second: CodecState, first: CodecState | None, weight_decay: float) -> None:
+    """Add all of the gradient to a first moment, if there is one, and its squares to a second; settle both."""
+    if first is not None or second.adds_values:
+        for block, g in layer.gradients(weight_decay):
+            if first is not None:
+                first.add(block, g)
+            if second.adds_values:
+                second.add(block, g.square())
+    if first is not None:
+        first.settle()
+    second.settle()
+
+
+def read_second(second: CodecState, block: Block, g: Tensor) -> Tensor:
+    """A second moment after this step at the block's rows. Squares are made for codecs that look at them only."""
+    return second.read(block, g.square() if second.reads_values else g)
 
 
 def precondition(layer: LayerStep, block: Block, update: Tensor) -> Tensor:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.fused import FusedStep
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, begin_momentum, precondition, safe_divide
+from lightning_sketch.rules.base import (
+    LayerStep,
+    StateDef,
+    UpdateRule,
+    add_moments,
+    begin_momentum,
+    precondition,
+    read_second,
+    safe_divide,
+)
 from lightning_sketch.sharding import Block
 
 
@@ -48,16 +57,10 @@ class RMSpropRule(UpdateRule):
         grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha) if centered else None
         buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0) if momentum > 0 else None
         begin_momentum(layer)
-        for block, g in layer.gradients(weight_decay):
-            square_avg.add(block, g.square())
-            if grad_avg is not None:
-                grad_avg.add(block, g)
-        square_avg.settle()
-        if grad_avg is not None:
-            grad_avg.settle()
+        add_moments(layer, square_avg, grad_avg, weight_decay)
 
         def preconditioned(block: Block, g: Tensor) -> Tensor:
-            v = square_avg.read(block, g.square())
+            v = read_second(square_avg, block, g)
             if grad_avg is not None:
                 v = _variance(v, grad_avg, block, g)
             return safe_divide(g, v.sqrt().add_(eps), v)

@@ -14,8 +14,16 @@ from torch import Tensor
 # Elements handled at once by the reference kernels. 2**18 fp32 numbers are 1 MiB, so a block and its few temporaries
 # stay in the L2 cache of one core, and a step's temporaries do not grow with the table.
 BLOCK_NUMEL = 1 << 18
+# The same on accelerators, where every call launches a kernel: a table of 128,256 x 4,096 is 32 blocks of 64 MiB.
+ACCELERATOR_BLOCK_NUMEL = 1 << 24
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+def block_numel(device: torch.device) -> int:
+    """Elements handled at once by the reference kernels on a device."""
+    return BLOCK_NUMEL if device.type == "cpu" else ACCELERATOR_BLOCK_NUMEL
 
 
 @dataclass(frozen=True)
@@ -74,19 +82,24 @@ class Shard:
         """View the local parameter (or a tensor of as many elements) as ``[local_rows, *row_shape]``."""
         return tensor if tensor.shape == self.local_shape else tensor.view(self.local_shape)
 
-    def blocks(self, rows: Tensor | None = None) -> Iterator[Block]:
+    def blocks(self, rows: Tensor | None = None, device: torch.device = CPU) -> Iterator[Block]:
         """Cut all local rows, or the given ones, into blocks.
 
         Args:
             rows: local row ids, int64 ``[k]`` without duplicates; ``None`` for all rows in order.
+            device: where the values are: blocks are as large as suits it.
         """
         total = self.local_rows if rows is None else rows.numel()
         if self.row_numel == 0:
             total = 0  # rows without elements: maxima and means over them do not exist
-        size = max(1, BLOCK_NUMEL // max(1, self.row_numel))
+        size = max(1, block_numel(device) // max(1, self.row_numel))
+        everything = slice(0, total)
+        whole = None
+        if device.type != "cpu":
+            whole = Block(self, everything if rows is None else rows, everything, remembers=True)
         for start in range(0, total, size):
             span = slice(start, min(start + size, total))
-            yield Block(self, span if rows is None else rows[span], span)
+            yield Block(self, span if rows is None else rows[span], span, whole)
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,16 @@ class Block:
         shard: the shard the rows belong to.
         index: the local rows, as a slice (contiguous) or as int64 ``[k]`` without duplicates.
         span: where these rows lie in the gradient's values.
+        whole: on accelerators, all rows of the gradient: what codecs want to know of rows is made for all of them at
+            once, and remembered there for as long as a block of them is alive.
+        remembers: whether `memo` remembers contiguous rows, too.
     """
 
     shard: Shard
     index: slice | Tensor
     span: slice
+    whole: Block | None = None
+    remembers: bool = False
     _memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -118,13 +136,27 @@ class Block:
         """Global ids of the rows, int64 ``[k]``."""
         return self.local_ids(device) + self.shard.row_offset
 
+    def of_rows(
+        self, key: object, device: torch.device, make: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `make` says of the rows, given their global ids, int64 ``[k]``: tensors ``[..., k]``.
+
+        Args:
+            key: as in `memo`.
+            device: where the row ids are to be.
+        """
+        if self.whole is None:
+            return self.memo(key, lambda: make(self.row_ids(device)))
+        of_all = self.whole.of_rows(key, device, make)
+        return tuple(each[..., self.span] for each in of_all)
+
     def memo(self, key: object, make: Callable[[], T]) -> T:
         """Remember `make()` under `key` for sparse blocks, whose hashes are asked for two to four times a step.
 
         Contiguous blocks recompute instead: there the hash is small beside the row, and remembering it for every block
-        of a table would be a table-sized temporary.
+        of a table would be a table-sized temporary. On accelerators it is the launches that count.
         """
-        if isinstance(self.index, slice):
+        if isinstance(self.index, slice) and not self.remembers:
             return make()
         if key not in self._memo:
             self._memo[key] = make()
