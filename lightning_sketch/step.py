@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
+from torch.autograd.graph import increment_version
 
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
@@ -18,7 +19,7 @@ from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.rules import UpdateRule, run
-from lightning_sketch.sharding import show_shards
+from lightning_sketch.sharding import is_dtensor, show_shards
 from lightning_sketch.sharding.agree import all_agree
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             step, negate = key[1], bool(own.group.get("maximize", False))
             option = known[key] = rule.numbers(own.group, step), step, negate
         options.append(option)
+    if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
+        increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
         torch._foreach_add_(counts, [counter(1.0)] * len(counts))
     run(

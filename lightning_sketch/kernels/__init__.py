@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kind
 
+#: Performs steps, and raises the versions of the parameters and states that it writes, as torch's operators do.
 FusedKernel = Callable[[Sequence[FusedStep]], None]
 
 
