@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import dtensor_state
-from lightning_sketch.counter import counter
+from lightning_sketch.counter import counter, read_step
 from lightning_sketch.dense import encode_layer, encode_part
 from lightning_sketch.flat import FlatTensor, is_flat
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
@@ -113,6 +113,8 @@ class _Load:
             if problem or not state:
                 self.problems += [f"{layer.fqn}: {problem}"] if problem else []
                 continue
+            if (state := self._with_step(state, layer.fqn)) is None:
+                continue
             if record is None:
                 tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
             else:
@@ -122,6 +124,15 @@ class _Load:
                     continue
                 tensors = found
             self._restore(key, param, tensors)
+
+    def _with_step(self, state: Mapping[str, Any], owner: str) -> dict[str, Any] | None:
+        """An entry whose step count, in whatever form, is a tensor as live ones are; ``None`` if it is no count."""
+        try:
+            counted = {"step": counter(read_step(state["step"], owner))} if "step" in state else {}
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+        return {**state, **counted}
 
     def _refused_options(self, layer: Layer, group: Mapping[str, Any]) -> str | None:
         """Why the layer could not be trained with the checkpoint's hyperparameters."""
@@ -145,6 +156,11 @@ class _Load:
                 continue
             layout = state.get(LAYOUT)
             own = {k: v for k, v in state.items() if k != LAYOUT}
+            if flat.parts:
+                counted = self._with_step(own, f"flat tensor {key}")
+                if counted is None:
+                    continue
+                own = counted
             if layout is not None and [list(segment) for segment in layout] != flat.to_list():
                 self.problems.append(
                     f"flat tensor {key}: the checkpoint was written with another layout (world size, ZeRO stage or "
@@ -172,7 +188,7 @@ class _Load:
         lacking = sorted(key for key in expected if key not in state)
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
-        tensors: dict[str, Any] = {"step": state["step"].to("cpu", copy=True)}
+        tensors: dict[str, Any] = {"step": state["step"]}
         for name, codec in layer.stored().items():
             try:
                 found = list(dtensor_state.sources(layer, name, codec, state, part.shard))
@@ -191,7 +207,7 @@ class _Load:
         return expected
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
+        tensors: dict[str, Any] = {"step": state.get("step", counter(1.0))}
         for part in flat.parts:
             missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
             if missing:

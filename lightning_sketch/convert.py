@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.assigned import encode_assigned
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
+from lightning_sketch.counter import read_step
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.flat import is_flat
 from lightning_sketch.guard import refuse_zero_redundancy
@@ -113,6 +115,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
+    encode_assigned(inner)
     for group, layer, param in [x for x in inner.compressed_layers() if not is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
@@ -196,6 +199,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
             state = optimizer.state.get(param)
             if not x.layer.compressed or not state or not _has_history(state):
                 continue
+            read_step(state.get("step", 1), x.layer.fqn)
             for name in x.layer.codecs:
                 found = state.get(name)
                 if not isinstance(found, Tensor) or found.shape != param.shape:
@@ -207,7 +211,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
 
 def _has_history(state: Mapping[str, Any]) -> bool:
     """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
-    return float(state.get("step", 1)) > 0 and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+    return bool(state.get("step", 1) != 0) and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,3 +17,22 @@ def counter(steps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
     """
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(float(steps), dtype=dtype, device=device)
+
+
+def read_step(value: Any, owner: str) -> float:
+    """The number of steps that a user or a checkpoint gives, as torch takes it: a number, or a tensor of one.
+
+    Args:
+        value: what was found as ``step``.
+        owner: the layer it was found for.
+
+    Raises:
+        ValueError: it is no number, negative, NaN or infinite.
+    """
+    number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    steps = float(value) if number else math.nan
+    if not 0 <= steps < math.inf:
+        raise ValueError(
+            f"{owner}: its step is {value!r}; expected the number of steps made, 0 or more, as a number or a 0-d tensor"
+        )
+    return steps

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 from torch.autograd.graph import increment_version
 
+from lightning_sketch.assigned import Encoded, find_assigned, is_count
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
 from lightning_sketch.flat import is_flat
@@ -53,15 +54,19 @@ class OwnTensor:
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
 def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
-    """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet.
+    """Our tensors that have a gradient, checked and with what they are bound to.
+
+    Nothing is changed yet, but that dense states which a user assigned are encoded.
 
     Raises:
         TypeError: a gradient has an unsupported layout.
-        ValueError: a layer's shape changed, or its group's hyperparameters ask for what it was compressed without.
+        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or its
+            states are not what the codecs store.
     """
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
     ours: list[OwnTensor] = []
+    assigned: list[Encoded] = []
     needed: dict[int, set[str]] = {}  # states, by group
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
@@ -74,8 +79,13 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
+        if state and (bound is None or not is_count(state["step"])):
+            encoded = find_assigned(group, param, parts, state)
+            assigned += [] if encoded is None else [encoded]
         gradients = [part.gradient(grad) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
+    for encoded in assigned:
+        encoded.commit(optimizer)
     return ours
 
 
@@ -121,9 +131,7 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
                 own.state = optimizer.state[own.param]
                 own.state.update(fresh)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-        if not isinstance(count := own.state["step"], Tensor) or not count.is_floating_point():
-            count = own.state["step"] = counter(count)  # who wrote a number there meant one
-        counts.append(count)
+        counts.append(own.state["step"])
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
     for own, count in zip(ready, counts, strict=True):
