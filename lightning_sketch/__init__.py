@@ -17,6 +17,7 @@ from lightning_sketch.memory import report
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule, default_policy
 from lightning_sketch.portable import restore
+from lightning_sketch.reset import reset_states
 
 if TYPE_CHECKING:
     from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression
@@ -43,6 +44,7 @@ __all__ = [
     "default_policy",
     "plan",
     "report",
+    "reset_states",
     "restore",
 ]
 

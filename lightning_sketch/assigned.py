@@ -97,10 +97,9 @@ def find_assigned(
             elif name in state:
                 dense[name] = _dense_rows(state[name], part, tensor, f"{owner}: its {name}")
                 found.dense.add(name)
-                continue
             else:
                 found.tensors |= _as_stored(stored, state, owner, name, tensor)
-            all_dense = all_dense and not stored
+                all_dense = all_dense and not stored
         if dense:
             encoded, errors = encode_part(part, tensor, group, dense)
             found.tensors |= encoded
@@ -134,9 +133,9 @@ def _as_stored(
                 cast[key] = found.to(expected.dtype)  # type: ignore[union-attr]
         elif isinstance(expected, Tensor) or not isinstance(found, Real):
             wanted = f"a tensor of shape {list(expected.shape)}" if isinstance(expected, Tensor) else "a number"
+            instead = "" if key == name else f", or in its place {name} as a dense tensor of shape {list(tensor.shape)}"
             raise ValueError(
-                f"{owner}: its {key} in optimizer.state is {_describe(found)}, expected {wanted}, or in its place "
-                f"{name} as a dense tensor of shape {list(tensor.shape)}; {_REMEDY}"
+                f"{owner}: its {key} in optimizer.state is {_describe(found)}, expected {wanted}{instead}; {_REMEDY}"
             )
     return cast
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 from torch.autograd.graph import increment_version
 
+from lightning_sketch.amp import grad_scale, overflowed
 from lightning_sketch.assigned import Encoded, find_assigned, is_count
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
@@ -39,7 +40,8 @@ class OwnTensor:
         needed: states that the group's hyperparameters ask for.
         state: ``optimizer.state[param]``, empty before the first step.
         bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part.
+        gradients: of each part, unscaled.
+        scale: what `grad` is still to be divided by; ``None`` for nothing.
     """
 
     group: dict[str, Any]
@@ -50,6 +52,7 @@ class OwnTensor:
     state: dict[str, Any]
     bound: list[BoundPart] | None
     gradients: list[RowGradient]
+    scale: float | None = None
 
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
@@ -82,8 +85,10 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if state and (bound is None or not is_count(state["step"])):
             encoded = find_assigned(group, param, parts, state)
             assigned += [] if encoded is None else [encoded]
-        gradients = [part.gradient(grad) for part in parts]
-        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
+        scale = grad_scale(optimizer, group)
+        unscaled = grad if scale is None else grad / scale  # `grad` stays: nothing is changed yet
+        gradients = [part.gradient(unscaled) for part in parts]
+        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
     for encoded in assigned:
         encoded.commit(optimizer)
     return ours
@@ -93,12 +98,15 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
 def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTensor]:
     """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks.
 
+    None of a group that overflowed.
+
     Raises:
         FloatingPointError: a gradient is not finite, and ``nonfinite="raise"``.
         RuntimeError: there are none because the model's parameters were replaced.
     """
     if not ours:
         _refuse_replaced(optimizer)
+    ours = [own for own in ours if not overflowed(optimizer, own.group)]
     if optimizer._compression.nonfinite == "propagate" or not ours:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
@@ -123,6 +131,8 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
     rule = optimizer.rule
     counts: list[Tensor] = []
     for own in ready:
+        if own.scale is not None:
+            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
         if own.bound is None:
             if not own.state:
                 fresh: dict[str, Any] = {"step": counter()}
