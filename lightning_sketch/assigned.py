@@ -57,12 +57,14 @@ def encode_assigned(optimizer: CompressedOptimizer) -> None:
     Raises:
         ValueError: a state is neither what its codec stores nor a dense one. Nothing was changed then.
     """
-    if optimizer._flat_tensors is None and any(map(is_flat, optimizer.param_groups)):
-        return  # before DeepSpeed's first step nothing has a state
+    # Flat tensors apart: they are unknown before DeepSpeed's first step, and under ZeRO-3 no group shows them.
+    tensors = [(optimizer.flat_group(flat), flat.tensor, flat.parts) for flat in optimizer._flat_tensors or ()]
+    if not any(map(is_flat, optimizer.param_groups)):
+        tensors += optimizer.compressed_tensors()
     found = [
         find_assigned(group, tensor, parts, state)
-        for group, tensor, parts in optimizer.compressed_tensors()
-        if (state := optimizer.state.get(tensor))
+        for group, tensor, parts in tensors
+        if parts and (state := optimizer.state.get(tensor))
     ]
     for encoded in found:
         if encoded is not None:
@@ -90,13 +92,14 @@ def find_assigned(
     for part in parts:
         dense: dict[str, Tensor] = {}
         for name, stored in part.layout(tensor).items():
-            key = part.prefix + name
-            if key in stored and _has_shape(state.get(key), stored[key]):
-                if state[key].dtype != stored[key].dtype:  # assigned, or cast by a trainer
-                    dense[name] = part.shard.as_rows(state[key])
-            elif name in state:
+            key = part.prefix + name  # of a flat tensor's parts never torch's own
+            by_element = key in stored and _has_shape(state.get(key), stored[key])
+            if name in state and not (by_element and key == name):
                 dense[name] = _dense_rows(state[name], part, tensor, f"{owner}: its {name}")
                 found.dense.add(name)
+            elif by_element:
+                if state[key].dtype != stored[key].dtype:  # assigned, or cast by a trainer
+                    dense[name] = part.shard.as_rows(state[key])
             else:
                 found.tensors |= _as_stored(stored, state, owner, name, tensor)
                 all_dense = all_dense and not stored
