@@ -16,6 +16,7 @@ from lightning_sketch.memory import report
 from lightning_sketch.plan import plan
 from lightning_sketch.policy import Policy, Rule, default_policy
 from lightning_sketch.portable import restore
+from lightning_sketch.reset import reset_states
 from lightning_sketch.resize import resize_states
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "default_policy",
     "plan",
     "report",
+    "reset_states",
     "resize_states",
     "restore",
 ]

@@ -2,10 +2,10 @@
 
 To find a layer's states, and to bind its codecs to them, takes longer than the step of a small layer. So it is done
 once, and again whenever what was bound is another object: the parameter, a tensor of ``optimizer.state[param]``
-(``load_state_dict``, offloading), or of another shape, dtype (``module.to()``) or order in memory. Of memory only views
-are asked whether it is still the same (flat tensors, DTensors). That is compared at every step. Numbers are not kept:
-hyperparameters come from the group and scales from the state at every step, and kernels are given tensors, never
-addresses of an earlier step.
+(``load_state_dict``, offloading), or of another shape, dtype (``module.to()``) or order in memory; and when entries of
+the state come or go (a dense state that a user assigned). Of memory only views are asked whether it is still the same
+(flat tensors, DTensors). That is compared at every step. Numbers are not kept: hyperparameters come from the group and
+scales from the state at every step, and kernels are given tensors, never addresses of an earlier step.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_dtype", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts", "place",
+        "_count", "_dtype", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts",
+        "place",
     )
     # fmt: on
 
@@ -202,7 +203,7 @@ class _Binding:
         bound: list[BoundPart],
     ) -> None:
         self.bound, self.param, self.parts = bound, param, parts
-        self._needed, self._tensors = needed, tensors
+        self._needed, self._tensors, self._count = needed, tensors, len(tensors)
         self.place = _Place(param, parts[0].layer.fqn) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
@@ -226,6 +227,8 @@ class _Binding:
             address = memory.data_ptr()
             if memory.stride() != self._stride or any(x.data_ptr() - address != at for x, at in self._views):
                 return False
+        if len(tensors) != self._count:
+            return False  # a dense state was assigned beside what its codec stores
         for key, tensor, shape, dtype, contiguous in self._states:
             # Codec states work on these very tensors, and kernels on what else is compared here of their memory.
             if tensors.get(key) is not tensor or tensor.shape != shape:

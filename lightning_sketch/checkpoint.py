@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import dtensor_state
-from lightning_sketch.counter import counter
+from lightning_sketch.counter import counter, read_step
 from lightning_sketch.dense import encode_layer, encode_part
 from lightning_sketch.flat import FlatTensor
 from lightning_sketch.layer import RECORDS, Layer, LayerShard, part_of
@@ -40,32 +40,6 @@ def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]
                 state[index] = dtensor_state.wrap(part, param, state[index]) if is_dtensor(param) else state[index]
             index += 1
     return {**state_dict, "state": state}
-
-
-def check_states(optimizer: CompressedOptimizer) -> None:
-    """Verify that every compressed layer is of the shape it was compressed with, and its state what its codecs keep.
-
-    Raises:
-        ValueError: naming the layer, and what was found and expected.
-    """
-    for group, tensor, parts in optimizer.compressed_tensors():
-        _check_state(tensor, parts, group, optimizer.state.get(tensor, {}))
-    for flat in optimizer._flat_tensors or ():  # under ZeRO-3 no group shows them between steps
-        if flat.parts:
-            _check_state(flat.tensor, flat.parts, optimizer.flat_group(flat), optimizer.state.get(flat.tensor, {}))
-
-
-def _check_state(
-    tensor: Tensor, parts: Sequence[LayerShard], group: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
-    expected: dict[str, Any] = {}
-    meta = torch.empty_like(local(tensor), device="meta")
-    for part in parts:
-        part.check_shape()
-        expected |= part.allocate(meta, group)
-    # Whoever set a number for the steps meant it; what users added of their own is not looked at.
-    if state and (problem := _damage(expected, {key: state[key] for key in expected if key in state})):
-        raise ValueError(f"{parts[0].layer.fqn}: its state {problem}; nothing was changed")
 
 
 def prepare_load(
@@ -145,6 +119,8 @@ class _Load:
             if problem or not state:
                 self.problems += [f"{layer.fqn}: {problem}"] if problem else []
                 continue
+            if (state := self._with_step(state, layer.fqn)) is None:
+                continue
             if record is None:
                 tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
             else:
@@ -154,6 +130,15 @@ class _Load:
                     continue
                 tensors = found
             self._restore(key, param, tensors)
+
+    def _with_step(self, state: Mapping[str, Any], owner: str) -> dict[str, Any] | None:
+        """An entry whose step count, in whatever form, is a tensor as live ones are; ``None`` if it is no count."""
+        try:
+            counted = {"step": counter(read_step(state["step"], owner))} if "step" in state else {}
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+        return {**state, **counted}
 
     def _refused_options(self, layer: Layer, group: Mapping[str, Any]) -> str | None:
         """Why the layer could not be trained with the checkpoint's hyperparameters."""
@@ -177,6 +162,11 @@ class _Load:
                 continue
             layout = state.get(LAYOUT)
             own = {k: v for k, v in state.items() if k != LAYOUT}
+            if flat.parts:
+                counted = self._with_step(own, f"flat tensor {key}")
+                if counted is None:
+                    continue
+                own = counted
             if layout is not None and [list(segment) for segment in layout] != flat.to_list():
                 self.problems.append(
                     f"flat tensor {key}: the checkpoint was written with another layout (world size, ZeRO stage or "
@@ -202,11 +192,19 @@ class _Load:
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_state.unwrap_same(part, param, state)
         if same is not None:
-            return _checked(expected, [part], same, param.device)
+            # A wrapper may keep entries of its own there (Lookahead its slow weights), which torch carries, too.
+            own = {k: v for k, v in same.items() if k in expected or str(k).startswith(tuple(layer.codecs))}
+            found = _checked(expected, [part], own, param.device)
+            others = {k: v for k, v in same.items() if k not in own}
+            return (
+                found
+                if isinstance(found, str)
+                else found | {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
+            )
         lacking = sorted(key for key in expected if key not in state)
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
-        tensors: dict[str, Any] = {"step": state["step"].to("cpu", copy=True)}
+        tensors: dict[str, Any] = {"step": state["step"]}
         for name, codec in layer.stored().items():
             try:
                 found = list(dtensor_state.sources(layer, name, codec, state, part.shard))
@@ -225,7 +223,7 @@ class _Load:
         return expected
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
+        tensors: dict[str, Any] = {"step": state.get("step", counter(1.0))}
         for part in flat.parts:
             missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
             if missing:

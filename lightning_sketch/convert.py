@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.checkpoint import check_states
+from lightning_sketch.assigned import encode_assigned
 from lightning_sketch.classes import compressed_class, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
+from lightning_sketch.counter import read_step
 from lightning_sketch.coverage import check_coverage
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.fake import is_fake
@@ -162,7 +163,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
-    check_states(inner)
+    encode_assigned(inner)
     for group, layer, param in [x for x in inner.compressed_layers() if not inner.is_flat(x[0])]:
         if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
             inner.state[param] = dense
@@ -263,6 +264,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
             state = optimizer.state.get(param)
             if not x.layer.compressed or not state or not _has_history(state):
                 continue
+            read_step(state.get("step", 1), x.layer.fqn)
             for name in x.layer.codecs:
                 found = state.get(name)
                 if not isinstance(found, Tensor) or found.shape != param.shape:
@@ -275,7 +277,8 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
 def _has_history(state: Mapping[str, Any]) -> bool:
     """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
     step = state.get("step", 1)
-    return (is_fake(step) or float(step) > 0) and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+    counted = is_fake(step) or bool(step != 0)
+    return counted and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:

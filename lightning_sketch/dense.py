@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
-from lightning_sketch.counter import counter
+from lightning_sketch.counter import counter, read_step
 from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, tensor_axes, torn
 from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
@@ -38,9 +38,11 @@ def encode_layer(
         sharded layer, of the part that is held here; NaN under ``FakeTensorMode``.
     """
     # SGD keeps no step count; its buffer exists, so at least one step was made.
-    tensors: dict[str, Any] = {"step": counter(state.get("step", 1.0))}
+    tensors: dict[str, Any] = {"step": counter(read_step(state.get("step", 1.0), layer.fqn))}
     part = LayerShard(layer, shard_of(param, layer.fqn))
-    encoded, errors = encode_part(part, param, group, {name: _held(state[name], part.shard) for name in layer.codecs})
+    encoded, errors = encode_part(
+        part, param, group, {name: held_rows(state[name], part.shard) for name in layer.codecs}
+    )
     return tensors | encoded, errors
 
 
@@ -50,8 +52,8 @@ def encode_part(
     """Encode dense states of a layer's part, each ``[local_rows, *row_shape]``; as `encode_layer`, without step."""
     tensors: dict[str, Any] = {}
     errors: dict[str, float] = {}
-    for name, codec in part.layer.codecs.items():
-        held = dense[name].to(param.device)
+    for name, given in dense.items():
+        codec, held = part.layer.codecs[name], given.to(param.device)
         if is_fake(held):
             tensors |= {} if isinstance(codec, Drop) else allocate(codec, part.spec(name, param, group))
             errors[name] = math.nan
@@ -160,7 +162,7 @@ def gathered_to_dense(
     return _with_step(layer, param, group, saved) | dense
 
 
-def _held(dense: Tensor, shard: Shard) -> Tensor:
+def held_rows(dense: Tensor, shard: Shard) -> Tensor:
     """The local part of a dense state, ``[local_rows, *row_shape]``."""
     held = local(dense)
     if not is_dtensor(dense) and shard != Shard.whole(shard.global_shape):
@@ -175,12 +177,11 @@ def _with_step(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Map
     """The step count as torch's optimizer of these states keeps it."""
     if "momentum_buffer" in layer.codecs and len(layer.codecs) == 1:
         return {}  # SGD counts no steps
+    step = read_step(state["step"], layer.fqn)
     if "exp_avg" in layer.codecs and "weight_decay" not in group:
-        return {"step": int(state["step"])}  # SparseAdam counts in a Python int
+        return {"step": int(step)}  # SparseAdam counts in a Python int
     on_device = bool(group.get("fused") or group.get("capturable"))
-    device = param.device if on_device and not param.is_meta else "cpu"
-    step = state["step"]  # whoever set a number meant it
-    return {"step": step.to(device, copy=True) if isinstance(step, Tensor) else counter(step, device)}
+    return {"step": counter(step, param.device if on_device and not param.is_meta else "cpu")}
 
 
 def _untrained(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:

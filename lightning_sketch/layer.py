@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -185,6 +186,23 @@ class LayerShard:
             for key in keys
             if key in state
         }
+
+    def layout(self, param: Tensor) -> Mapping[str, Mapping[str, Any]]:
+        """How every state is stored beside `param`: for each its entries by key, tensors on the meta device
+        (scales on the CPU).
+
+        Made once for every dtype.
+        """
+        if (found := self._layouts.get(param.dtype)) is None:
+            found = self._layouts[param.dtype] = {}
+            for state, codec in self.layer.codecs.items():
+                spec = dataclasses.replace(self.spec(state, param, {}), device=torch.device("meta"))
+                found[state] = codec_lib.allocate(codec, spec)
+        return found
+
+    @functools.cached_property
+    def _layouts(self) -> dict[torch.dtype, dict[str, dict[str, Any]]]:
+        return {}
 
     def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The initial entries of ``optimizer.state[param]``, but its ``step``, on the parameter's device."""

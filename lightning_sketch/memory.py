@@ -114,7 +114,7 @@ def report(optimizer: Any) -> MemoryReport:
                 blocks = max(blocks, _block_bytes(part, param))
             together += _copied_bytes(part, param)
         if state:
-            by_codec["Keep"] = by_codec.get("Keep", 0) + state["step"].nbytes
+            by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state["step"], "nbytes", 0)
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,

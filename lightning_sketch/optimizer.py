@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch import checkpoint, stock_step
+from lightning_sketch.assigned import encode_assigned
 from lightning_sketch.bound import Bindings
 from lightning_sketch.flat import FlatTensor, FlatTensors
 from lightning_sketch.guard import guard_foreign_steps
@@ -122,7 +123,7 @@ class CompressedOptimizer(Optimizer):
                 if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
             ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
-                a scale in its states is not one finite number above 0. Nothing was changed then.
+                its states are neither what its codecs store nor dense ones. Nothing was changed then.
         """
         loss = None
         if closure is not None:
@@ -292,8 +293,13 @@ class CompressedOptimizer(Optimizer):
         self._compression.names.append([planned.layer.fqn for planned in decided])
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors."""
+        """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors.
+
+        Raises:
+            ValueError: a compressed layer was assigned states that its codecs cannot take.
+        """
         self._bind_if_flat()
+        encode_assigned(self)
         return checkpoint.finish_state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # DCP passes `state_dict` by name

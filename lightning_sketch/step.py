@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
+from torch.autograd.graph import increment_version
 
+from lightning_sketch.amp import grad_scale, overflowed
+from lightning_sketch.assigned import Encoded, commit, find_assigned, is_count
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
 from lightning_sketch.fake import is_fake
@@ -18,7 +21,7 @@ from lightning_sketch.kernels import all_finite
 from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.rules import UpdateRule, run
-from lightning_sketch.sharding import placed_like, show_shards
+from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
 from lightning_sketch.sharding.agree import all_agree
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ class OwnTensor:
         needed: states that the group's hyperparameters ask for.
         state: ``optimizer.state[param]``, empty before the first step.
         bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part; empty under ``FakeTensorMode``, where rows cannot be read.
+        gradients: of each part, unscaled; empty under ``FakeTensorMode``, where rows cannot be read.
+        scale: what `grad` is still to be divided by; ``None`` for nothing.
     """
 
     group: dict[str, Any]
@@ -48,21 +52,25 @@ class OwnTensor:
     state: dict[str, Any]
     bound: list[BoundPart] | None
     gradients: list[RowGradient]
+    scale: float | None = None
 
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
 def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
-    """Our tensors that have a gradient, checked and with what they are bound to. Nothing is changed yet.
+    """Our tensors that have a gradient, checked and with what they are bound to.
+
+    Nothing is changed yet, but that dense states which a user assigned are encoded.
 
     Raises:
         TypeError: a gradient has an unsupported layout.
-        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or a
-            scale of its states is damaged.
+        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or its
+            states are not what the codecs store.
     """
     rule, bindings, states = optimizer.rule, optimizer._bindings, optimizer.state
     bindings.keep_those_in(states)
     ours: list[OwnTensor] = []
     fake: bool | None = None
+    assigned: list[Encoded] = []
     needed: dict[int, set[str]] = {}  # states, by group
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
@@ -75,11 +83,16 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-                part.scales(state)
+        if state and (bound is None or not is_count(state["step"])):
+            encoded = find_assigned(group, param, parts, state)
+            assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
+        scale = grad_scale(optimizer, group)
         placed = placed_like(grad, param)
-        gradients = [] if fake else [part.gradient(placed) for part in parts]
-        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients))
+        unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
+        gradients = [] if fake else [part.gradient(unscaled) for part in parts]
+        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
+    commit(optimizer, assigned)
     return ours
 
 
@@ -112,12 +125,15 @@ def refuse_kept_sparse(optimizer: CompressedOptimizer) -> None:
 def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTensor]:
     """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks.
 
+    None of a group that overflowed.
+
     Raises:
         FloatingPointError: a gradient is not finite, and ``nonfinite="raise"``.
         RuntimeError: there are none because the model's parameters were replaced.
     """
     if not ours:
         _refuse_replaced(optimizer)
+    ours = [own for own in ours if not overflowed(optimizer, own.group)]
     if optimizer._compression.nonfinite == "propagate" or not ours or not ours[0].gradients:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]
@@ -147,15 +163,13 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
     rule = optimizer.rule
     counts: list[Tensor] = []
     for own in ready:
+        if own.scale is not None:
+            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
         if own.bound is None:
             if not own.state:
                 _allocate(optimizer, own)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-        count = own.state["step"]
-        if not isinstance(count, Tensor) or not count.is_floating_point() or not count.is_cpu:
-            # A plain number of user code, or a tensor that a trainer moved to the device with all others.
-            count = own.state["step"] = counter(count)
-        counts.append(count)
+        counts.append(own.state["step"])
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
     for own, count in zip(ready, counts, strict=True):
@@ -164,6 +178,8 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             step, negate = key[1], bool(own.group.get("maximize", False))
             option = known[key] = rule.numbers(own.group, step), step, negate
         options.append(option)
+    if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
+        increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
         torch._foreach_add_(counts, [counter(1.0)] * len(counts))
     run(

@@ -133,15 +133,6 @@ def _other_scales(model, optimizer, step):
                     state[key].mul_(2)
 
 
-def _other_state_shape(model, optimizer, step):
-    """A wider sketch under the same tensor: nobody does that, but it must not be read beyond its end."""
-    if step == 3:
-        for state in optimizer.state.values():
-            if "exp_avg_table" in state and state["exp_avg_table"].ndim == 3:
-                for key in ("exp_avg_table", "exp_avg_sq_table"):
-                    state[key].data = torch.zeros(3, 2, 8)
-
-
 def _loaded(model, optimizer, step):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
@@ -193,7 +184,7 @@ def _other_groups(model, optimizer, step):
 
 HAPPENINGS = [
     _nothing, _other_memory, _other_memory_of_gradients, _other_strides, _other_dtype, _other_states,
-    _other_memory_of_states, _other_dictionaries, _other_scales, _other_state_shape, _loaded, _plain_and_back,
+    _other_memory_of_states, _other_dictionaries, _other_scales, _loaded, _plain_and_back,
     _deepcopied, _pickled, _scheduled, _absent, _not_finite, _threads, _other_groups,
 ]  # fmt: skip
 
@@ -397,10 +388,22 @@ def test_states_of_another_dtype_or_size_are_not_taken_by_kernels(codec):
             beyond = torch.zeros(4 * values.numel(), dtype=values.dtype)  # its first quarter becomes the state
             beyond[: values.numel()] = values.flatten()
             state[key] = beyond[: values.numel()].view(values.shape)
-            with contextlib.suppress(IndexError, RuntimeError):  # the reference takes some, and refuses others
+            with contextlib.suppress(ValueError):  # another dtype is cast back, another size refused
                 optimizer.step()
             assert (beyond[values.numel() :] == 0).all()
             state[key] = old
+
+
+def test_a_sketch_of_another_width_under_the_same_tensor_is_refused_before_anything_changes():
+    """It would be read beyond its end."""
+    model, optimizer = _make()
+    _give(model, 0)
+    optimizer.step()
+    optimizer.state[model.l0.weight]["exp_avg_table"].data = torch.zeros(3, 2, 8)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"l0.weight: its exp_avg_table .* \[3, 2, 8\] .*, expected .* \[3, 4, 8\]"):
+        optimizer.step()
+    assert_same(snapshot(model, optimizer), before)
 
 
 def test_hyperparameters_that_are_none_leave_step_counts_alone():

@@ -15,6 +15,7 @@ from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kind
 
 logger = logging.getLogger(__name__)
 
+#: Performs steps, and raises the versions of the parameters and states that it writes, as torch's operators do.
 FusedKernel = Callable[[Sequence[FusedStep]], None]
 
 

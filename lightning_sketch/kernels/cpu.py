@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
@@ -41,6 +42,7 @@ def step(layers: Sequence[FusedStep]) -> None:
         for part in _parts(layer):
             packed += _pack(part, params, grads, sums, ids, states)
     if packed:
+        increment_version(params + states)  # kernels write through addresses, of which autograd knows nothing
         _launch(params, grads, sums, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sketch.checkpoint import LAYOUT
 from lightning_sketch.codecs import Keep
+from lightning_sketch.counter import read_step
 from lightning_sketch.flat import NamedSegment, flat_parts, layer_shards
 from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.portable.checksums import Piece
@@ -160,7 +161,7 @@ def _collect(
             "size and ZeRO stage, which encodes it, and save that"
         )
     segments = [NamedSegment.from_list(values) for values in entry[LAYOUT]]
-    step = float(entry["step"]) if "step" in entry else None
+    step = read_step(entry["step"], path.name) if "step" in entry else None
     for segment in segments:
         layer = layers.setdefault(segment.fqn, _Collected(segment.shape, step, records.get(segment.fqn)))
         if layer.step != step:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of, scale_tensor
-from lightning_sketch.counter import counter
+from lightning_sketch.counter import counter, read_step
 from lightning_sketch.dtensor_state import SHARDS, sources, torn
 from lightning_sketch.layer import RECORDS, Layer
 from lightning_sketch.reshard import LazyTensor, Source, reshard
@@ -100,10 +100,9 @@ def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> Saved
     """Read one parameter's entry of a state dict, whose tensors may be lazy; see `from_state_dict`."""
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in entry.values()):
         raise ValueError(f"{fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
+    step = None if entry.get("step") is None else read_step(entry["step"], fqn)
     if problem := torn(entry):
         raise ValueError(f"{fqn}: {problem}")
-    step = entry.get("step")
-    step = None if step is None else float(step)
     if layer is not None:
         return SavedLayer(fqn, layer.shape, step, layer, lambda: dict(_compressed(layer, entry)))
     dense = {key: value for key, value in entry.items() if isinstance(value, Tensor | LazyTensor) and key != "step"}

@@ -86,8 +86,8 @@ class Case:
     steps: int = 3
 
 
-def train(case: Case) -> dict[str, Tensor | float]:
-    """The parameter after training, and its states."""
+def start(case: Case) -> tuple[nn.Embedding, Any, torch.Generator]:
+    """A layer, its converted optimizer, and where its gradients come from."""
     generator = torch.Generator().manual_seed(case.rows * 1000 + case.columns)
     layer = nn.Embedding(case.rows, case.columns, sparse=case.sparse, dtype=case.dtype)
     with torch.no_grad():
@@ -95,11 +95,28 @@ def train(case: Case) -> dict[str, Tensor | float]:
     cls, options = RULES[case.rule]
     optimizer = cls(layer.parameters(), **options)
     moments = {"first_moment": case.first} if case.rule in ("sgd", "nesterov") else _moments(case)
-    compress(optimizer, layer, Policy([Rule(name="*", **moments)]))
+    return layer, compress(optimizer, layer, Policy([Rule(name="*", **moments)])), generator
+
+
+def train(case: Case) -> dict[str, Tensor | float]:
+    """The parameter after training, and its states."""
+    layer, optimizer, generator = start(case)
     for _ in range(case.steps):
         layer.weight.grad = _gradient(case, generator)
         optimizer.step()
     return {"weight": layer.weight.detach()} | dict(optimizer.state[layer.weight])
+
+
+def unraised(case: Case) -> list[str]:
+    """What autograd is not told of when a step changes it: names of the parameter and states, after the first step."""
+    layer, optimizer, generator = start(case)
+    layer.weight.grad = _gradient(case, generator)
+    optimizer.step()
+    tensors = {"weight": layer.weight} | {k: v for k, v in optimizer.state[layer.weight].items() if torch.is_tensor(v)}
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    optimizer.step()
+    assert all(optimizer.state[layer.weight][name] is tensor for name, tensor in tensors.items() if name != "weight")
+    return [name for name, tensor in tensors.items() if tensor._version <= before[name]]
 
 
 def _moments(case: Case) -> dict[str, Codec]:

@@ -35,7 +35,7 @@ from lightning_sketch.kernels.reference import hash_rows
 from lightning_sketch.kernels.triton import insert, launch, ops
 from lightning_sketch.kernels.triton.bits import narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel
-from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train
+from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train, unraised
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,12 @@ def test_every_rule(rule: str, second: Codec, dtype: torch.dtype, fused: list[Fu
     first = BFloat16() if rule in ("sgd", "nesterov") else Drop()
     check(Case(rule, second, first, rows=23, columns=33, sparse=rule == "sparse_adam", dtype=dtype))
     assert len(fused) == 3
+
+
+@pytest.mark.parametrize(("second", "first"), PAIRS[::5])
+def test_what_a_step_changes_has_its_version_raised(second: Codec, first: Codec) -> None:
+    """pytorch#39141"""
+    assert unraised(Case("adamw", second, first, rows=11, columns=5)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

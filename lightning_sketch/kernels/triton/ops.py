@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.launch import perform, signed
@@ -22,6 +23,8 @@ def step(layers: Sequence[FusedStep]) -> None:
     for layer in layers:
         program.add(layer)
     if program.params:
+        # Kernels write through addresses, of which autograd knows nothing.
+        increment_version(program.params + program.states)
         _launch(*program.arguments())
 
 
