@@ -194,13 +194,9 @@ class _Load:
         if same is not None:
             # A wrapper may keep entries of its own there (Lookahead its slow weights), which torch carries, too.
             own = {k: v for k, v in same.items() if k in expected or str(k).startswith(tuple(layer.codecs))}
-            found = _checked(expected, [part], own, param.device)
-            others = {k: v for k, v in same.items() if k not in own}
-            return (
-                found
-                if isinstance(found, str)
-                else found | {k: v.clone() if isinstance(v, Tensor) else v for k, v in others.items()}
-            )
+            held = _checked(expected, [part], own, param.device)
+            others = {k: v.clone() if isinstance(v, Tensor) else v for k, v in same.items() if k not in own}
+            return held if isinstance(held, str) else held | others
         lacking = sorted(key for key in expected if key not in state)
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
