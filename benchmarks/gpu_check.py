@@ -99,6 +99,8 @@ def launched(device: torch.device, quick: bool, deadline: float) -> Iterator[Row
     for name in CODECS:
         counts, bound = launches.count_step([shape], policy(name))
         yield {"what": name, "kernels": "counted, plain PyTorch", "launches": counts.launches, "waits": counts.waits}
+        if not counts.launches:
+            yield {"what": name, "error": "no launches were counted"}
         if counts.temporaries > bound:
             yield {"what": name, "error": f"temporaries of {counts.temporaries} bytes, reported are {bound}"}
         for kernels, words in kernels_on(device).items() if device.type == "cuda" else ():
