@@ -154,8 +154,8 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 @contextmanager
 def counting(device: str = "cuda") -> Iterator[CountLaunches]:
     """Tensors on a device are fake within, and what is launched on it is counted."""
-    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise. Under it steps make
-    # states and do nothing else, unless they are told that tensors are real.
+    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise. Under it steps
+    # make states and do nothing else, unless they are told that tensors are real.
     real = patch.object(step, "is_fake", lambda tensor: False)
     with real, FakeTensorMode(), IndexByOperators(), CountLaunches(device) as mode:
         yield mode

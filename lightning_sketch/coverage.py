@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from lightning_sketch.layer import Layer
+from lightning_sketch.layer import RECORDS
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.plan import LayerPlan, Plan
 from lightning_sketch.policy import Policy
@@ -42,6 +42,7 @@ def check_coverage(
     """
     if not any(rule.compresses for rule in policy.rules):
         return  # it asks for nothing
+    layers = named_layers(model, policy.role_hints)
     held: dict[str, LayerPlan | None] = {}
     compressed: set[str] = set()
     for made in plans:
@@ -49,9 +50,9 @@ def check_coverage(
             held |= {x.layer.fqn: x for x in made.layers}
             compressed |= {x.layer.fqn for x in made.layers if x.layer.compressed and not x.stateless}
         else:
-            held |= dict.fromkeys(fqn for names in made._compression.names for fqn in names)
-            compressed |= {Layer.from_record(record).fqn for record in made._compression.records}
-    layers = named_layers(model, policy.role_hints)
+            for fqn, record in _by_name(made, layers):
+                held[fqn] = None
+                compressed |= set() if record is None else {fqn}
     idle = _idle_rules(policy, layers, held, compressed)
     if compressed:
         _warn(idle)
@@ -65,6 +66,14 @@ def check_coverage(
         if not allow_empty:
             raise ValueError(f"{message}If this is intended, pass allow_empty=True. Nothing was changed.")
         _warn([message.rstrip()])
+
+
+def _by_name(optimizer: CompressedOptimizer, layers: Mapping[int, NamedLayer]) -> Iterator[tuple[str, str | None]]:
+    """The parameters of a converted optimizer and their records, under the model's names: it may know a part of it."""
+    for group in optimizer.param_groups:
+        for param, record in zip(group["params"], group[RECORDS], strict=False):  # an engine may have joined them
+            if id(param) in layers:
+                yield layers[id(param)].fqn, record
 
 
 def _idle_rules(

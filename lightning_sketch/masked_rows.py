@@ -10,14 +10,15 @@ thirds as long as the whole step of two sketches. And `lazy` does it already, fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_sketch.codecs import Codec, CountSketch, RowWise
 from lightning_sketch.layer import Layer
 from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.roles import NamedLayer, named_layers
 from lightning_sketch.sharding import Shard
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,11 @@ logger = logging.getLogger(__name__)
 
 def warn_of_masked_rows(model: nn.Module, optimizer: CompressedOptimizer) -> None:
     """Log a warning for every table that has rows without gradients, as far as can be seen, and would move them."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for own in module._parameters.values():
-            owners.setdefault(id(own), []).append(module)
+    named = named_layers(model)
     for _, layer, param in optimizer.compressed_layers():
-        if reasons := list(_reasons(param, owners.get(id(param), ()))) if moves_rows_without_gradient(layer) else []:
+        if id(param) not in named or not moves_rows_without_gradient(layer):
+            continue
+        if reasons := list(_reasons(named[id(param)])):
             logger.warning(
                 "%s has %s, and its first moment is sketched: a row whose gradient is zero still moves, by what other "
                 "rows left in its buckets. Give its CountSketch lazy=True, which leaves rows without a gradient alone, "
@@ -60,12 +60,14 @@ def _shares_buckets(codec: Codec, shard: Shard) -> bool:
     return isinstance(sketch, CountSketch) and sketch.table_shape(shard)[1] < shard.table_rows
 
 
-def _reasons(param: Tensor, owners: Iterable[nn.Module]) -> Iterator[str]:
-    """Signs of rows without a gradient. Sparse gradients lack the padding row, so that it is not stepped."""
-    owners = tuple(owners)
-    padding = [getattr(module, "padding_idx", None) for module in owners if not getattr(module, "sparse", False)]
-    if rows := [str(row) for row in padding if row is not None]:
-        yield f"padding_idx={rows[0]}"
-    of_module = any(module._backward_hooks or module._backward_pre_hooks for module in owners)
+def _reasons(layer: NamedLayer) -> Iterator[str]:
+    """Signs of rows without a gradient."""
+    # Every use must spare the row: a head that is tied to the table gives it a gradient. Sparse gradients lack it, and
+    # so it is not stepped.
+    padding = {getattr(owner, "padding_idx", None) for owner in layer.owners}
+    if len(padding) == 1 and None not in padding and not layer.sparse:
+        yield f"padding_idx={padding.pop()}"
+    of_module = any(owner._backward_hooks or owner._backward_pre_hooks for owner in layer.owners)
+    param = layer.param
     if of_module or param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
         yield "a gradient hook, which may mask rows"

@@ -47,6 +47,11 @@ def test_a_part_converted_by_hand_gets_the_names_of_the_whole_module():
     assert_same_weights(made.lightning_module, by_callback.lightning_module)
 
 
+def test_what_it_compresses_is_known_to_be_compressed(caplog):
+    fit(of_parts, manual=True)
+    assert not [record for record in caplog.records if record.name == "lightning_sketch.coverage"]
+
+
 def test_checkpoints_of_it_resume(tmp_path):
     made = fit(of_parts, manual=True)
     made.save_checkpoint(tmp_path / "last.ckpt")

@@ -73,7 +73,8 @@ def test_rows_without_gradient_stay_or_their_owner_is_warned(first, second, capl
 @pytest.mark.parametrize("first", FIRST)
 def test_momentum_alone(first, caplog):
     model = table()
-    optimizer = compress(SGD(model.parameters(), lr=0.1, momentum=0.9), model, policy(FIRST[first]))
+    make = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = compress(make, model, policy(FIRST[first]), allow_empty=True)
     moves = first == "CountSketch"
     assert len(warnings_of(caplog)) == moves
     assert bool((moved(model, optimizer)[STAYING] > 0).any()) == moves
@@ -127,3 +128,19 @@ def test_the_padding_row_is_absent_from_sparse_gradients(caplog):
     optimizer = compress(AdamW(model.parameters(), weight_decay=0.0), model, policy(SKETCH))
     assert not warnings_of(caplog)
     assert moved(model, optimizer)[PADDING] == 0
+
+
+def test_a_tied_head_gives_the_padding_row_a_gradient(caplog):
+    model = nn.Sequential(table(hook=False), nn.Linear(DIM, ROWS, bias=False))
+    model[1].weight = model[0].weight
+    compress(AdamW(model.parameters()), model, policy(SKETCH))
+    model(torch.tensor([1])).sum().backward()
+    assert model[0].weight.grad[PADDING].any()
+    assert not warnings_of(caplog)
+
+
+def test_the_padding_row_of_a_parametrized_table_is_seen(caplog):
+    model = table(hook=False)
+    torch.nn.utils.parametrize.register_parametrization(model, "weight", nn.Identity())
+    compress(AdamW(model.parameters()), model, policy(SKETCH))
+    assert "padding_idx=0" in warnings_of(caplog)[0]
