@@ -120,6 +120,8 @@ def _changes(optimizer: CompressedOptimizer, model: nn.Module) -> Iterator[_Chan
                 "parameters. Resize the model before, and compress the optimizer after"
             )
         for index, (fqn, old, record) in enumerate(zip(names, group["params"], optimizer._records(group), strict=True)):
+            if record is None and not isinstance(old, nn.Parameter):
+                continue  # a plain tensor beside the model's parameters
             new = by_name.get(fqn)
             if new is None:
                 raise ValueError(

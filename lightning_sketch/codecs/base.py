@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import huge_pages
+from lightning_sketch.fake import is_fake
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 
@@ -240,11 +242,16 @@ def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
 
 
 def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor | Rows) -> float:
-    """``||decoded - dense|| / ||dense||`` in the Frobenius norm; 0 for an all-zero state that is stored exactly."""
+    """``||decoded - dense|| / ||dense||`` in the Frobenius norm; 0 for an all-zero state that is stored exactly.
+
+    NaN of fake tensors, which have no values.
+    """
     rows = rows_of(dense, spec.shard)
     error = norm = 0.0
     for block, values in _estimates(codec, spec, tensors):
         true = rows(block).to(spec.dtype)
+        if is_fake(true):
+            return math.nan
         error += float((values - true).square().sum(dtype=torch.float64))
         norm += float(true.square().sum(dtype=torch.float64))
     if norm == 0.0:

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW, SparseAdam
 
-from lightning_sketch import compress, decompress, decompress_state_dict, plan, report
+from lightning_sketch import compress, decompress, decompress_state_dict, plan, report, resize_states
 from tests.tiny import ADAM, CASES, CODECS, FOR_SGD, on_table
 
 PAIRS = [
@@ -79,6 +79,19 @@ def test_conversion_in_the_middle_of_training_and_checkpoints(codecs, nonfinite)
         decompress(optimizer)
         step(model, optimizer)
         assert optimizer.state[model[0].weight]["exp_avg_sq"].shape == (40, 4)
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+def test_a_table_is_resized(codecs):
+    with FakeTensorMode():
+        model, optimizer = make(ADAM)
+        compress(optimizer, model, on_table(**CODECS[codecs]))
+        step(model, optimizer)
+        model[0].weight = nn.Parameter(torch.empty(60, 4))
+        resize_states(optimizer, model)
+        step(model, optimizer)
+        decompress(optimizer)
+        assert optimizer.state[model[0].weight]["exp_avg_sq"].shape == (60, 4)
 
 
 def test_real_steps_after_an_estimate_are_real():

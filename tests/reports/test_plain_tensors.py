@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from lightning_sketch import Policy, Rule, compress, decompress, plan, report
+from lightning_sketch import Policy, Rule, compress, decompress, plan, report, resize_states
 from tests.tiny import CASES, Tiny, assert_same, give_gradients, on_table
 
 POLICY = on_table(first_moment="BFloat16", second_moment="RowWise")
@@ -111,6 +111,19 @@ def test_an_added_group():
     step(model, plain, optimizer, 0)
     assert float(plain[0].detach()) < 0.07
     assert optimizer.state_dict()["param_groups"][1]["compression"] == [None, None]
+
+
+def test_a_table_beside_them_is_resized():
+    model, plain = Tiny(), tensors()
+    optimizer = compress(AdamW([*model.parameters(), *plain]), model, POLICY)
+    step(model, plain, optimizer, 0)
+    rows, dim = model.table.weight.shape
+    model.table.weight = nn.Parameter(torch.randn(rows + 3, dim))
+    before = [copy.deepcopy(optimizer.state[tensor]) for tensor in plain]
+    resize_states(optimizer, model)
+    for tensor, state in zip(plain, before, strict=True):
+        assert_same(dict(optimizer.state[tensor]), state)
+    step(model, plain, optimizer, 1)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
