@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import lightning_sketch as ls
-from lightning_sketch import Policy, Rule, compress, report, step
+from lightning_sketch import Policy, Rule, compress, report
 
 LARGE = (128_256, 4_096)  # Llama 3's table
 SMALL, LAYERS = (1_024, 256), 200
@@ -154,10 +154,13 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 @contextmanager
 def counting(device: str = "cuda") -> Iterator[CountLaunches]:
     """Tensors on a device are fake within, and what is launched on it is counted."""
-    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise. Under it steps
-    # make states and do nothing else, unless they are told that tensors are real.
-    real = patch.object(step, "is_fake", lambda tensor: False)
-    with real, FakeTensorMode(), IndexByOperators(), CountLaunches(device) as mode:
+    # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
+    with (
+        mock.patch("lightning_sketch.fake.readable", True),
+        FakeTensorMode(),
+        IndexByOperators(),
+        CountLaunches(device) as mode,
+    ):
         yield mode
 
 

@@ -142,7 +142,7 @@ def _as_stored(
     scale_key = key_of(part.prefix + name, "scale")
     for key, expected in stored.items():
         found = state.get(key)
-        if key == scale_key and found is not None:
+        if key == scale_key and key in state:
             if (scale := scale_tensor(found, f"{key.removeprefix(part.prefix)} of {part.layer.fqn}")) is not found:
                 cast[key] = scale
         elif isinstance(found, Tensor) and _has_shape(found, expected):
