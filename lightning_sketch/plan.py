@@ -280,12 +280,12 @@ def _check_membership(groups: list[dict[str, Any]], layers: Mapping[int, NamedLa
 def _check_states_named(
     policy: Policy, deciding: set[int | None], groups: list[dict[str, Any]], rule: UpdateRule
 ) -> None:
-    """A rule whose codecs name none of the optimizer's states would silently keep its layers."""
+    """A rule whose codecs name none of the optimizer's states keeps its layers, which only an optional one may."""
     states = {s.name: s.signed for group in groups for s in rule.states(group)}
     generic = {"first_moment" if signed else "second_moment" for signed in states.values()}
     for number, policy_rule in enumerate(policy.rules, start=1):
         named = [n for n in STATE_NAMES if n in policy_rule.codecs and number - 1 in deciding]
-        if named and not set(named) & (set(states) | generic):
+        if named and not policy_rule.optional and not set(named) & (set(states) | generic):
             raise ValueError(
                 f"policy rule {number} ({policy_rule.describe()}) gives codecs for {', '.join(named)}, but this "
                 f"optimizer keeps {', '.join(states) or 'no state at all (is momentum 0?)'}"

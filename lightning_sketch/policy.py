@@ -42,7 +42,7 @@ class Rule:
         momentum_buffer: codec for SGD and RMSprop.
         first_moment: codec for every signed state not named above.
         second_moment: codec for every non-negative state not named above.
-        optional: whether the rule may match no parameter, which is an error otherwise.
+        optional: whether the rule may match no parameter, or name no state of the optimizer; else that is an error.
 
     A codec may be given as an object, a name (``"RowWise"``) or a dictionary
     (``{"codec": "RowWise", "compression": 10}``).
@@ -141,7 +141,7 @@ class Rule:
             "sparse": self.sparse is None or layer.sparse == self.sparse,
         }
         missed = [selector for selector, ok in passed.items() if not ok]
-        if self.match is not None and not missed and not self.match(layer.fqn, layer.module, layer.param):
+        if self.match is not None and not missed and not _says_yes(self.match, layer):
             missed.append("match")
         return missed
 
@@ -346,6 +346,15 @@ def _nearest(rule: Rule, layers: Mapping[int, NamedLayer]) -> str:
     else:
         fact = f"of role {'/'.join(sorted(layer.roles))}, {type(layer.module).__name__}, shape {list(shape)}"
     return f"nearest is {layer.fqn!r} {fact} (missed: {', '.join(missed)})"
+
+
+def _says_yes(match: Match, layer: NamedLayer) -> bool:
+    try:
+        return match(layer.fqn, layer.module, layer.param)
+    except Exception:
+        if layer.lazy:  # asked for the shape, which is not known yet
+            return True
+        raise
 
 
 def _is_module(module: nn.Module, wanted: type[nn.Module] | str) -> bool:

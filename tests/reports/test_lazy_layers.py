@@ -57,6 +57,7 @@ def test_the_plan_says_that_their_size_is_not_known():
         Rule(second_moment="BFloat16"), Rule(role="hidden", second_moment="Factored"),
         Rule(name="1.weight", first_moment="BFloat16"), Rule(module="Linear", second_moment="BFloat16"),
         Rule(role=("hidden", "embedding"), min_rows=10, second_moment="BFloat16"),
+        Rule(match=lambda name, module, param: param.shape[0] >= 3, second_moment="BFloat16"),
     ],
 )  # fmt: skip
 def test_a_rule_that_might_compress_them_asks_for_a_forward_pass(rule):
@@ -70,6 +71,16 @@ def test_a_rule_that_might_compress_them_asks_for_a_forward_pass(rule):
     forward(model)
     if rule.min_rows == 0 or rule.role is not None:
         compress(optimizer, model, Policy([rule]))
+
+
+def test_a_predicate_that_asks_no_shape_decides():
+    compress(
+        AdamW((model := make()).parameters()), model, Policy([Rule(match=only_the_table, second_moment="RowWise")])
+    )
+
+
+def only_the_table(name, module, param):
+    return name == "0.weight"
 
 
 def test_rules_in_front_that_keep_them_let_them_pass():

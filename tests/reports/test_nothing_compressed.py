@@ -172,9 +172,12 @@ def test_an_optimizer_without_states_gets_no_preset_that_would_fail(warnings):
     model = nn.Linear(3, 4)
     compress(SGD(model.parameters(), lr=0.1), model)
     assert warnings()[0].endswith("The optimizer keeps no states (is momentum 0?)")
+    large = nn.Embedding(10_000, 2)
+    compress(SGD(large.parameters(), lr=0.1), large)
+    assert warnings()[1].endswith("The optimizer keeps no states (is momentum 0?)")
     model = nn.ParameterList([nn.Parameter(torch.ones(3))])
     compress(Adagrad(model.parameters(), lr=0.1), model)
-    assert warnings()[1].endswith("The optimizer trains no matrix that a policy could compress")
+    assert warnings()[2].endswith("The optimizer trains no matrix that a policy could compress")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
