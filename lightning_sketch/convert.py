@@ -17,6 +17,7 @@ from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.counter import read_step
 from lightning_sketch.coverage import check_coverage
 from lightning_sketch.dense import decode_flat, decode_layer, encode_layer, fresh_state
+from lightning_sketch.dropped import warn_of_dropped
 from lightning_sketch.fake import is_fake
 from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
@@ -282,13 +283,9 @@ def _has_history(state: Mapping[str, Any]) -> bool:
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:
+    warn_of_dropped(made)
     if not is_rank_zero():
         return
-    frozen = {x.layer.fqn for x in made.layers if x.stateless}
-    for state, names in made.dropped().items():
-        shown = [f"{fqn} (frozen now)" if fqn in frozen else fqn for fqn in names]
-        # A warning, because it changes the algorithm, and Python shows warnings of unconfigured loggers.
-        logger.warning("%s of %s is dropped: these layers train without it", state, ", ".join(shown))
     warn_of_masked_rows(model, optimizer)
     parts = [part for _, _, parts in optimizer.compressed_tensors() for part in parts]
     if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_sketch import checkpoint, stock_step
 from lightning_sketch.assigned import encode_assigned
 from lightning_sketch.bound import Bindings
+from lightning_sketch.dropped import warn_of_dropped
 from lightning_sketch.flat import FlatTensor, FlatTensors
 from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
@@ -291,6 +292,7 @@ class CompressedOptimizer(Optimizer):
         self._compression.records += [planned.record for planned in decided if planned.record is not None]
         self._compression.remember_plain(self.param_groups[-1:])
         self._compression.names.append([planned.layer.fqn for planned in decided])
+        warn_of_dropped(Plan((tuple(decided),)))
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors.

@@ -133,6 +133,11 @@ def test_a_frozen_layer_is_compressed_once_it_is_unfrozen():
         assert ("exp_avg_sq_row" in optimizer.state.get(model.table.weight, {})) == thawed
 
 
+def test_a_frozen_layer_that_will_lose_a_state_is_called_frozen(caplog):
+    compress(AdamW((model := lora()).parameters()), model, on_table(exp_avg="Drop"), allow_empty=True)
+    assert "exp_avg of table.weight (frozen now) is dropped: these layers train without it" in caplog.messages
+
+
 def test_a_frozen_layer_that_has_a_state_is_compressed(warnings):
     model = lora()
     optimizer = compress(Adagrad(model.parameters()), model, POLICY)  # which allocates in its constructor
@@ -202,10 +207,12 @@ def test_a_converted_optimizer_with_nothing_compressed_is_torch_s(case, warnings
     assert type(decompress(optimizer)) is case.cls
 
 
-def test_a_group_that_is_added_later_is_decided_by_the_default_policy():
+def test_a_group_that_is_added_later_is_decided_by_the_default_policy(caplog):
     model = nn.ModuleList([nn.Linear(2, 2), nn.Embedding(10_000, 2)])
     optimizer = compress(AdamW(model[0].parameters()), model)
+    caplog.clear()
     optimizer.add_param_group({"params": list(model[1].parameters())})
+    assert caplog.messages == ["exp_avg of 1.weight is dropped: these layers train without it"]
     train(model, optimizer, range(1))
     assert "exp_avg_sq_row" in optimizer.state[model[1].weight]
     assert "exp_avg" not in optimizer.state[model[1].weight]
