@@ -1,4 +1,4 @@
-"""Ranks that are forked from a process which has imported everything: they start in a moment, and may be killed."""
+"""Ranks that may hang or be killed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing as mp
 
 from tests import ranks
 
-#: What is imported once.
-PRELOAD = (
-    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.testing",
-    "lightning.pytorch", "accelerate", "transformers.integrations.deepspeed", "deepspeed", "lightning_sketch",
-)  # fmt: skip
 #: Seconds after which ranks are taken to hang.
 HANG = 300
 
@@ -25,8 +19,7 @@ HANG = 300
 def start(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
     """Start ``function(rank, world_size, *args)`` on ranks joined by gloo; on one rank without a process group.
 
-    The server that forks the ranks starts with the first call in a process, and keeps the environment of that moment:
-    ranks see the variables that were set then, not those that a later test sets. Set them in `function`.
+    See `tests.ranks.start_ranks` for the environment that ranks see.
 
     Args:
         folder: made; results come into it.
@@ -35,10 +28,8 @@ def start(world_size: int, folder: Path, function: Callable[..., Any], *args: An
     Returns:
         torch's ``ProcessContext``.
     """
-    mp.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
     folder.mkdir()
-    arguments = (world_size, str(folder), function, args)
-    return mp.start_processes(_entry, arguments, nprocs=world_size, join=False, start_method="forkserver")
+    return ranks.start_ranks(_entry, (world_size, str(folder), function, args), world_size)
 
 
 def finish(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:

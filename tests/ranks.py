@@ -14,13 +14,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import multiprocessing as mp
 
 from tests.gloo import one_thread
 
+#: What the server that forks ranks imports, once for all tests of a worker.
+PRELOAD = (
+    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.testing",
+    "lightning.pytorch", "accelerate", "transformers.integrations.deepspeed", "deepspeed", "lightning_sketch",
+)  # fmt: skip
+
+
+def start_ranks(entry: Callable[..., None], arguments: tuple[Any, ...], world_size: int) -> Any:
+    """Start ``entry(rank, *arguments)`` on processes that are forked from a server which has imported everything.
+
+    The server starts with the first call in a process, and keeps the environment of that moment: ranks see the
+    variables that were set then, not those that a later test sets. Set them in the ranks.
+
+    Returns:
+        torch's ``ProcessContext``.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    return mp.start_processes(entry, arguments, nprocs=world_size, join=False, start_method="forkserver")
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call ``function(rank, world_size, *args)`` on `world_size` spawned processes joined by gloo.
+    """Call ``function(rank, world_size, *args)`` on `world_size` processes joined by gloo; see `start_ranks`.
 
     Args:
         function: a module-level function; what it returns must be loadable with ``weights_only=True``.
@@ -29,7 +48,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         what each rank returned, in rank order.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(world_size, folder, function, args), nprocs=world_size, join=True)
+        context = start_ranks(_entry, (world_size, folder, function, args), world_size)
+        while not context.join():
+            pass
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
 
 
