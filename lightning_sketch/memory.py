@@ -94,6 +94,7 @@ def report(optimizer: Any) -> MemoryReport:
         tensors = inner.all_tensors()
     else:
         tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
+    resident = _resident()
     kinds = sorted({local(param).device.type for param, _ in tensors})
     for param, parts in tensors:
         parameters += 0 if is_lazy(param) else local(param).nbytes
@@ -124,8 +125,8 @@ def report(optimizer: Any) -> MemoryReport:
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
         kernels=", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"]),
-        process=_resident(),
-        process_peak=_peak(),
+        process=resident,
+        process_peak=max(_peak(), resident or 0),  # the system brings the peak up to date now and then only
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
     )
 
