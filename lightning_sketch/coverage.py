@@ -71,9 +71,8 @@ def check_coverage(
 def _by_name(optimizer: CompressedOptimizer, layers: Mapping[int, NamedLayer]) -> Iterator[tuple[str, str | None]]:
     """The parameters of a converted optimizer and their records, under the model's names: it may know a part of it."""
     for group in optimizer.param_groups:
-        for param, record in zip(
-            group["params"], group.get(RECORDS, ()), strict=False
-        ):  # an engine may have joined them
+        # An engine may have joined parameters, and groups of a checkpoint may have no records yet.
+        for param, record in zip(group["params"], group.get(RECORDS, ()), strict=False):
             if id(param) in layers:
                 yield layers[id(param)].fqn, record
 
