@@ -18,11 +18,14 @@ def rule_of_group(group: Mapping[str, Any]) -> UpdateRule:
     Raises:
         ValueError: no supported optimizer has such options.
     """
-    if "betas" in group:
-        return AdamRule() if "weight_decay" in group else SparseAdamRule()
-    for option, rule in (("lr_decay", AdagradRule()), ("centered", RMSpropRule()), ("dampening", SGDRule())):
+    own: dict[str, UpdateRule] = {  # options that no other optimizer of torch has
+        "amsgrad": AdamRule(), "lr_decay": AdagradRule(), "centered": RMSpropRule(), "dampening": SGDRule(),
+    }  # fmt: skip
+    for option, rule in own.items():
         if option in group:
             return rule
+    if "betas" in group and "weight_decay" not in group:
+        return SparseAdamRule()
     options = ", ".join(sorted(map(str, group.keys() - {"params"}))) or "none"
     raise ValueError(
         "the checkpoint's parameter groups have the options of no optimizer that can be compressed (Adam, AdamW, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch.portable.convert import convert_checkpoint
@@ -74,34 +74,13 @@ def test_what_compress_refuses_convert_refuses(what, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
 
 
-def test_an_optimizer_that_cannot_be_compressed(tmp_path):
-    model = Tiny()
-    for name, optimizer, message in (
-        ("nadam.pt", NAdam(model.parameters()), "table.weight has mu_product in the checkpoint, which adam with"),
-        (
-            "asgd.pt",
-            torch.optim.ASGD(model.parameters()),
-            "have the options of no optimizer that can be compressed .*; they have .*lambd",
-        ),
-    ):
-        train(model, optimizer, range(2))
-        torch.save(optimizer.state_dict(), tmp_path / name)
-        policy = on_table(second_moment=BFloat16(), momentum_buffer=BFloat16())
-        with pytest.raises(ValueError, match=message):
-            convert_checkpoint(tmp_path / name, tmp_path / "new.pt", to="compressed", policy=policy, model=model)
-
-
-@pytest.mark.parametrize("cls", [AdamW, Adam, Adagrad, RMSprop])
-def test_what_convert_writes_compress_loads(cls, tmp_path):
+@pytest.mark.parametrize("cls", [NAdam, RAdam, Adamax, Adadelta, ASGD, Rprop], ids=lambda cls: cls.__name__)
+def test_an_optimizer_that_cannot_be_compressed(tmp_path, cls):
     model = Tiny()
     optimizer = cls(model.parameters())
     train(model, optimizer, range(2))
-    torch.save(optimizer.state_dict(), tmp_path / "plain.pt")
-    convert_checkpoint(tmp_path / "plain.pt", tmp_path / "new.pt", to="compressed", policy=ROWS, model=model)
-    fresh = compress(cls(model.parameters()), model, ROWS)
-    fresh.load_state_dict(torch.load(tmp_path / "new.pt"))
-    compress(optimizer, model, ROWS)
-    train(model, optimizer, [2])
-    weight = model.table.weight.detach().clone()
-    assert weight.isfinite().all()
-    assert fresh.state_dict()["param_groups"][0]["compression"] == optimizer.param_groups[0]["compression"]
+    torch.save(optimizer.state_dict(), tmp_path / "old.pt")
+    policy = on_table(second_moment=BFloat16(), first_moment=BFloat16())
+    with pytest.raises(ValueError, match=r"have the options of no optimizer that can be compressed .*; they have .*lr"):
+        convert_checkpoint(tmp_path / "old.pt", tmp_path / "new.pt", to="compressed", policy=policy, model=model)
+    assert not (tmp_path / "new.pt").exists()
