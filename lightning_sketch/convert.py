@@ -25,6 +25,7 @@ from lightning_sketch.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
+from lightning_sketch.sharding import local
 from lightning_sketch.sharding.agree import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
         for param, x in zip(group["params"], planned, strict=True):
             if x.layer.compressed and param in inner.state:
                 state = inner.state.pop(param)
-                if _has_history(state):
+                if not _is_fresh(state, group):
                     inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
@@ -262,7 +263,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         for param, x in zip(group["params"], planned, strict=True):
             state = optimizer.state.get(param)
-            if not x.layer.compressed or not state or not _has_history(state):
+            if not x.layer.compressed or not state or _is_fresh(state, group):
                 continue
             read_step(state.get("step", 1), x.layer.fqn)
             for name in x.layer.codecs:
@@ -279,6 +280,14 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     step = state.get("step", 1)
     counted = is_fake(step) or bool(step != 0)
     return counted and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+
+
+def _is_fresh(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether dense states are as before a layer's first step; a count of 0, which users set, does not say so alone."""
+    if _has_history(state):
+        return False
+    fill = group.get("initial_accumulator_value", 0)  # Adagrad's, which has one state
+    return all(bool((local(x) == fill).all()) for key, x in state.items() if isinstance(x, Tensor) and key != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:
