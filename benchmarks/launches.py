@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,12 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 def counting(device: str = "cuda") -> Iterator[CountLaunches]:
     """Tensors on a device are fake within, and what is launched on it is counted."""
     # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
-    with FakeTensorMode(), IndexByOperators(), CountLaunches(device) as mode:
+    with (
+        mock.patch("lightning_sketch.fake.readable", True),
+        FakeTensorMode(),
+        IndexByOperators(),
+        CountLaunches(device) as mode,
+    ):
         yield mode
 
 

@@ -145,7 +145,7 @@ def _as_stored(
         found = state.get(key)
         if key == scale_key and zeroed:
             cast[key] = scale_tensor()
-        elif key == scale_key and found is not None:
+        elif key == scale_key and key in state:
             if (scale := scale_tensor(found, f"{key.removeprefix(part.prefix)} of {part.layer.fqn}")) is not found:
                 cast[key] = scale
         elif isinstance(found, Tensor) and _has_shape(found, expected):

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from lightning_sketch.sharding import is_dtensor, local
 
+#: Whether a mode around all this answers when a number is read from a fake tensor: then steps are done as on real ones.
+#: `benchmarks.launches` counts kernels that way.
+readable = False
+
 
 def is_fake(tensor: Any) -> bool:
-    """Whether `tensor`, or the local part of a DTensor, is a FakeTensor."""
+    """Whether `tensor`, or the local part of a DTensor, is a FakeTensor, of which no number can be read."""
     # By name, and most tensors by type alone: steps ask it.
-    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor):
+    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor) or readable:
         return False
     held = local(tensor) if is_dtensor(tensor) else tensor
     return any(cls.__name__ == "FakeTensor" for cls in type(held).__mro__)

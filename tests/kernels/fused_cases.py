@@ -113,10 +113,12 @@ def unraised(case: Case) -> list[str]:
     layer.weight.grad = _gradient(case, generator)
     optimizer.step()
     tensors = {"weight": layer.weight} | {k: v for k, v in optimizer.state[layer.weight].items() if torch.is_tensor(v)}
-    before = {name: tensor._version for name, tensor in tensors.items()}
+    before = {name: (tensor._version, tensor.clone()) for name, tensor in tensors.items()}
     optimizer.step()
     assert all(optimizer.state[layer.weight][name] is tensor for name, tensor in tensors.items() if name != "weight")
-    return [name for name, tensor in tensors.items() if tensor._version <= before[name]]
+    changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name][1])}
+    assert changed >= {"weight", "step"}
+    return [name for name in changed if tensors[name]._version <= before[name][0]]
 
 
 def _moments(case: Case) -> dict[str, Codec]:

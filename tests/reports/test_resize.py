@@ -68,7 +68,7 @@ def test_decompress_of_a_resized_table_raises_and_changes_nothing(codec, rows):
     before, groups = snapshot(model, optimizer), copy.deepcopy(optimizer.param_groups)
     with pytest.raises(ValueError, match=rf"second.weight now has shape \[{rows}, 4\].*\[40, 4\].*resize_states"):
         decompress(optimizer)
-    assert type(optimizer).__name__ == "CompressedAdamW"
+    assert type(optimizer).__qualname__ == "CompressedAdamW"
     assert_same(snapshot(model, optimizer), before)
     assert [group[RECORDS] for group in optimizer.param_groups] == [group[RECORDS] for group in groups]
 
@@ -99,7 +99,7 @@ def test_decompress_of_damaged_states_names_the_layer_and_changes_nothing(codec)
     key = next(key for key in state if key.startswith("exp_avg_sq") and isinstance(state[key], Tensor))
     for damage in (lambda: state.pop(key), lambda: state.update({key: torch.zeros(3)})):
         damage()
-        with pytest.raises(ValueError, match=r"second.weight: its state .*exp_avg_sq.*nothing was changed"):
+        with pytest.raises(ValueError, match=r"second.weight: its exp_avg_sq\w+ in optimizer.state"):
             decompress(optimizer)
         assert "exp_avg_sq" not in optimizer.state[model.first.weight]
 

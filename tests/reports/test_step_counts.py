@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from lightning_sketch import compress, decompress, decompress_state_dict, report, restore
 from tests.tiny import ADAMW, CASES, LOSSY, Tiny, assert_same, snapshot, train
@@ -90,4 +91,4 @@ def test_a_plain_optimizer_with_a_bad_count_is_not_converted():
     optimizer.state[model.table.weight]["step"] = torch.tensor(float("nan"))
     with pytest.raises(ValueError, match=r"table.weight: its step is"):
         compress(optimizer, model, LOSSY)
-    assert type(optimizer).__name__ == "AdamW"
+    assert type(optimizer) is AdamW

@@ -72,7 +72,8 @@ def trained(model: Any) -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.detach())
     optimizer.load_state_dict(optimizer.state_dict())
-    held = report(optimizer).state_by_codec["RowWise"]
+    scales = sum(key.endswith("_scale") for state in optimizer.state.values() for key in state)
+    held = report(optimizer).state_by_codec["RowWise"] - 8 * scales
     decompress(optimizer)
     moments = optimizer.state[model.table.weight]["exp_avg_sq"]
     tensors = {name: full(param.detach()) for name, param in model.named_parameters()}
