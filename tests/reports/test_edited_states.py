@@ -92,3 +92,17 @@ def test_a_sum_that_was_set_before_the_first_step_is_encoded():
     compress(optimizer, model, Policy([Rule(role="embedding", second_moment=RowWise())]))
     decompress(optimizer)
     assert torch.equal(optimizer.state[model.table.weight]["sum"], torch.full((30, 4), 3.0))
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+def test_a_sum_below_its_initial_value_leaves_the_rows_that_share_its_buckets_finite(codecs):
+    """Zeros are the usual way to reset it."""
+    model = Tiny()
+    optimizer = Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    compress(optimizer, model, on_table(**CODECS[codecs]))
+    optimizer.state[model.table.weight]["sum"] = torch.zeros(30, 4)
+    train(model, optimizer, range(2), sparse=True)
+    assert model.table.weight.isfinite().all()
+    optimizer.state[model.table.weight]["sum"] = torch.zeros(30, 4)
+    decompress(optimizer)
+    assert not optimizer.state[model.table.weight]["sum"].any()
