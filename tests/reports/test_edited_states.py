@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch.optim import Adagrad, AdamW
+from torch.optim import Adagrad, AdamW, RMSprop
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, decompress
 from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, on_table, snapshot, train
@@ -106,3 +106,29 @@ def test_a_sum_below_its_initial_value_leaves_the_rows_that_share_its_buckets_fi
     optimizer.state[model.table.weight]["sum"] = torch.zeros(30, 4)
     decompress(optimizer)
     assert not optimizer.state[model.table.weight]["sum"].any()
+
+
+def test_conversions_leave_a_wrapper_s_entries_alone():
+    """timm's Lookahead keeps its slow weights in the state of the optimizer that it wraps."""
+    model, optimizer = _trained(None)
+    slow = torch.rand(30, 4)
+    optimizer.state[model.table.weight]["lookahead_slow_buff"] = slow
+    for convert in (lambda: compress(optimizer, model, ROWS), lambda: decompress(optimizer)):
+        convert()
+        assert optimizer.state[model.table.weight]["lookahead_slow_buff"] is slow
+
+
+def test_a_momentum_buffer_that_is_switched_off_outlives_conversions():
+    model = Tiny()
+    optimizer = RMSprop(model.parameters(), lr=0.01, momentum=0.9)
+    train(model, optimizer, range(2))
+    buffer = optimizer.state[model.table.weight]["momentum_buffer"].clone()
+    optimizer.param_groups[0]["momentum"] = 0
+    compress(optimizer, model, ROWS)
+    decompress(optimizer)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    compress(optimizer, model, ROWS)
+    torch.testing.assert_close(
+        optimizer.state[model.table.weight]["momentum_buffer"].float(), buffer, rtol=0.01, atol=0
+    )
+    train(model, optimizer, [2])
