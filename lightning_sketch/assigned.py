@@ -140,13 +140,18 @@ def _as_stored(
     """Entries to be put back into the dtype, and scales on the device, in which they are stored."""
     cast: dict[str, Tensor] = {}
     scale_key = key_of(part.prefix + name, "scale")
+    zeroed = _is_zero(state.get(scale_key))
     for key, expected in stored.items():
         found = state.get(key)
-        if key == scale_key and key in state:
+        if key == scale_key and zeroed:
+            cast[key] = scale_tensor()
+        elif key == scale_key and key in state:
             if (scale := scale_tensor(found, f"{key.removeprefix(part.prefix)} of {part.layer.fqn}")) is not found:
                 cast[key] = scale
         elif isinstance(found, Tensor) and _has_shape(found, expected):
-            if found.dtype != expected.dtype:
+            if zeroed:
+                cast[key] = torch.zeros_like(found, dtype=expected.dtype)
+            elif found.dtype != expected.dtype:
                 cast[key] = found.to(expected.dtype)
         else:
             instead = "" if key == name else f", or in its place {name} as a dense tensor of shape {list(tensor.shape)}"
@@ -155,6 +160,11 @@ def _as_stored(
                 f"{list(expected.shape)}{instead}; {_REMEDY}"
             )
     return cast
+
+
+def _is_zero(scale: Any) -> bool:
+    """Whether someone zeroed a state in place, entry by entry, as scripts do that reset moments."""
+    return isinstance(scale, Tensor) and not is_fake(scale) and scale.numel() == 1 and not bool(scale)
 
 
 def _dense_rows(dense: Any, part: LayerShard, tensor: Tensor, owner: str) -> Tensor:

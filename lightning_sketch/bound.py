@@ -189,7 +189,7 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_count", "_dtype", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts",
+        "_dtype", "_keys", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts",
         "place",
     )
     # fmt: on
@@ -203,7 +203,7 @@ class _Binding:
         bound: list[BoundPart],
     ) -> None:
         self.bound, self.param, self.parts = bound, param, parts
-        self._needed, self._tensors, self._count = needed, tensors, len(tensors)
+        self._needed, self._tensors, self._keys = needed, tensors, frozenset(tensors)
         self.place = _Place(param, parts[0].layer.fqn) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
@@ -227,8 +227,8 @@ class _Binding:
             address = memory.data_ptr()
             if memory.stride() != self._stride or any(x.data_ptr() - address != at for x, at in self._views):
                 return False
-        if len(tensors) != self._count:
-            return False  # a dense state was assigned beside what its codec stores
+        if tensors.keys() != self._keys:
+            return False  # a dense state was assigned beside what its codec stores, or an entry is gone
         for key, tensor, shape, dtype, contiguous in self._states:
             # Codec states work on these very tensors, and kernels on what else is compared here of their memory.
             if tensors.get(key) is not tensor or tensor.shape != shape:

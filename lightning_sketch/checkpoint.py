@@ -36,7 +36,6 @@ def finish_state_dict(optimizer: CompressedOptimizer, state_dict: dict[str, Any]
                 state[index] = dict(state[index]) | {LAYOUT: optimizer._flat_tensor(param).to_list()}
             elif index in state and record is not None:
                 part = part_of(record, param)
-                part.check_shape()
                 state[index] = dtensor_state.wrap(part, param, state[index]) if is_dtensor(param) else state[index]
             index += 1
     return {**state_dict, "state": state}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lightning_sketch.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
+from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.sharding.agree import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,9 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
         for param, x in zip(group["params"], planned, strict=True):
             if x.layer.compressed and param in inner.state:
                 state = inner.state.pop(param)
-                if _has_history(state):
-                    inner.state[param], errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
+                if not _is_fresh(state, group):
+                    encoded, errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
+                    inner.state[param] = _entries_of_others(param, state, {"step", *x.layer.codecs}) | encoded
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
     compression = Compression(policy, weakref.ref(model), nonfinite, errors=errors)
@@ -165,9 +167,11 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
     encode_assigned(inner)
-    for group, layer, param in [x for x in inner.compressed_layers() if not inner.is_flat(x[0])]:
-        if dense := decode_layer(layer, param, group, inner.state.get(param, {})):
-            inner.state[param] = dense
+    for group, param, (part, *_) in [x for x in inner.compressed_tensors() if not inner.is_flat(x[0])]:
+        state = inner.state.get(param, {})
+        if dense := decode_layer(part.layer, param, group, state):
+            stored = {key for entries in part.layout(param).values() for key in entries}
+            inner.state[param] = _entries_of_others(param, state, {"step", *stored}) | dense
     for flat in inner._flat_tensors or ():
         if flat.parts and (state := inner.state.get(flat.tensor)):
             inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.flat_group(flat), state)
@@ -181,6 +185,14 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     return optimizer
+
+
+def _entries_of_others(param: Tensor, state: Mapping[str, Any], ours: Collection[str]) -> dict[str, Any]:
+    """What a wrapper keeps beside a layer's states, and states that are switched off; conversions leave it alone.
+
+    Not beside a DTensor's, whose checkpoints have no place for it.
+    """
+    return {} if is_dtensor(param) else {key: value for key, value in state.items() if key not in ours}
 
 
 def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
@@ -263,7 +275,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         for param, x in zip(group["params"], planned, strict=True):
             state = optimizer.state.get(param)
-            if not x.layer.compressed or not state or not _has_history(state):
+            if not x.layer.compressed or not state or _is_fresh(state, group):
                 continue
             read_step(state.get("step", 1), x.layer.fqn)
             for name in x.layer.codecs:
@@ -280,6 +292,14 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     step = state.get("step", 1)
     counted = is_fake(step) or bool(step != 0)
     return counted and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
+
+
+def _is_fresh(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether dense states are as before a layer's first step; a count of 0, which users set, does not say so alone."""
+    if _has_history(state):
+        return False
+    fill = group.get("initial_accumulator_value", 0)  # Adagrad's, which has one state
+    return all(bool((local(x) == fill).all()) for key, x in state.items() if isinstance(x, Tensor) and key != "step")
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:

@@ -46,6 +46,7 @@ def encode_layer(
     return tensors | encoded, errors
 
 
+@torch.no_grad()  # a state that a user computed from parameters may ask for gradients
 def encode_part(
     part: LayerShard, param: Tensor, group: Mapping[str, Any], dense: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, float]]:

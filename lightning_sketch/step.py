@@ -71,13 +71,14 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
     ours: list[OwnTensor] = []
     fake: bool | None = None
     assigned: list[Encoded] = []
-    needed: dict[int, set[str]] = {}  # states, by group
+    options: dict[int, tuple[set[str], float | None]] = {}  # states that are needed, and the gradients' scale, by group
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
             continue
-        if (names := needed.get(id(group))) is None:
+        if (found := options.get(id(group))) is None:
             rule.check(group, parts[0].layer.fqn)
-            names = needed[id(group)] = {state.name for state in rule.states(group)}
+            found = options[id(group)] = {state.name for state in rule.states(group)}, grad_scale(optimizer, group)
+        names, scale = found
         state = states.get(param, {})
         bound = bindings.find(param, parts, names, state)
         if bound is None:
@@ -87,12 +88,12 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
             encoded = find_assigned(group, param, parts, state)
             assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
-        scale = grad_scale(optimizer, group)
         placed = placed_like(grad, param)
         unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
         gradients = [] if fake else [part.gradient(unscaled) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
-    commit(optimizer, assigned)
+    if assigned:
+        commit(optimizer, assigned)
     return ours
 
 
@@ -133,7 +134,8 @@ def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTen
     """
     if not ours:
         _refuse_replaced(optimizer)
-    ours = [own for own in ours if not overflowed(optimizer, own.group)]
+    left_alone = {id(group) for group in optimizer.param_groups if overflowed(optimizer, group)}
+    ours = [own for own in ours if id(own.group) not in left_alone] if left_alone else ours
     if optimizer._compression.nonfinite == "propagate" or not ours or not ours[0].gradients:
         return ours
     gradients = [gradient for own in ours for gradient in own.gradients]

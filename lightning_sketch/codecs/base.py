@@ -209,21 +209,25 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> dict[str, Any
     """Store a dense state, block by block.
 
     Args:
-        dense: ``[local_rows, *row_shape]`` (or 0-d), or a function that is asked twice for every block.
+        dense: ``[local_rows, *row_shape]`` (or 0-d), or a function that is asked two or three times for every block.
 
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
     """
+    rows = rows_of(dense, spec.shard)
+    blocks = tuple(spec.shard.blocks(device=spec.device))
+    if spec.fill:
+        # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
+        smallest = min((float(rows(block).min()) for block in blocks), default=spec.fill)
+        spec = dataclasses.replace(spec, fill=min(spec.fill, smallest))
     tensors = allocate(codec, spec)
     state = codec.bind(spec, tensors)
-    rows = rows_of(dense, spec.shard)
 
     def values(block: Block) -> Tensor:
         # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
         return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
     state.begin(decay=1.0, weight=1.0, step=1, rows=None)
-    blocks = tuple(spec.shard.blocks(device=spec.device))
     for block in blocks:
         state.add(block, values(block))
     state.settle()
