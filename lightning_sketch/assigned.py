@@ -121,12 +121,12 @@ def find_assigned(
     if "step" not in state and not all_dense:
         raise ValueError(f"{owner}: its step is gone from optimizer.state; {_REMEDY}")
     steps = read_step(state.get("step", 1.0), owner)  # 1.0: SGD keeps none
-    if not is_count(state.get("step")):
+    if not _is_count(state.get("step")):
         found.tensors["step"] = counter(steps)
     return found if found.tensors or found.dense else None
 
 
-def is_count(step: Any) -> bool:
+def _is_count(step: Any) -> bool:
     """Whether a step count is a tensor that counts on, and is read without waiting for a device."""
     return isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64) and step.is_cpu
 
@@ -164,7 +164,8 @@ def _as_stored(
 
 def _is_zero(scale: Any) -> bool:
     """Whether someone zeroed a state in place, entry by entry, as scripts do that reset moments."""
-    return isinstance(scale, Tensor) and not is_fake(scale) and scale.numel() == 1 and not bool(scale)
+    # In another dtype it may have been cast, and come out as 0.
+    return isinstance(scale, Tensor) and scale.dtype == torch.float64 and scale.numel() == 1 and not bool(scale)
 
 
 def _dense_rows(dense: Any, part: LayerShard, tensor: Tensor, owner: str) -> Tensor:

@@ -189,8 +189,8 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_dtype", "_keys", "_needed", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param", "parts",
-        "place",
+        "_dtype", "_keys", "_needed", "_numbers", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param",
+        "parts", "place",
     )
     # fmt: on
 
@@ -211,8 +211,10 @@ class _Binding:
         # the beginning of the memory, in bytes.
         self._stride, address = memory.stride(), memory.data_ptr()
         self._views = [(part.param, part.param.data_ptr() - address) for part in bound if part.param is not param]
-        states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor) and key != "step"]
-        self._states = [(key, x, x.shape, x.dtype, x.is_contiguous()) for key, x in states]
+        states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor)]
+        self._numbers = [(key, x) for key, x in states if key == "step" or key.endswith("_scale")]
+        others = [(key, x) for key, x in states if all(x is not number for _, number in self._numbers)]
+        self._states = [(key, x, x.shape, x.dtype, x.is_contiguous()) for key, x in others]
 
     def holds(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
@@ -229,6 +231,9 @@ class _Binding:
                 return False
         if tensors.keys() != self._keys:
             return False  # a dense state was assigned beside what its codec stores, or an entry is gone
+        for key, number in self._numbers:  # put right when they were bound
+            if tensors[key] is not number:
+                return False
         for key, tensor, shape, dtype, contiguous in self._states:
             # Codec states work on these very tensors, and kernels on what else is compared here of their memory.
             if tensors.get(key) is not tensor or tensor.shape != shape:

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.amp import grad_scale, overflowed
-from lightning_sketch.assigned import Encoded, commit, find_assigned, is_count
+from lightning_sketch.assigned import Encoded, commit, find_assigned
 from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
 from lightning_sketch.fake import is_fake
@@ -84,11 +84,11 @@ def own_tensors(optimizer: CompressedOptimizer) -> list[OwnTensor]:
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
-        if state and (bound is None or not is_count(state["step"])):
+        if state and bound is None:
             encoded = find_assigned(group, param, parts, state)
             assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
-        placed = placed_like(grad, param)
+        placed = grad if type(grad) is Tensor else placed_like(grad, param)
         unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
         gradients = [] if fake else [part.gradient(unscaled) for part in parts]
         ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
