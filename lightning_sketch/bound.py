@@ -189,8 +189,8 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_dtype", "_keys", "_needed", "_numbers", "_shape", "_states", "_stride", "_tensors", "_views", "bound", "param",
-        "parts", "place",
+        "_dtype", "_keys", "_needed", "_numbers", "_shape", "_states", "_stride", "_tensors", "_views", "bound",
+        "param", "parts", "place",
     )
     # fmt: on
 
