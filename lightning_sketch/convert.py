@@ -132,7 +132,7 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
         for param, x in zip(group["params"], planned, strict=True):
             if x.layer.compressed and param in inner.state:
                 state = inner.state.pop(param)
-                if not _is_fresh(state, group):
+                if not _is_fresh(state, group, inner.defaults):
                     encoded, errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                     inner.state[param] = _entries_of_others(param, state, {"step", *x.layer.codecs}) | encoded
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
@@ -275,7 +275,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         for param, x in zip(group["params"], planned, strict=True):
             state = optimizer.state.get(param)
-            if not x.layer.compressed or not state or _is_fresh(state, group):
+            if not x.layer.compressed or not state or _is_fresh(state, group, optimizer.defaults):
                 continue
             read_step(state.get("step", 1), x.layer.fqn)
             for name in x.layer.codecs:
@@ -294,12 +294,14 @@ def _has_history(state: Mapping[str, Any]) -> bool:
     return counted and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
 
 
-def _is_fresh(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+def _is_fresh(state: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether dense states are as before a layer's first step; a count of 0, which users set, does not say so alone."""
     if _has_history(state):
         return False
-    fill = group.get("initial_accumulator_value", 0)  # Adagrad's, which has one state
-    return all(bool((local(x) == fill).all()) for key, x in state.items() if isinstance(x, Tensor) and key != "step")
+    # Adagrad's, which has one state. torch fills it with the default, whatever the group says.
+    fills = {options.get("initial_accumulator_value", 0) for options in (group, defaults)}
+    tensors = [local(x) for key, x in state.items() if isinstance(x, Tensor) and key != "step"]
+    return all(any(bool((x == fill).all()) for fill in fills) for x in tensors)
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:

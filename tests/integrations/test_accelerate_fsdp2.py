@@ -246,7 +246,8 @@ def test_sharded_training_is_that_of_one_process(any_ranks):
             scheduler.step()
             optimizer.zero_grad()
     for rank, alone in zip(any_ranks, losses, strict=True):
-        torch.testing.assert_close(rank["same as one"], alone)
+        # Of float32 numbers: gradients' means and their norm are sums in another order.
+        torch.testing.assert_close(torch.tensor(rank["same as one"]), torch.tensor(alone))
         assert rank["same as one, end"]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
     for name, param in model.named_parameters():
         joined = torch.cat([rank["same as one, end"][name] for rank in any_ranks])
