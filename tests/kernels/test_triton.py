@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 HERE = Path(__file__).parent
-LIMIT = 900  # seconds: each takes about one minute
+LIMIT = 1800  # seconds: each takes one to ten minutes
 
 
 def test_kernels_equal_the_reference_in_the_interpreter() -> None:
