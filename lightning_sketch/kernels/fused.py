@@ -94,6 +94,7 @@ class FusedStep:
         nesterov: factor of Nesterov's momentum; 0 for none.
         negate: maximize.
         kept: of the layer's earlier steps; ``None`` if nothing is to be kept.
+        leave_out: rows that are not finite change nothing (elements, where all states are element-wise).
     """
 
     param: Tensor
@@ -114,6 +115,7 @@ class FusedStep:
     nesterov: float = 0.0
     negate: bool = False
     kept: Kept | None = None
+    leave_out: bool = False
 
     def tensors(self) -> list[Tensor]:
         """Everything that the step changes but the parameter."""

@@ -16,8 +16,9 @@ HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
 
 
-def test_kernels_equal_the_reference_in_the_interpreter() -> None:
-    _pytest("triton_interpreted.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_left_out.py"])
+def test_kernels_equal_the_reference_in_the_interpreter(file: str) -> None:
+    _pytest(file, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_devices_without_spills(tmp_path: Path) -> None:

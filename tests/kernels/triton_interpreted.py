@@ -13,7 +13,6 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.library import opcheck
 
 from lightning_sketch import (
     SM3,
@@ -32,7 +31,7 @@ from lightning_sketch import (
 from lightning_sketch.codecs.bfloat16 import stochastic_round
 from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.kernels.reference import hash_rows
-from lightning_sketch.kernels.triton import insert, launch, ops
+from lightning_sketch.kernels.triton import insert, launch, layout
 from lightning_sketch.kernels.triton.bits import narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel
 from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train, unraised
@@ -43,9 +42,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
     """Have every step done by the Triton kernels, and see which."""
     seen: list[FusedStep] = []
 
-    def step(steps: list[FusedStep]) -> None:
+    def step(steps: list[FusedStep]) -> Tensor:
         seen.extend(steps)
-        ops.step(steps)
+        return launch.step(steps)
 
     monkeypatch.setattr(kernels, "fused_kernel", lambda device: step)
     return seen
@@ -116,18 +115,15 @@ def test_any_shape(
 )
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_parts_of_large_layers(second: str, first: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this small layer were large: waves of rows, several tiles a program, rows wider than a tile."""
-    monkeypatch.setattr(launch, "WAVE", 16)
-    monkeypatch.setattr(launch, "PROGRAMS", 2)
-    monkeypatch.setattr(launch, "CHUNKS", 3)
-    monkeypatch.setattr(launch, "TILE", 64)
-    monkeypatch.setattr(launch, "TILE_SM3", 32)
-    monkeypatch.setattr(launch, "TILE_COLUMNS", 16)
-    monkeypatch.setattr(launch, "WIDEST_ROW", 16)
+    """As if this small layer were large: waves of rows, rows wider than a tile, several programs for the same rows."""
+    monkeypatch.setattr(insert, "WAVE", 16)
+    for name, value in {"TILE": 64, "TILE_COLUMNS": 16, "LINE_BYTES": 64, "WIDEST_ROW": 16, "SPAN": 32}.items():
+        monkeypatch.setattr(layout, name, value)
+    for name in ("SPAN", "TILE_COLUMNS"):
+        monkeypatch.setattr(launch, name, getattr(layout, name))
+    monkeypatch.setattr(layout, "FEWER_OBSERVED_ROWS", 4)
     for columns in (5, 37):
         check(Case("adamw", SECOND[second], FIRST[first], 43, columns, sparse, steps=2))
-        assert launch._Tiling.of(43, columns, tile=launch.TILE).groups > 1
-    assert launch._Tiling.of(43, 37, tile=launch.TILE).column_tiles > 1
 
 
 def test_many_rows_in_few_buckets_and_in_many() -> None:
@@ -269,37 +265,3 @@ def test_hashes_are_those_of_the_reference(seed: int) -> None:
         arguments = {"rows": 80, "row_offset": 7, "level": level, "width": 1000, "seed": seed}
         insert.hash_rows[(1,)](ids, found, **arguments, TILE=128)
         assert torch.equal(found.long(), expected[level])
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_the_operator_is_what_it_says(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[tuple[object, ...]] = []
-    implementation = ops._launch
-
-    def spy(*arguments: object) -> None:
-        given.append(tuple([x.clone() if isinstance(x, Tensor) else x for x in argument] for argument in arguments))
-        implementation(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ops, "_launch", spy)
-    train(Case("adamw", CountSketch(compression=4), BFloat16(), 20, 10, sparse=sparse, steps=1))
-    opcheck(torch.ops.lightning_sketch.triton_step.default, given[0])
-
-
-def test_a_program_holds_the_steps(fused: list[FusedStep]) -> None:
-    train(Case("adam", Factored(), CountSketch(compression=4), 20, 10, steps=1))
-    train(Case("adagrad", SM3(momentum=0.9), Drop(), 20, 10, steps=1))
-    program = ops.Program()
-    for step in fused:
-        program.add(step)
-    for before, after in zip(fused, program.steps(), strict=True):
-        for name in FusedStep.__dataclass_fields__.keys() - {"kept"}:
-            assert _plain(getattr(before, name)) == _plain(getattr(after, name)), name
-
-
-def _plain(value: object) -> object:
-    """Tensors by address."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return value

@@ -1,14 +1,16 @@
-"""Fused steps on CUDA devices: Triton kernels behind a torch operator. Importing this imports Triton.
+"""Fused steps on CUDA devices: Triton kernels. Importing this imports Triton.
 
-A step of a layer is up to three kinds of kernels, in this order:
+All layers of one kind, dtype and width share launches, which find them in a table (`table`):
 
-1. `reduce`: sums of squares of rows and columns, as partial sums that a second kernel adds up;
-2. `insert`: rows into a sketch, sorted by bucket, so that one lane owns a bucket and adds its rows in order;
-3. `apply`: every element's update, from the states as they are then.
+1. `observe`: squares of the gradient's rows and columns, and rows that are not finite, where a codec needs them;
+2. `add_rows` and `fold_rows`: means of rows into a sketch of row scalars;
+   `reduce_columns` and `finish_factored`: sums of columns;
+   `insert`: whole rows into sketches, sorted by bucket;
+3. `apply`: every element's update, from the states as they are then; `finish_sm3`: maxima of columns.
 
-No kernel uses atomics, so a step gives the same bits each time.
+Only integers are added or compared atomically, which depends on no order: a step gives the same bits each time.
 """
 
-from lightning_sketch.kernels.triton.ops import step
+from lightning_sketch.kernels.triton.launch import step
 
 __all__ = ["step"]

@@ -4,9 +4,46 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from lightning_sketch.kernels.triton.bits import gradient, load, row_of, store
+from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
 from lightning_sketch.kernels.triton.jit import FACTORED, NONE, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
+from lightning_sketch.kernels.triton.table import (
+    APPLY,
+    BOUND,
+    COLUMN_OFFSET,
+    CORRECTION,
+    DECAY,
+    EPS,
+    FIRST,
+    GRAD,
+    LARGEST,
+    LEFT_OUT,
+    LR,
+    MEANS,
+    MOMENTUM,
+    NESTEROV,
+    OF_COLUMN,
+    OF_SCALE,
+    PARAM,
+    ROW_OFFSET,
+    SCALE,
+    SECOND,
+    SEED,
+    SHAPE,
+    SHRINK,
+    SIGN,
+    SPLITS,
+    STATE_COLUMNS,
+    WEIGHT,
+    WEIGHT_DECAY,
+    WIDTH,
+    find,
+    number,
+    numel_of_row,
+    unaligned,
+    values,
+)
 
 
 @inlined
@@ -17,141 +54,177 @@ def _preconditioned(
     root = tl.sqrt_rn(v)
     if BOUNDED:
         limit = root * bound
-        m = tl.minimum(tl.maximum(m, -limit), limit)
+        m = tl.where(m > limit, limit, tl.where(m < -limit, -limit, m))  # NaN stays NaN
     update = tl.div_rn(m, tl.broadcast_to(root * correction + eps, m.shape))
     return tl.where(v == 0.0, 0.0, update)
 
 
-@kernel(
-    "rows",
-    "column_tiles",
-    "groups",
-    "row_offset",
-    "column_offset",
-    "second_width",
-    "second_seed",
-    "first_width",
-    "first_seed",
-    "momentum_seed",
-)
+@kernel("layers")
 def apply(
-    param: tl.tensor,
-    grad: tl.tensor,
-    ids: tl.tensor,
-    second: tl.tensor,
-    second_columns: tl.tensor,  # SM3: the accumulators; FACTORED: columns / their mean; [columns]
-    first: tl.tensor,
-    momentum: tl.tensor,
-    row_largest: tl.tensor,  # SM3: [rows, column_tiles]
-    column_largest: tl.tensor,  # SM3: [chunks of rows, columns]
-    rows: tl.int64,
-    columns: tl.tensor,
-    column_tiles: tl.int64,
-    groups: tl.int32,
-    row_offset: tl.int64,
-    column_offset: tl.int64,
-    second_decay: tl.float32,
-    second_weight: tl.float32,
-    second_scale: tl.float32,
-    second_width: tl.int64,
-    second_seed: tl.int64,
-    first_decay: tl.float32,
-    first_weight: tl.float32,
-    first_scale: tl.float32,
-    first_width: tl.int64,
-    first_seed: tl.int64,
-    momentum_decay: tl.float32,
-    momentum_weight: tl.float32,
-    momentum_scale: tl.float32,
-    momentum_seed: tl.int64,
-    sign: tl.float32,
-    weight_decay: tl.float32,
-    shrink: tl.float32,
-    lr: tl.float32,
-    eps: tl.float32,
-    correction: tl.float32,
-    bound: tl.float32,
-    nesterov: tl.float32,
-    SECOND: tl.constexpr,
-    FIRST: tl.constexpr,
-    MOMENTUM: tl.constexpr,
+    words: tl.tensor,
+    layers: tl.int32,
+    SECOND_KIND: tl.constexpr,
+    FIRST_KIND: tl.constexpr,
+    MOMENTUM_KIND: tl.constexpr,
+    HALF: tl.constexpr,
+    SECOND_HALF: tl.constexpr,
+    FIRST_HALF: tl.constexpr,
+    MOMENTUM_HALF: tl.constexpr,
     SECOND_DEPTH: tl.constexpr,
     FIRST_DEPTH: tl.constexpr,
+    SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     BOUNDED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
+    NESTEROV_USED: tl.constexpr,
+    COLUMNS_USED: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    OBSERVED: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    SPAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SEARCH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> None:
-    """Update parameter and states: `groups` times TILE_ROWS rows, and TILE_COLUMNS columns, a program.
+    """Update parameter and states: TILE_ROWS rows a program, all of their columns or SPAN of them.
 
     Args:
-        WHOLE_ROWS: a tile is as wide as a row, and the row means of ROW are taken here; else they were added before.
+        COLUMNS_USED: whether SM3 has accumulators of columns.
+        LEAVE_OUT: what is not finite in the gradient changes nothing.
+        OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
+        BY_ROWS: rows are left out, else elements.
+        AT_ONCE: a row is no wider than TILE_COLUMNS.
+        SPAN: 0 for all columns.
     """
-    chunk = tl.program_id(0) // column_tiles
-    tile = tl.program_id(0) % column_tiles
-    column = tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS).to(tl.int64)
-    inside = column < columns
-    column_id = (column + column_offset).to(tl.uint64)
-    largest = tl.zeros([TILE_COLUMNS], tl.float32)
-    for group in range(groups):
-        i = (chunk * groups + group) * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
-        present = i < rows
-        row = row_of(ids, i, present)
-        row_id = (row + row_offset).to(tl.uint64)
-        mask = present[:, None] & inside[None, :]
-        at_grad = i[:, None] * columns + column[None, :]
-        at = row[:, None] * columns + column[None, :]
-        g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
+    layer, tile = find(words, layers, APPLY, SEARCH)
+    columns = numel_of_row(layer, ALIGNED)
+    if SPAN:
+        splits = tl.load(layer + SPLITS)
+        begin = (tile % splits) * SPAN
+        end = tl.minimum(begin + SPAN, columns)
+        tile = tile // splits
+    else:
+        begin = 0
+        end = columns
+    i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
+    row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
+    lane = tl.arange(0, TILE_COLUMNS)
+
+    grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
+    first = values(layer, FIRST, FIRST_HALF, ALIGNED)
+    momentum = values(layer, MOMENTUM, MOMENTUM_HALF, ALIGNED)
+    second = values(layer, SECOND, SECOND_HALF, ALIGNED)
+    held = unaligned(layer, SECOND + STATE_COLUMNS)  # SM3
+    shape = unaligned(layer, SHAPE)  # FACTORED
+    largest = tl.load(layer + LARGEST).to(tl.pointer_type(tl.int32))  # SM3
+    left_out = tl.load(layer + LEFT_OUT).to(tl.pointer_type(tl.int64))
+    sign, weight_decay = number(layer, SIGN), number(layer, WEIGHT_DECAY)
+    shrink, lr, eps = number(layer, SHRINK), number(layer, LR), number(layer, EPS)
+    correction, bound, nesterov = number(layer, CORRECTION), number(layer, BOUND), number(layer, NESTEROV)
+    second_weight, second_scale = number(layer, SECOND + WEIGHT), number(layer, SECOND + SCALE)
+    second_width, second_seed = tl.load(layer + SECOND + WIDTH), tl.load(layer + SECOND + SEED)
+    first_width, first_seed = tl.load(layer + FIRST + WIDTH), tl.load(layer + FIRST + SEED)
+    momentum_seed = tl.load(layer + MOMENTUM + SEED)
+    second_decay, first_decay = number(layer, SECOND + DECAY), number(layer, FIRST + DECAY)
+    momentum_decay, momentum_weight = number(layer, MOMENTUM + DECAY), number(layer, MOMENTUM + WEIGHT)
+    first_weight, first_scale = number(layer, FIRST + WEIGHT), number(layer, FIRST + SCALE)
+    momentum_scale = number(layer, MOMENTUM + SCALE)
+    column_offset = tl.load(layer + COLUMN_OFFSET)
+
+    # Of each row: whether it is stepped, and what its second moment is.
+    good = present
+    whole = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    stored = tl.zeros([TILE_ROWS], tl.float32)
+    means = stored
+    if OBSERVED:
+        means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
+        if LEAVE_OUT:
+            good = present & (means == means)
+    elif SECOND_KIND == ROW:
+        squares = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+        for start in range(0, columns, TILE_COLUMNS):
+            mask = present[:, None] & ((start + lane) < columns)[None, :]
+            at_grad = (i * columns + start)[:, None] + lane[None, :]
+            at = (row * columns + start)[:, None] + lane[None, :]
+            g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
+            if AT_ONCE:
+                whole = g
+            squares += g * g
+        sums = tl.sum(squares, axis=1)
+        means = sums * number(layer, OF_COLUMN)
+        if LEAVE_OUT:
+            # A finite sum has finite terms only. One that is not may just have overflowed.
+            if tl.max((present & ((sums < float("inf")) == 0)).to(tl.int32), axis=0) != 0:
+                bad = bad_rows(grad, i, present, columns, TILE_ROWS, TILE_COLUMNS)
+                good = present & (bad == 0)
+                tl.atomic_add(left_out, tl.sum((present & bad).to(tl.int32), axis=0).to(tl.int64))
+    elif LEAVE_OUT and BY_ROWS:
+        bad = bad_rows(grad, i, present, columns, TILE_ROWS, TILE_COLUMNS)
+        good = present & (bad == 0)
+        count = tl.sum((present & bad).to(tl.int32), axis=0).to(tl.int64)
+        if count != 0:
+            tl.atomic_add(left_out, count)
+    if SECOND_KIND == ROW or SECOND_KIND == FACTORED:
+        stored = load(second, row, good) + means * second_weight
+        tl.store(second + row, stored, mask=good)
+    elif SECOND_KIND == SM3:
+        stored = load(second, row, good)
+    of_row = (stored * second_scale)[:, None]
+    if SECOND_KIND == ROW_SKETCH:
+        only = tl.zeros([1], tl.int64)
+        of_row = estimate(
+            second, row_id, only, good[:, None], 1, second_width, second_seed, second_scale, SECOND_DEPTH, False
+        )
+    row_largest = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    bad_elements = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.int32)
+
+    for start in range(begin, end, TILE_COLUMNS):
+        column = start + lane
+        inside = column < columns
+        column_id = (column + column_offset).to(tl.uint64)
+        mask = good[:, None] & inside[None, :]
+        at_grad = (i * columns + start)[:, None] + lane[None, :]
+        at = (row * columns + start)[:, None] + lane[None, :]
+        if LEAVE_OUT and not BY_ROWS:
+            bad = not_finite(grad, at_grad, mask)
+            bad_elements += bad.to(tl.int32)
+            mask = mask & (bad == 0)
+        if SECOND_KIND == ROW and AT_ONCE and not OBSERVED:
+            g = whole
+        else:
+            g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
 
         m = g
-        if FIRST == SKETCH:
+        if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
-        elif FIRST != NONE:
+        elif FIRST_KIND != NONE:
             m = advance(
-                first, at, mask, g, row_id, column_id, first_decay, first_weight, first_scale, first_seed, FIRST
+                first, at, mask, g, row_id, column_id, first_decay, first_weight, first_scale, first_seed, FIRST_KIND
             )
 
-        if SECOND == NONE:
+        if SECOND_KIND == NONE:
             update = m
-            if NESTEROV:
+            if NESTEROV_USED:
                 update = g + m * nesterov
         else:
-            if SECOND == ROW:
-                stored = load(second, row, present)
-                if WHOLE_ROWS:
-                    numel = tl.zeros([TILE_ROWS], tl.float32) + columns
-                    stored += tl.div_rn(tl.sum(g * g, axis=1), numel) * second_weight
-                    tl.store(second + row, stored, mask=present)
-                v = (stored * second_scale)[:, None]
-            elif SECOND == ROW_SKETCH:
-                only = tl.zeros([1], tl.int64)
-                v = estimate(
-                    second,
-                    row_id,
-                    only,
-                    present[:, None],
-                    1,
-                    second_width,
-                    second_seed,
-                    second_scale,
-                    SECOND_DEPTH,
-                    False,
-                )
-            elif SECOND == SM3:
-                v = (load(second, row, present) * second_scale)[:, None]
-                if second_columns is not None:
-                    v = tl.minimum(v, load(second_columns, column, inside)[None, :])
+            if SECOND_KIND == ROW or SECOND_KIND == ROW_SKETCH:
+                v = of_row
+            elif SECOND_KIND == SM3:
+                v = of_row
+                if COLUMNS_USED:
+                    other = tl.broadcast_to(load(held, column, inside)[None, :], g.shape)
+                    v = lesser(tl.broadcast_to(v, g.shape), other)
                 # Beyond the tensor v is 0, as it is nowhere less.
                 v = tl.where(mask, v + g * g * second_weight, 0.0)
-                tl.store(row_largest + i * column_tiles + tile, tl.max(v, axis=1), mask=present)
-                if second_columns is not None:
-                    largest = tl.maximum(largest, tl.max(v, axis=0))
-            elif SECOND == FACTORED:
-                shape = load(second_columns, column, inside)
-                v = (load(second, row, present) * second_scale)[:, None] * shape[None, :]
-            elif SECOND == SKETCH:
+                row_largest = greater(row_largest, v)
+                if COLUMNS_USED:
+                    # Integers order non-negative floats, NaN last; a maximum does not depend on the order of programs.
+                    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                    tl.atomic_max(largest + column, tl.max(bits, axis=0), mask=inside)
+            elif SECOND_KIND == FACTORED:
+                v = of_row * load(shape, column, inside)[None, :]
+            elif SECOND_KIND == SKETCH:
                 v = estimate(
                     second,
                     row_id,
@@ -176,11 +249,11 @@ def apply(
                     second_weight,
                     second_scale,
                     second_seed,
-                    SECOND,
+                    SECOND_KIND,
                 )
             update = _preconditioned(m, v, eps, correction, bound, BOUNDED)
 
-        if MOMENTUM != NONE:
+        if MOMENTUM_KIND != NONE:
             update = advance(
                 momentum,
                 at,
@@ -192,8 +265,15 @@ def apply(
                 momentum_weight,
                 momentum_scale,
                 momentum_seed,
-                MOMENTUM,
+                MOMENTUM_KIND,
             )
         store(param, at, load(param, at, mask) * shrink - update * lr, mask)
-    if SECOND == SM3 and second_columns is not None:
-        tl.store(column_largest + chunk * columns + column, largest, mask=inside)
+
+    if SECOND_KIND == SM3:
+        bits = row_largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        most = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+        tl.store(second + row, most * number(layer, OF_SCALE), mask=good)
+    if LEAVE_OUT and not BY_ROWS:
+        count = tl.sum(tl.sum(bad_elements, axis=1), axis=0).to(tl.int64)
+        if count != 0:
+            tl.atomic_add(left_out, count)

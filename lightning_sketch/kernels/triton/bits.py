@@ -81,6 +81,18 @@ def _sum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 
 @inlined
+def lesser(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """The minimum, or NaN if either is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@inlined
+def greater(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """The maximum, or NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@inlined
 def load(values: tl.tensor, at: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """float32 from float32 or bfloat16, zero where masked."""
     found = tl.load(values + at, mask=mask, other=0)
@@ -107,6 +119,13 @@ def row_of(ids: tl.tensor, i: tl.tensor, mask: tl.tensor) -> tl.tensor:
     if ids is not None:
         i = tl.load(ids + i, mask=mask, other=0)
     return i
+
+
+@inlined
+def not_finite(values: tl.tensor, at: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Whether elements are NaN or infinite; false where masked."""
+    bits = load(values, at, mask).to(tl.int32, bitcast=True)
+    return (bits & 0x7F800000) == 0x7F800000
 
 
 @inlined

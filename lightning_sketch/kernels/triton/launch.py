@@ -1,357 +1,242 @@
-"""One fused step as a sequence of kernels."""
+"""Steps of many layers in a few launches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.fused import FusedStep, Kind
 from lightning_sketch.kernels.triton.apply import apply
-from lightning_sketch.kernels.triton.insert import hash_rows, insert_rows
-from lightning_sketch.kernels.triton.reduce import sum_squares
+from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
+from lightning_sketch.kernels.triton.insert import insert, signed
+from lightning_sketch.kernels.triton.layout import (
+    GROUP,
+    NO_STATE,
+    SPAN,
+    TILE_COLUMNS,
+    TILE_FINISH,
+    TILE_SKETCH,
+    Key,
+    Laid,
+    lay_out,
+)
+from lightning_sketch.kernels.triton.observe import observe
+from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
+from lightning_sketch.kernels.triton.table import COUNT, PADDING, ROW
 
-TILE = 1024  # elements of a tile: 8 for each thread of four warps
-TILE_COLUMNS = 128  # of a tile over wide rows, so that it has several: they share the hashes of their columns
-TILE_SM3 = 512  # elements where maxima are taken both ways: at 1024 the registers are too few
-WIDEST_ROW = 8192  # columns up to which one program takes whole rows, and so reads the gradient once for row means
-FEW_ROWS = 128  # rows that are too few to keep a device busy with a program each
-PROGRAMS = 1024  # keep a device busy; beyond, a program takes several tiles of rows
-CHUNKS = 4096  # chunks of rows at most, each of which leaves a partial result for every column
-WAVE = 1 << 20  # rows sorted at once, so that temporaries do not grow with the table
-
-#: Kinds that know of rows: where a layer has none of them, and all rows are present, it is one long row.
-_ROW_KINDS = {Kind.STOCHASTIC, Kind.ROW, Kind.ROW_SKETCH, Kind.SM3, Kind.FACTORED, Kind.SKETCH}
-
-_NO_STATE = Stored(Kind.NONE, torch.empty(0))
 #: As little fusing of multiplications and additions as in the reference; memory is what takes time.
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def perform(step: FusedStep) -> None:
-    """Perform one step (its parameter and states modified in place)."""
-    if step.grad.numel() == 0:
-        return
-    device = step.param.device
+def step(layers: Sequence[FusedStep]) -> Tensor:
+    """Perform the steps of all `layers`, which are on one device (their parameters and states modified in place).
+
+    Returns:
+        how many rows (elements where all states are element-wise) of each were left out, int64 ``[len(layers)]`` on the
+        device, for which it does not wait.
+    """
+    device = layers[0].param.device
     guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
-        _perform(_flat(step))
+        table = Table(layers, device)
+        for key, (begin, laid) in table.groups.items():
+            _launch(key, table, begin, laid)
+    changed = [layer.param for layer in layers]
+    for layer in layers:
+        changed += layer.tensors()
+    increment_version(changed)  # kernels write through addresses, of which autograd knows nothing
+    return table.left_out
 
 
-def _perform(step: FusedStep) -> None:
-    second, rows = step.second, step.grad.shape[0]
-    columns = step.grad.numel() // rows
-    kind = Kind.NONE if second is None else second.kind
-    shape: Tensor | None = None
-    whole_rows = kind == Kind.ROW and columns <= WIDEST_ROW and (rows >= FEW_ROWS or columns <= TILE)
-    if kind == Kind.FACTORED:
-        shape = _add_factors(step)
-    elif kind == Kind.ROW and not whole_rows:
-        assert second is not None
-        means, _ = _square_sums(step, with_columns=False)
-        _add_to_rows(second.data, step.ids, means.div_(columns).mul_(second.weight))
-    _insert(step)
-    _apply(step, shape, whole_rows)
+class Table:
+    """The words of all layers, and the memory that they point to.
+
+    Args:
+        layers: steps on one device.
+
+    Attributes:
+        groups: for each key the position of its first layer in the table, and its layers.
+        left_out: int64 ``[len(layers)]``, in the order of the layers.
+    """
+
+    def __init__(self, layers: Sequence[FusedStep], device: torch.device) -> None:
+        by_key: dict[Key, list[tuple[int, FusedStep, Laid]]] = {}
+        floats, zeros = 0, len(layers)  # float32, and words of 64 bits
+        for number, step in enumerate(layers):
+            if step.grad.numel():
+                laid = lay_out(step, _aligned(step))
+                by_key.setdefault(laid.key, []).append((number, step, laid))
+                floats += sum(map(_padded, laid.floats))
+                sums, exponents, largest = laid.zeros(_slots(step))
+                zeros += sums + (exponents + largest + 3) // 2
+        self.scratch = torch.empty(floats, dtype=torch.float32, device=device)
+        self.zeros = torch.zeros(zeros, dtype=torch.int64, device=device)
+        self.left_out = self.zeros[: len(layers)]
+        self.groups: dict[Key, tuple[int, list[tuple[FusedStep, Laid, Tensor]]]] = {}
+        address, zero = self.scratch.data_ptr(), self.zeros.data_ptr()
+        at, at_zero, count = address, zero + 8 * len(layers), 0
+        words: list[bytes] = []
+        for key, group in by_key.items():
+            programs = [0] * 6
+            own: list[tuple[FusedStep, Laid, Tensor]] = []
+            for number, step, laid in group:
+                places = []
+                for size in laid.floats:
+                    places.append(at)
+                    at += 4 * _padded(size)
+                sums, exponents, largest = laid.zeros(_slots(step))
+                end = at_zero + 8 * sums
+                words.append(_pack(step, laid, zero + 8 * number, places, end, at_zero, programs))
+                at_zero = end + (exponents + largest + 3) // 2 * 8
+                for i, more in enumerate((laid.observe, laid.add, laid.fold, laid.reduce, laid.finish, laid.apply)):
+                    programs[i] += more
+                means = (places[0] - address) // 4
+                own.append((step, laid, self.scratch[means : means + laid.rows]))
+            self.groups[key] = count, own
+            count += len(own)
+        host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
+        # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
+        self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _flat(step: FusedStep) -> FusedStep:
-    """The step, or as one long row if only elements count."""
-    states = [state for state in (step.second, step.first, step.momentum) if state is not None]
-    if step.ids is not None or any(state.kind in _ROW_KINDS for state in states):
-        return step
-
-    def line(state: Stored | None) -> Stored | None:
-        return None if state is None else replace(state, data=state.data.view(1, -1))
-
-    return replace(
-        step,
-        param=step.param.view(1, -1),
-        grad=step.grad.view(1, -1),
-        second=line(step.second),
-        first=line(step.first),
-        momentum=line(step.momentum),
-    )
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """How a matrix is cut: tiles of rows times columns, and some tiles of rows to a program."""
-
-    tile_rows: int
-    tile_columns: int
-    column_tiles: int
-    groups: int
-    chunks: int
-
-    @classmethod
-    def of(cls, rows: int, columns: int, *, tile: int, whole_rows: bool = False) -> _Tiling:
-        width = _power_of_2(columns)
-        if whole_rows or width <= TILE_COLUMNS:
-            tile_rows, tile_columns = max(1, tile // width), width
+def _pack(
+    step: FusedStep, laid: Laid, count: int, places: list[int], exponents: int, sums: int, programs: list[int]
+) -> bytes:
+    """The words of a layer, named in table.py."""
+    words: list[int | float] = [
+        step.param.data_ptr(),
+        step.grad.data_ptr(),
+        0 if step.ids is None else step.ids.data_ptr(),
+        laid.rows,
+        laid.columns,
+        step.row_offset,
+        step.column_offset,
+        step.ids is None or len(step.ids) == len(step.param),
+    ]
+    for stored in (step.second, step.first, step.momentum):
+        if stored is None:
+            words += (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
         else:
-            tile_rows = min(tile // TILE_COLUMNS, _power_of_2(rows))
-            tile_columns = min(width, tile // tile_rows)
-        column_tiles = _ceil(columns, tile_columns)
-        row_tiles = _ceil(rows, tile_rows)
-        # Several tiles a program where there are programs enough, for fewer partial results.
-        groups = max(1, min(8, row_tiles * column_tiles // PROGRAMS), _ceil(row_tiles, CHUNKS))
-        if whole_rows:
-            groups = 1  # leaves no partial results
-        return cls(tile_rows, tile_columns, column_tiles, groups, _ceil(row_tiles, groups))
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.chunks * self.column_tiles,)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compile-time arguments."""
-        warps = min(16, max(4, self.tile_rows * self.tile_columns // 512))
-        return {"TILE_ROWS": self.tile_rows, "TILE_COLUMNS": self.tile_columns, **_OPTIONS, "num_warps": warps}
-
-
-def _square_sums(step: FusedStep, *, with_columns: bool) -> tuple[Tensor, Tensor | None]:
-    """Sums of squares of the gradient's rows ``[k]`` and columns ``[columns]``, float32."""
-    rows = step.grad.shape[0]
-    columns = step.grad.numel() // rows
-    tiling = _Tiling.of(rows, columns, tile=TILE)
-    of_rows = _empty(step, rows, tiling.column_tiles)
-    of_columns = _empty(step, tiling.chunks, columns) if with_columns else None
-    sum_squares[tiling.grid](
-        as_bits(step.grad),
-        as_bits(step.param),
-        step.ids,
-        of_rows,
-        of_columns,
-        rows=rows,
-        columns=columns,
-        column_tiles=tiling.column_tiles,
-        groups=tiling.groups,
-        **_of_gradient(step),
-        **tiling.options,
+            words += (
+                stored.data.data_ptr(),
+                0 if stored.columns is None else stored.columns.data_ptr(),
+                stored.width,
+                signed(stored.seed),
+                stored.decay,
+                stored.weight,
+                stored.column_weight,
+                stored.scale,
+            )
+    words += (step.lr, step.shrink, step.eps, step.weight_decay, step.correction, step.bound or 0.0, step.nesterov)
+    scale = 1.0 if step.second is None else step.second.scale
+    words += (
+        -1.0 if step.negate else 1.0,
+        1.0 / laid.columns,
+        1.0 / scale,
+        count,
+        *places,
+        exponents,
+        sums,
+        exponents,
+        *programs,
     )
-    return of_rows.sum(dim=1), None if of_columns is None else of_columns.sum(dim=0)
+    return ROW.pack(*words, laid.splits, laid.observe) + PADDING
 
 
-def _add_factors(step: FusedStep) -> Tensor:
-    """Add to row and column means; returns the columns divided by their mean, ``[columns]``."""
-    second = step.second
-    assert second is not None
-    assert second.columns is not None
-    rows, columns = _square_sums(step, with_columns=True)
-    assert columns is not None
-    _add_to_rows(second.data, step.ids, rows.div_(columns.numel()).mul_(second.weight))
-    held = second.columns.view(-1)
-    held.add_(columns, alpha=second.column_weight)
-    return (held / held.mean()).nan_to_num_(nan=0.0)  # 0/0 := 0 before the first gradient
-
-
-def _add_to_rows(vector: Tensor, ids: Tensor | None, values: Tensor) -> None:
-    # Not index_add_: it is atomic on CUDA. Ids occur once.
-    _set_rows(vector, ids, values.add_(vector if ids is None else vector.index_select(0, ids)))
-
-
-def _set_rows(vector: Tensor, ids: Tensor | None, values: Tensor) -> None:
-    if ids is None:
-        vector.copy_(values)
-    else:
-        vector.index_copy_(0, ids, values)
-
-
-def _insert(step: FusedStep) -> None:
-    """Insert the gradient into all sketches of the step."""
-    second, first = step.second, step.first
-    sketched_second = second if second is not None and second.kind == Kind.SKETCH else None
-    sketched_first = first if first is not None and first.kind == Kind.SKETCH else None
-    together = (
-        sketched_second is not None
-        and sketched_first is not None
-        and _hashing(sketched_second) == _hashing(sketched_first)
-    )
-    for start in range(0, step.grad.shape[0], WAVE):
-        wave = _wave(step, start)
-        if second is not None and second.kind == Kind.ROW_SKETCH:
-            means, _ = _square_sums(wave, with_columns=False)
-            means.div_(step.grad.numel() // step.grad.shape[0])
-            _insert_wave(wave, means[:, None], second, None)
-        if together:
-            _insert_wave(wave, None, sketched_second, sketched_first)
-        else:
-            if sketched_second is not None:
-                _insert_wave(wave, None, sketched_second, None)
-            if sketched_first is not None:
-                _insert_wave(wave, None, None, sketched_first)
-
-
-def _wave(step: FusedStep, start: int) -> FusedStep:
-    """Some rows of the step."""
-    if step.grad.shape[0] <= WAVE:
-        return step
-    span = slice(start, start + WAVE)
-    if step.ids is not None:
-        return replace(step, grad=step.grad[span], ids=step.ids[span])
-    return replace(step, grad=step.grad[span], param=step.param[span], row_offset=step.row_offset + start)
-
-
-def _insert_wave(step: FusedStep, means: Tensor | None, second: Stored | None, first: Stored | None) -> None:
-    """Insert rows, or their means ``[k, 1]``, depth by depth."""
-    sketch = second or first
-    assert sketch is not None
-    values = step.grad if means is None else means
-    rows = values.shape[0]
-    columns = values.numel() // rows
-    tile_columns = min(_power_of_2(columns), TILE_COLUMNS)
-    tile_slots = min(256, TILE // tile_columns)
-    column_tiles = _ceil(columns, tile_columns)
-    hashing = {"row_offset": step.row_offset, "width": sketch.width, "seed": signed(sketch.seed)}
-    for level in range(sketch.depth):
-        buckets = torch.empty(rows, dtype=torch.int32, device=step.grad.device)
-        hash_rows[(_ceil(rows, TILE),)](step.ids, buckets, rows=rows, level=level, **hashing, TILE=TILE, **_OPTIONS)
-        buckets, order = buckets.sort(stable=True)
-        begin, end = _slots(buckets, sketch.width)
-        insert_rows[(_ceil(begin.numel(), tile_slots) * column_tiles,)](
-            as_bits(values),
-            as_bits(step.param),
-            step.ids,
-            buckets,
-            order,
-            begin,
-            end,
-            None if second is None else second.data[level],
-            None if first is None else first.data[level],
-            slots=begin.numel(),
-            columns=columns,
-            column_tiles=column_tiles,
-            level=level,
-            **hashing,
-            second_weight=0.0 if second is None else second.weight,
-            first_weight=0.0 if first is None else first.weight,
-            **(_of_gradient(step) if means is None else {"sign": 1.0, "weight_decay": 0.0, "DECAYED": False}),
-            SQUARED=means is not None,
-            TILE_SLOTS=tile_slots,
-            TILE_COLUMNS=tile_columns,
+def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Laid, Tensor]]) -> None:
+    """All launches of the layers with one key."""
+    count = len(group)
+    words = table.words[begin * COUNT :]
+    search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
+    common: dict[str, Any] = {
+        "HALF": key.half,
+        "SPARSE": key.sparse,
+        "DECAYED": key.decayed,
+        "LEAVE_OUT": key.leave_out,
+    }
+    common |= {"ALIGNED": key.aligned, "SEARCH": search}
+    if key.observed:
+        rows, columns = key.observe_tile
+        observe[(sum(laid.observe for _, laid, _ in group),)](
+            words,
+            count,
+            KIND=int(key.second),
+            DEPTH=key.second_depth if key.second == Kind.ROW_SKETCH else 0,
+            **common,
+            TILE_ROWS=rows,
+            TILE_COLUMNS=columns,
+            **(_OPTIONS | {"num_warps": 8}),
+        )
+    if key.second == Kind.ROW_SKETCH:
+        add_rows[(sum(laid.add for _, laid, _ in group),)](
+            words,
+            count,
+            DEPTH=key.second_depth,
+            SPARSE=key.sparse,
+            SEARCH=search,
+            TILE_ROWS=TILE_SKETCH,
             **_OPTIONS,
+        )
+        fold_rows[(sum(laid.fold for _, laid, _ in group),)](
+            words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **_OPTIONS
+        )
+    if key.second == Kind.FACTORED:
+        reduce_columns[(sum(laid.reduce for _, laid, _ in group),)](
+            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **_OPTIONS
+        )
+        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(_OPTIONS | {"num_warps": 8}))
+    if key.inserts:
+        for step, _, means in group:
+            insert(step, means if key.observed and key.leave_out else None)
+    rows, columns = key.apply_tile
+    apply[(sum(laid.apply for _, laid, _ in group),)](
+        words,
+        count,
+        SECOND_KIND=int(key.second),
+        FIRST_KIND=int(key.first),
+        MOMENTUM_KIND=int(key.momentum),
+        SECOND_HALF=key.second_half,
+        FIRST_HALF=key.first_half,
+        MOMENTUM_HALF=key.momentum_half,
+        SECOND_DEPTH=key.second_depth,
+        FIRST_DEPTH=key.first_depth,
+        **common,
+        BOUNDED=key.bounded,
+        NESTEROV_USED=key.nesterov,
+        COLUMNS_USED=key.columns_used,
+        OBSERVED=key.observed,
+        BY_ROWS=key.by_rows,
+        AT_ONCE=key.at_once,
+        SPAN=SPAN if key.split else 0,
+        TILE_ROWS=rows,
+        TILE_COLUMNS=columns,
+        **(_OPTIONS | {"num_warps": key.apply_warps}),
+    )
+    if key.columns_used:
+        finish_sm3[(sum(laid.finish for _, laid, _ in group),)](
+            words, count, SEARCH=search, TILE=TILE_FINISH, **_OPTIONS
         )
 
 
-def _slots(buckets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Where the rows of each bucket begin and end in the sorted `buckets`, one slot for each bucket or each row.
-
-    With fewer rows than buckets, a slot for each row, of which the first of a bucket has them all; the number of
-    buckets that occur would have to come from the device.
-    """
-    if buckets.numel() >= width:
-        edges = torch.searchsorted(buckets, torch.arange(width + 1, dtype=torch.int32, device=buckets.device))
-        return edges[:-1], edges[1:].contiguous()
-    begin = torch.arange(buckets.numel(), device=buckets.device)
-    heads = torch.ones_like(buckets, dtype=torch.bool)
-    torch.ne(buckets[1:], buckets[:-1], out=heads[1:])
-    return begin, torch.where(heads, torch.searchsorted(buckets, buckets, right=True), begin)
+def _aligned(step: FusedStep) -> bool:
+    """Whether all tensors of a step begin at multiples of 16 bytes."""
+    address = step.param.data_ptr() | step.grad.data_ptr()
+    for stored in (step.second, step.first, step.momentum):
+        if stored is not None:
+            address |= stored.data.data_ptr()
+    return address % 16 == 0
 
 
-def _apply(step: FusedStep, shape: Tensor | None, whole_rows: bool) -> None:
-    second, first, momentum = (state or _NO_STATE for state in (step.second, step.first, step.momentum))
-    rows = step.grad.shape[0]
-    columns = step.grad.numel() // rows
-    columns_of = None if second.columns is None else second.columns.view(-1)
-    sm3 = second.kind == Kind.SM3
-    tiling = _Tiling.of(rows, columns, tile=TILE_SM3 if sm3 else TILE, whole_rows=whole_rows)
-    row_largest = _empty(step, rows, tiling.column_tiles) if sm3 else None
-    column_largest = _empty(step, tiling.chunks, columns) if sm3 and columns_of is not None else None
-    apply[tiling.grid](
-        as_bits(step.param),
-        as_bits(step.grad),
-        step.ids,
-        _data(second),
-        columns_of if sm3 else shape,
-        _data(first),
-        _data(momentum),
-        row_largest,
-        column_largest,
-        rows=rows,
-        columns=columns,
-        column_tiles=tiling.column_tiles,
-        groups=tiling.groups,
-        row_offset=step.row_offset,
-        column_offset=step.column_offset,
-        second_decay=second.decay,
-        second_weight=second.weight,
-        second_scale=second.scale,
-        second_width=second.width,
-        second_seed=signed(second.seed),
-        first_decay=first.decay,
-        first_weight=first.weight,
-        first_scale=first.scale,
-        first_width=first.width,
-        first_seed=signed(first.seed),
-        momentum_decay=momentum.decay,
-        momentum_weight=momentum.weight,
-        momentum_scale=momentum.scale,
-        momentum_seed=signed(momentum.seed),
-        **_of_gradient(step),
-        shrink=step.shrink,
-        lr=step.lr,
-        eps=step.eps,
-        correction=step.correction,
-        bound=step.bound or 0.0,
-        nesterov=step.nesterov,
-        SECOND=int(second.kind),
-        FIRST=int(first.kind),
-        MOMENTUM=int(momentum.kind),
-        SECOND_DEPTH=second.depth,
-        FIRST_DEPTH=first.depth,
-        BOUNDED=step.bound is not None,
-        NESTEROV=step.nesterov != 0,
-        WHOLE_ROWS=whole_rows,
-        **tiling.options,
-    )
-    if row_largest is not None:
-        _set_rows(second.data, step.ids, row_largest.amax(dim=1).div_(second.scale))
-    if column_largest is not None and columns_of is not None:
-        largest = column_largest.amax(dim=0)
-        # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
-        columns_of.copy_(largest if rows == step.param.shape[0] else torch.maximum(columns_of, largest))
+def _slots(step: FusedStep) -> int:
+    second = step.second or NO_STATE
+    return second.depth * second.width
 
 
-def _of_gradient(step: FusedStep) -> dict[str, Any]:
-    """The kernels' arguments about `FusedStep.grad`."""
-    return {
-        "sign": -1.0 if step.negate else 1.0,
-        "weight_decay": step.weight_decay,
-        "DECAYED": step.weight_decay != 0,
-    }
-
-
-def _data(stored: Stored) -> Tensor | None:
-    return None if stored.kind == Kind.NONE else as_bits(stored.data)
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """The tensor, but bfloat16 as int16."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def signed(seed: int) -> int:
-    """The 64-bit two's complement."""
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _hashing(stored: Stored) -> tuple[int, int, int]:
-    return stored.depth, stored.width, stored.seed
-
-
-def _empty(step: FusedStep, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=step.grad.device)
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest power of two not below."""
-    return 1 << (number - 1).bit_length()
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
+def _padded(size: int) -> int:
+    """So many float32 that the next begin at a multiple of 16 bytes."""
+    return -(-size // 4) * 4

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import (
     bucket_of,
+    greater,
+    lesser,
     load,
     mix64,
     narrow_stochastically,
@@ -82,7 +84,7 @@ def estimate(
     else:
         middle = rows[0]
         for level in tl.static_range(1, DEPTH):
-            middle = tl.minimum(middle, rows[level])
+            middle = lesser(middle, rows[level])
     return middle * scale
 
 
@@ -101,9 +103,9 @@ def _exchange(rows: tl.tuple, above: tl.constexpr, DEPTH: tl.constexpr) -> tl.tu
     result: tl.tuple = ()
     for i in tl.static_range(DEPTH):
         if i == above - 1:
-            row = tl.minimum(rows[above - 1], rows[above])
+            row = lesser(rows[above - 1], rows[above])
         elif i == above:
-            row = tl.maximum(rows[above - 1], rows[above])
+            row = greater(rows[above - 1], rows[above])
         else:
             row = rows[i]
         result = result + (row,)  # noqa: RUF005 - as above

@@ -1,0 +1,205 @@
+"""How layers are cut into programs: which launches serve them, with which tiles, and what memory those share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+
+#: Elements of a tile: 8 for each thread of four warps.
+TILE = 1024
+#: Columns of a tile over wide rows, so that it has several rows: they share the hashes of their columns.
+TILE_COLUMNS = 128
+#: Bytes of a row's part in tiles that are summed both ways: a whole warp reads 16 bytes a lane.
+LINE_BYTES = 512
+#: Columns up to which a tile holds whole rows where their means are taken on the way.
+WIDEST_ROW = 4096
+#: Columns of a program that need not have whole rows.
+SPAN = 4096
+#: Rows of which a program of `observe` leaves one partial sum for each column; fewer where that would be few programs.
+OBSERVED_ROWS, FEWER_OBSERVED_ROWS, FEW_ROWS = 64, 16, 16_384
+#: Partial sums of columns that a program of `reduce_columns` adds up.
+GROUP = 128
+#: Means of rows, and slots of a sketch of row scalars, of a program.
+TILE_SKETCH = 256
+#: Columns of a program of `finish_sm3`.
+TILE_FINISH = 1024
+
+_ELEMENTWISE = (Kind.NONE, Kind.DENSE, Kind.STOCHASTIC, Kind.SCALED)
+#: Kinds that know nothing of rows: where a layer has no others, and all rows are present, it is one long row.
+_ROWLESS = (Kind.NONE, Kind.DENSE, Kind.SCALED)
+#: Kinds of which a program of `apply` must have whole rows.
+_OWN_ROWS = (Kind.ROW, Kind.FACTORED, Kind.SM3)
+
+NO_STATE = Stored(Kind.NONE, torch.empty(0))
+
+
+class Key(NamedTuple):
+    """What kernels are compiled for. Layers with the same key share launches."""
+
+    second: Kind
+    first: Kind
+    momentum: Kind
+    half: bool
+    second_half: bool
+    first_half: bool
+    momentum_half: bool
+    second_depth: int
+    first_depth: int
+    sparse: bool
+    columns_used: bool
+    leave_out: bool
+    decayed: bool
+    bounded: bool
+    nesterov: bool
+    aligned: bool
+    at_once: bool
+    split: bool
+    width: int
+    observed_rows: int
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows are left out, else elements."""
+        return not {self.second, self.first, self.momentum} <= {*_ELEMENTWISE}
+
+    @property
+    def inserts(self) -> bool:
+        """Whether whole rows are inserted into sketches."""
+        return Kind.SKETCH in (self.second, self.first)
+
+    @property
+    def observed(self) -> bool:
+        """Whether the gradient is looked at before anything changes."""
+        return self.second in (Kind.FACTORED, Kind.ROW_SKETCH) or (self.leave_out and self.inserts)
+
+    @property
+    def observe_tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of `observe`."""
+        columns = min(self.width, LINE_BYTES // (2 if self.half else 4))
+        return max(self.observed_rows, 2048 // columns), columns
+
+    @property
+    def apply_tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of `apply`."""
+        tile, columns = TILE, min(self.width, TILE_COLUMNS)
+        if max(self.second_depth, self.first_depth) > 4:
+            tile //= 2  # a median of many takes registers
+        if self.second == Kind.ROW and not self.observed:
+            columns = min(self.width, WIDEST_ROW)
+        elif self.second == Kind.SM3:
+            columns = min(self.width, LINE_BYTES // 4)
+        elif self.rowless:
+            columns = min(self.width, TILE)
+        return max(1, tile // columns), columns
+
+    @property
+    def apply_warps(self) -> int:
+        """Warps of a program of `apply`."""
+        rows, columns = self.apply_tile
+        # Maxima both ways take registers.
+        return 8 if self.second == Kind.SM3 else min(16, max(4, rows * columns // 512))
+
+    @property
+    def rowless(self) -> bool:
+        """Whether a layer is one long row."""
+        return not self.sparse and {self.second, self.first, self.momentum} <= {*_ROWLESS}
+
+
+@dataclass(slots=True)
+class Laid:
+    """One step of one layer, cut into programs.
+
+    Args:
+        key: what its kernels are compiled for.
+        rows, columns: of the gradient, as kernels see it.
+        observe, add, fold, reduce, finish, apply: numbers of programs.
+        splits: programs of `apply` for the same rows.
+    """
+
+    key: Key
+    rows: int
+    columns: int
+    observe: int = 0
+    add: int = 0
+    fold: int = 0
+    reduce: int = 0
+    finish: int = 0
+    apply: int = 0
+    splits: int = 1
+
+    @property
+    def floats(self) -> tuple[int, int, int, int]:
+        """Numbers of float32: means of rows, partial sums of columns, their groups, and the shape of columns."""
+        if not self.key.observed:
+            return 0, 0, 0, 0
+        if self.key.second != Kind.FACTORED:
+            return self.rows, 0, 0, 0
+        return self.rows, self.observe * self.columns, ceil(self.observe, GROUP) * self.columns, self.columns
+
+    def zeros(self, slots: int) -> tuple[int, int, int]:
+        """Numbers of int64, int32 and float32 that begin as zeros: sums and exponents of a sketch's slots, maxima.
+
+        Args:
+            slots: of a sketch of row scalars.
+        """
+        if self.key.second == Kind.ROW_SKETCH:
+            return slots, slots, 0
+        return 0, 0, self.columns if self.key.columns_used else 0
+
+
+def lay_out(step: FusedStep, aligned: bool) -> Laid:
+    """Cut a step, whose gradient has elements.
+
+    Args:
+        aligned: whether all its tensors begin at multiples of 16 bytes.
+    """
+    second, first, momentum = step.second or NO_STATE, step.first or NO_STATE, step.momentum or NO_STATE
+    rows, sparse = step.grad.shape[0], step.ids is not None
+    columns = step.grad.numel() // rows
+    if not sparse and {second.kind, first.kind, momentum.kind} <= {*_ROWLESS}:
+        rows, columns = 1, rows * columns
+    width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
+    key = Key(
+        second.kind,
+        first.kind,
+        momentum.kind,
+        step.param.dtype == torch.bfloat16,
+        second.data.dtype == torch.bfloat16,
+        first.data.dtype == torch.bfloat16,
+        momentum.data.dtype == torch.bfloat16,
+        second.depth,
+        first.depth,
+        sparse,
+        second.kind == Kind.SM3 and second.columns is not None,
+        step.leave_out,
+        step.weight_decay != 0,
+        step.bound is not None,
+        step.nesterov != 0,
+        aligned and columns % 8 == 0,
+        columns <= WIDEST_ROW,
+        columns > SPAN and second.kind not in _OWN_ROWS,
+        width,
+        OBSERVED_ROWS if second.kind == Kind.FACTORED and rows >= FEW_ROWS else FEWER_OBSERVED_ROWS,
+    )
+    laid = Laid(key, rows, columns)
+    if key.observed:
+        laid.observe = ceil(rows, key.observe_tile[0])
+    if second.kind == Kind.ROW_SKETCH:
+        laid.add, laid.fold = ceil(rows, TILE_SKETCH), ceil(second.depth * second.width, TILE_SKETCH)
+    if second.kind == Kind.FACTORED:
+        laid.reduce = ceil(laid.observe, GROUP) * ceil(columns, TILE_COLUMNS)
+    if key.columns_used:
+        laid.finish = ceil(columns, TILE_FINISH)
+    if key.split:
+        laid.splits = ceil(columns, SPAN)
+    laid.apply = ceil(rows, key.apply_tile[0]) * laid.splits
+    return laid
+
+
+def ceil(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // divisor)

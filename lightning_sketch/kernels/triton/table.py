@@ -1,0 +1,111 @@
+"""The table of layers that kernels read: a row of 64-bit words for each layer, in device memory.
+
+A word is an address, an integer, or a float32 in its lower half. One launch serves all layers in the table: a program
+finds its layer by the numbers of the first programs of all layers, which are words, too.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import triton.language as tl
+
+from lightning_sketch.kernels.triton.jit import inlined
+
+#: Names of the words, in order; numbers are float32, all others int64.
+_STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight", "scale")
+_NUMBERS = ("decay", "weight", "column_weight", "scale")
+_HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
+_RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
+_SCRATCH = ("count", "means", "partials", "groups", "shape", "largest", "sums", "exponents")
+_PROGRAMS = ("observe", "add", "fold", "reduce", "finish", "apply")
+NAMES = (
+    *_HEAD,
+    *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
+    *_RULE,
+    *_SCRATCH,
+    *(f"{kernel}_program" for kernel in _PROGRAMS),
+    "splits",
+    "chunks",
+)
+_FLOATS = {*_RULE, *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _NUMBERS)}
+ROW = struct.Struct("<" + "".join("f4x" if name in _FLOATS else "q" for name in NAMES))
+#: Words of a layer. A multiple of 16 bytes, so that a part of the table is aligned as the table is.
+COUNT = len(NAMES) + len(NAMES) % 2
+PADDING = bytes(8 * COUNT - ROW.size)
+
+
+def _word(name: str) -> tl.constexpr:
+    return tl.constexpr(NAMES.index(name))
+
+
+WORDS = tl.constexpr(COUNT)
+PARAM, GRAD, IDS, ROWS, COLUMNS = map(_word, ("param", "grad", "ids", "rows", "columns"))
+ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset", "all_rows"))
+SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
+SECOND, FIRST, MOMENTUM = map(_word, ("second_data", "first_data", "momentum_data"))
+# Of a state, from its first word.
+STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE = map(tl.constexpr, range(1, 8))
+LR, SHRINK, EPS, WEIGHT_DECAY = map(_word, ("lr", "shrink", "eps", "weight_decay"))
+CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov", "sign"))
+# One over the number of columns, and over the second state's scale.
+OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
+LEFT_OUT, MEANS, PARTIALS, GROUPS = map(_word, ("count", "means", "partials", "groups"))
+SHAPE, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "largest", "sums", "exponents"))
+OBSERVE, ADD, FOLD, REDUCE, FINISH, APPLY = (_word(f"{kernel}_program") for kernel in _PROGRAMS)
+
+
+@inlined
+def find(words: tl.tensor, layers: tl.tensor, FIRST_PROGRAM: tl.constexpr, SEARCH: tl.constexpr) -> tl.tuple:
+    """Where the words of this program's layer begin, and this program's number within the layer (int64).
+
+    Args:
+        FIRST_PROGRAM: the word that numbers the layer's first program.
+        SEARCH: steps of the binary search; ``2 ** SEARCH`` is at least the number of layers.
+    """
+    program = tl.program_id(0)
+    at = program * 0
+    for step in tl.static_range(SEARCH):
+        further = at + (1 << (SEARCH - 1 - step))
+        first = tl.load(words + further * WORDS + FIRST_PROGRAM, mask=further < layers, other=1 << 62)
+        at = tl.where(first <= program, further, at)
+    layer = words + at * WORDS
+    return layer, program - tl.load(layer + FIRST_PROGRAM)
+
+
+@inlined
+def number(layer: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
+    """A float32 of a layer."""
+    return tl.load(layer + WORD).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@inlined
+def values(layer: tl.tensor, WORD: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """A pointer to float32, or with HALF to bfloat16's bits (int16).
+
+    Args:
+        ALIGNED: whether the memory begins at a multiple of 16 bytes.
+    """
+    address = tl.load(layer + WORD)
+    if HALF:
+        found = address.to(tl.pointer_type(tl.int16))
+    else:
+        found = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@inlined
+def numel_of_row(layer: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """The number of columns, int64; with ALIGNED a multiple of 8."""
+    columns = tl.load(layer + COLUMNS)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 8)
+    return columns
+
+
+@inlined
+def unaligned(layer: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
+    """A pointer to float32 anywhere."""
+    return tl.load(layer + WORD).to(tl.pointer_type(tl.float32))
