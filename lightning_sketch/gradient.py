@@ -37,7 +37,7 @@ class RowGradient:
         """Let go of the blocks and of what they remember: gradients outlive the step of their layer."""
         self.__dict__.pop("blocks", None)
 
-    def touched_only(self, *, leave_out: bool) -> RowGradient:
+    def touched_only(self, *, leave_out: bool = False) -> RowGradient:
         """The same gradient without its all-zero rows (lazy semantics: an absent row does not decay).
 
         Args:

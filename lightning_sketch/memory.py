@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import CountSketch, allocate
+from lightning_sketch.codecs import CountSketch, Factored, RowWise, allocate
 from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
@@ -161,7 +161,11 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     rows = part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
-    by_row += 5 * (rows + 64)  # the mean square of each, and whether it is left out
+    stored = part.layer.stored().values()
+    if any(isinstance(codec, Factored) or (isinstance(codec, RowWise) and codec.compression > 1) for codec in stored):
+        by_row += 5 * (rows + 64)  # the mean square of each, and whether it is left out
+    elif any(isinstance(codec, CountSketch) for codec in stored):
+        by_row += rows + 64
     threads = torch.get_num_threads()
     return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
 
