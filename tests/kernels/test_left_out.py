@@ -1,128 +1,147 @@
-"""The look at gradients makes the sums of squares that some steps begin with: same verdict, same bits."""
+"""The compiled kernels leave out rows that are not finite: on every instruction set, with any number of threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam, AdamW
+from torch import Tensor
 
-from lightning_sketch import BFloat16, Codec, Factored, Policy, RowWise, Rule, compress
-from lightning_sketch.kernels import all_finite, native
-from lightning_sketch.kernels.fused import FusedStep, Kind
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
+from lightning_sketch.kernels import native
+from lightning_sketch.sharding import Shard
 from tests.kernels.fused_cases import by_isa, threads
+from tests.rules.left_out import Part, values_like
 from tests.tiny import assert_same, default_dtype
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
 INSTRUCTION_SETS = range(native.library().lightning_sketch_isa() + 1) if native.library() else ()
-SECOND = [RowWise(), RowWise(compression=4), Factored()]
-KINDS = [Kind.NONE, Kind.ROW_SKETCH, Kind.FACTORED]
-SHAPES = [(1, 1), (3, 5), (1000, 7), (40_000, 3), (300, 1029), (2, 70_000)]
+#: First and second moment: one pair for every way through the kernels.
+PAIRS: dict[str, tuple[Codec, Codec]] = {
+    "rows": (BFloat16(), RowWise()),
+    "sketched rows": (Drop(), RowWise(compression=4)),
+    "factored": (Keep(), Factored()),
+    "SM3": (Drop(), SM3()),
+    "SM3 and momentum": (Drop(), SM3(momentum=0.5)),
+    "elements": (BFloat16(), BFloat16(stochastic=False)),
+    "elements in long lines": (Keep(), CountSketch(width=1 << 20)),
+    "sketches, in strips": (CountSketch(20), CountSketch(20)),
+    "one sketch, in strips": (Drop(), CountSketch(20)),
+    "sketches, by bucket": (BFloat16(), CountSketch(20)),
+    "sketches, by depth": (CountSketch(1.1, depth=2), CountSketch(1.1, depth=2)),
+    "a sketch and rows": (CountSketch(3), RowWise()),
+}
+#: Of many tasks that sum up columns; of rows of several chunks, with a tail; of two long rows; of sketches in strips.
+SHAPES = [(40_000, 3), (300, 1029), (2, 70_000), (2000, 300)]
 
 
-def train(
-    second: Codec, rows: int, columns: int, nonfinite: str, *, sparse: bool = False, dtype=torch.float32, cls=AdamW
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    initial = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(dtype)
-    table = nn.Embedding(rows, columns, sparse=sparse, _weight=initial)
-    policy = Policy([Rule(name="*", first_moment=BFloat16(), second_moment=second)])
-    optimizer = compress(cls(table.parameters(), lr=0.1, weight_decay=0.1), table, policy, nonfinite=nonfinite)
-    for _ in range(3):
-        gradient = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(dtype)
-        if sparse:
-            ids = torch.randperm(rows, generator=generator)[: rows // 2 + 1]
-            gradient = torch.sparse_coo_tensor(ids[None], gradient[ids], (rows, columns), check_invariants=True)
-        table.weight.grad = gradient
-        optimizer.step()
-    states = {key: value for key, value in optimizer.state[table.weight].items() if key != "step"}
-    return {"weight": table.weight.detach()} | states
+def part(pair: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32, rule: str = "adamw") -> Part:
+    return Part.make(rule, *PAIRS[pair], Shard.whole(shape), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (300, 1029), (40_000, 3)], ids=str)
-@pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_same_bits_with_and_without_a_look_beforehand(
-    second: Codec, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    expected = train(second, *shape, "propagate", dtype=dtype)
-    for number in INSTRUCTION_SETS:
-        for count in (1, 3):
-            with by_isa(number), threads(count):
-                assert_same(train(second, *shape, "raise", dtype=dtype), expected)
+def bad_elements(shape: tuple[int, int]) -> Tensor:
+    """Some in the first and in the last row, and some between."""
+    rows, columns = shape
+    bad = torch.zeros(shape, dtype=torch.bool)
+    bad[0, 0] = bad[-1, -1] = bad[rows // 2] = True
+    if rows > 2:
+        bad[rows // 3, columns // 2] = True
+        bad[rows * 3 // 4 : rows * 3 // 4 + 20] = True
+    return bad
 
 
-@pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_same_bits_with_sparse_gradients(second: Codec) -> None:
-    expected = train(second, 500, 9, "propagate", sparse=True)
-    assert_same(train(second, 500, 9, "raise", sparse=True), expected)
+def spoiled(values: Tensor, bad: Tensor) -> Tensor:
+    values = values.masked_fill(bad, torch.nan)
+    values[0, 0], values[-1, -1] = torch.inf, -torch.inf
+    return values
 
 
-@pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_with_coupled_weight_decay_they_are_of_something_else(second: Codec, fused: list[FusedStep]) -> None:
-    found = train(second, 60, 9, "raise", cls=Adam)
-    assert [taken.sums for taken in fused] == [None] * 3
-    assert_same(found, train(second, 60, 9, "propagate", cls=Adam))
-
-
-@pytest.mark.parametrize(("second", "made"), list(zip(SECOND, [False, True, True], strict=True)))
-def test_they_are_made_for_those_that_read_the_gradient_twice(
-    second: Codec, made: bool, fused: list[FusedStep]
-) -> None:
-    train(second, 60, 9, "raise")
-    assert [taken.sums is not None for taken in fused] == [False, made, made]  # the first step has nothing bound yet
-    fused.clear()
-    train(second, 60, 9, "propagate")
-    assert [taken.sums for taken in fused] == [None] * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_verdict_is_of_every_element(kind: Kind, bad: float, dtype: torch.dtype) -> None:
-    for rows, columns in SHAPES:
-        good = torch.randn(rows, columns).to(dtype)
-        for at in {0, columns - 1, (rows // 2) * columns, rows * columns - 1}:
-            spoiled = good.clone()
-            spoiled.view(-1)[at] = bad
-            found, _ = all_finite([good, spoiled, good], [kind, kind, Kind.NONE])
-            assert found == [True, False, True]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_squares_that_overflow_are_no_verdict(kind: Kind) -> None:
-    large = torch.randn(600, 33)
-    large[[0, 300, 599], [1, 32, 0]] = torch.tensor([1e30, -3e38, 2e19])
-    spoiled = large.clone()
-    spoiled[599, 1] = float("nan")
-    assert all_finite([large, spoiled], [kind, kind])[0] == [True, False]
+def without(of: Part, values: Tensor, bad: Tensor) -> None:
+    """A step without what is not finite: of zeros there, after which parameter and own states are put back."""
+    rows = bad.any(dim=1)
+    if isinstance(of.tensors.get("exp_avg_sq_dim1"), Tensor):  # zeros have a say in the maxima of SM3
+        of.step(values[~rows], (~rows).nonzero().flatten(), leave_out=False)
+        return
+    where = bad if of.bound.unit[1] else rows[:, None]
+    before = {key: x.clone() for key, x in of.elementwise().items()}
+    of.step(values.masked_fill(where, 0.0), leave_out=False)
+    for key, x in of.elementwise().items():
+        x.copy_(torch.where(where, before[key], x))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_they_are(shape: tuple[int, int]) -> None:
-    rows, columns = shape
-    gradient = torch.randn(shape)
-    _, (means, both, nothing) = all_finite([gradient] * 3, [Kind.ROW_SKETCH, Kind.FACTORED, Kind.NONE])
-    assert nothing is None
-    for sums in (means, both):
-        torch.testing.assert_close(sums[:rows], gradient.square().mean(dim=1))
-    padded = -(-rows // 16) * 16
-    torch.testing.assert_close(both[padded:].view(-1, columns).sum(dim=0), gradient.square().sum(dim=0))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_large_layers(pair: str, shape: tuple[int, int]) -> None:
+    finite, bad = values_like(Shard.whole(shape), 1), bad_elements(shape)
+    expected = part(pair, shape)
+    expected.step(finite)
+    without(expected, finite, bad)
+    for number in INSTRUCTION_SETS:
+        for count in (1, 3):
+            with by_isa(number), threads(count):
+                found = part(pair, shape)
+                assert found.step(finite) == 0
+                assert found.step(spoiled(finite, bad)) == int((bad if found.bound.unit[1] else bad.any(dim=1)).sum())
+                assert found.fused
+            assert_same(found.snapshot(), expected.snapshot())
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("second", SECOND, ids=repr)
-def test_torchs_default_dtype_and_device_are_not_theirs(second: Codec, default: torch.dtype) -> None:
-    expected = train(second, 2000, 9, "raise")
-    with default_dtype(default):
-        with torch.device("meta"):
-            sums = all_finite([torch.ones(2000, 9, device="cpu", dtype=torch.float32)], [Kind.FACTORED])[1][0]
-        assert sums is not None
-        assert (sums.dtype, sums.device.type) == (torch.float32, "cpu")
-        found = train(second, 2000, 9, "raise")
-    assert_same(found, expected)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_scattered_rows(pair: str) -> None:
+    """Of sparse gradients: the sketches have more buckets than these have rows."""
+    shape, ids = (5000, 9), torch.arange(0, 5000, 7)
+    values = values_like(Shard.whole((len(ids), 9)), 1)
+    bad = bad_elements((len(ids), 9))
+    rows = bad.any(dim=1)
+    expected = part(pair, shape)
+    if expected.bound.unit[1]:
+        before = {key: x[ids].clone() for key, x in expected.elementwise().items()}
+        expected.step(values.masked_fill(bad, 0.0), ids, leave_out=False)
+        for key, x in expected.elementwise().items():
+            x[ids] = torch.where(bad, before[key], x[ids])
+    else:
+        expected.step(values[~rows], ids[~rows], leave_out=False)
+    for count in (1, 3):
+        with threads(count):
+            found = part(pair, shape)
+            assert found.step(spoiled(values, bad), ids) == int((bad if found.bound.unit[1] else rows).sum())
+        if pair == "factored":  # the columns of fewer rows are summed in other pieces
+            torch.testing.assert_close(found.snapshot(), expected.snapshot(), rtol=1e-5, atol=1e-6)
+        else:
+            assert_same(found.snapshot(), expected.snapshot())
 
 
-def test_an_empty_gradient_has_none() -> None:
-    assert all_finite([torch.empty(0, 3)], [Kind.FACTORED]) == ([True], [None])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_element_is_looked_at(pair: str, dtype: torch.dtype, bad: float) -> None:
+    shape = (3, 90)
+    for number in INSTRUCTION_SETS:
+        found = part(pair, shape, dtype)
+        for at in (0, 15, 16, 63, 64, 79, 80, 89):
+            values = values_like(Shard.whole(shape), at, dtype)
+            values[1, at] = bad
+            with by_isa(number):
+                assert found.step(values) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_finite_gradients_are_stepped_as_under_propagate(pair: str, dtype: torch.dtype) -> None:
+    for shape in ((1, 1), (300, 1029), (2000, 300)):
+        found, expected = (part(pair, shape, dtype, rule="adam") for _ in range(2))
+        values = values_like(Shard.whole(shape), 1, dtype)
+        values[0, 0] = torch.finfo(dtype).max  # its square overflows
+        for _ in range(2):
+            assert found.step(values) == expected.step(values, leave_out=False) == 0
+        assert_same(found.snapshot(), expected.snapshot())
+
+
+def test_torchs_default_dtype_and_device_are_not_theirs() -> None:
+    values = values_like(Shard.whole((300, 9)), 1)
+    values[3, 3] = torch.nan
+    found, expected = part("factored", (300, 9)), part("factored", (300, 9))
+    assert expected.step(values) == 1
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        assert found.step(values) == 1
+    assert_same(found.snapshot(), expected.snapshot())
