@@ -1,7 +1,7 @@
 """Rows that are not finite are left out of a step: as if a sparse gradient did not have them.
 
-Under every rule, codec and layout, by the reference and by the compiled kernels. Where all states are stored by element,
-elements are left out.
+Under every rule, codec and layout, by the reference and by the compiled kernels. Where all states are stored by
+element, elements are left out.
 """
 
 from __future__ import annotations
@@ -127,6 +127,19 @@ def test_in_any_dtype(second: str, dtype: torch.dtype, engine: str) -> None:
             lambda: Part.make("adam", Keep(), SECOND[second], SHARDS["whole"], dtype),
             spoil(values_like(SHARDS["whole"], 3, dtype)),
         )
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_a_mask_that_leaves_nothing_out_changes_nothing(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators the reference has one in every step, because it does not wait to learn that all is finite."""
+    parts = [Part.make("adam", Keep(), SECOND[second], SHARDS["whole"]) for _ in range(2)]
+    values = values_like(SHARDS["whole"], 3)
+    with by_reference():
+        expected = [part.step(values) for part in parts]
+        monkeypatch.setattr("lightning_sketch.gradient.all_finite", lambda values: False)
+        monkeypatch.setattr("lightning_sketch.rules.base.all_finite", lambda values: False)
+        assert [parts[0].step(values), parts[1].step(values, leave_out=False)] == expected == [0, 0]
+    assert_same(parts[0].snapshot(), parts[1].snapshot())
 
 
 @engines
