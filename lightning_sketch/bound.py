@@ -64,7 +64,9 @@ class BoundPart:
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
         return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit)
 
-    def step(self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool, leave_out: bool) -> LayerStep:
+    def step(
+        self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool, leave_out: bool = False
+    ) -> LayerStep:
         """One step, to be run (it modifies the parameter and its states in place).
 
         Args:
