@@ -20,12 +20,10 @@ from torch import Tensor
 from lightning_sketch import huge_pages
 from lightning_sketch.codecs import SM3, CodecState
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.kernels.fused import Kept, Kind
+from lightning_sketch.kernels.fused import Kept
 from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding import is_dtensor, local
-from lightning_sketch.sharding.agree import shard_group
-from lightning_sketch.sharding.dtensor import sharded_mesh_dim
 
 
 @dataclass(slots=True)
@@ -39,7 +37,7 @@ class BoundPart:
         momentum_beta: the factor of that EMA.
         lazy: whether all-zero rows of a gradient count as absent.
         dtype: dtype of arithmetic.
-        sums_as: the kind of sums that steps of its second moment begin with.
+        unit: its layer's name, and whether what steps leave out is counted by element, not by row.
         kept: what its steps found out.
     """
 
@@ -49,7 +47,7 @@ class BoundPart:
     momentum_beta: float
     lazy: bool
     dtype: torch.dtype
-    sums_as: Kind
+    unit: tuple[str, bool]
     kept: Kept = field(default_factory=Kept)
 
     @classmethod
@@ -62,12 +60,13 @@ class BoundPart:
             states[state] = codec.bind(spec, tensors)
             if isinstance(codec, SM3):
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        # The second moment's: no other has any.
-        sums_as = max((codec.sums_as for codec in part.layer.stored().values()), default=Kind.NONE)
         lazy, dtype = part.layer.lazy, compute_dtype(param)
-        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, sums_as)
+        unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
+        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit)
 
-    def step(self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool) -> LayerStep:
+    def step(
+        self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool, leave_out: bool = False
+    ) -> LayerStep:
         """One step, to be run (it modifies the parameter and its states in place).
 
         Args:
@@ -75,10 +74,13 @@ class BoundPart:
             numbers: hyperparameters of this step, from `UpdateRule.numbers`.
             step: number of this step, from 1.
             negate: maximize.
+            leave_out: whether rows or elements that are not finite are left out.
         """
+        if self.lazy:  # rows without a gradient are found now, and with them those to be left out
+            gradient, leave_out = gradient.touched_only(leave_out=leave_out), False
         return LayerStep(  # by position: by name it takes twice as long
             self.param,
-            gradient.touched_only() if self.lazy else gradient,
+            gradient,
             self.states,
             self.momentum,
             self.momentum_beta,
@@ -87,6 +89,7 @@ class BoundPart:
             self.dtype,
             negate,
             self.kept,
+            leave_out,
         )
 
 
@@ -120,13 +123,6 @@ class Bindings:
                 return part
         return part_of(record, param)
 
-    def shard_group(self, param: Tensor, fqn: str) -> Any | None:
-        """The process group over which `param` is sharded; ``None`` if it is whole."""
-        kept = self._kept.get(id(param))
-        if kept is not None and kept.param is param and (kept.place is None or kept.place.holds(param)):
-            return None if kept.place is None else kept.place.process_group
-        return shard_group(param, fqn)
-
     def find(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> list[BoundPart] | None:
@@ -159,19 +155,13 @@ class Bindings:
 
 
 class _Place:
-    """Where a DTensor lies: what its part and its process group follow from."""
+    """Where a DTensor lies: what its part follows from."""
 
-    __slots__ = ("_held", "_mesh", "_mesh_dim", "_param", "_placements", "_shape")
+    __slots__ = ("_held", "_mesh", "_param", "_placements", "_shape")
 
-    def __init__(self, param: Any, fqn: str) -> None:
+    def __init__(self, param: Any) -> None:
         self._param, self._shape, self._held = param, param.shape, local(param).shape
         self._mesh, self._placements = param.device_mesh, param.placements
-        self._mesh_dim = sharded_mesh_dim(param, fqn)
-
-    @property
-    def process_group(self) -> Any | None:
-        """The group over which it is sharded. Asked for anew: one may be destroyed, and another made in its place."""
-        return None if self._mesh_dim is None else self._mesh.get_group(self._mesh_dim)
 
     def holds(self, param: Any) -> bool:
         """Whether `param` is that DTensor, and lies there still."""
@@ -204,7 +194,7 @@ class _Binding:
     ) -> None:
         self.bound, self.param, self.parts = bound, param, parts
         self._needed, self._tensors, self._keys = needed, tensors, frozenset(tensors)
-        self.place = _Place(param, parts[0].layer.fqn) if is_dtensor(param) else None
+        self.place = _Place(param) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
         # Rows of a flat tensor or of a DTensor are tensors of their own, which may be left behind: their distance from

@@ -56,8 +56,10 @@ def compress(
             Fabric's wrapper around one.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
-        nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
-            layer's update with a warning, or "propagate" it into the state as torch.optim does.
+        nonfinite: what to do about NaN and inf in a compressed layer's gradient. Their rows are left out of the step
+            (elements, where every state of the layer is stored by element): parameter and states stay as they are
+            there, and everything else is stepped. Then "raise" raises, and "skip" warns once and counts. "propagate"
+            leaves nothing out, as torch.optim does.
         allow_empty: whether `policy` may compress nothing: what it matches is frozen or not in this optimizer. A
             warning then says so; without a policy it always does, and the optimizer is converted all the same.
 
@@ -160,12 +162,14 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         `optimizer`.
 
     Raises:
+        FloatingPointError: as ``optimizer.step()`` does, for the last one on an accelerator. Nothing was changed then.
         ValueError: a parameter was resized (see `resize_states`), or a state is not what was compressed. Nothing was
             changed then.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
+    inner._left_out.judge(inner._compression, wait=True)
     encode_assigned(inner)
     for group, param, (part, *_) in [x for x in inner.compressed_tensors() if not inner.is_flat(x[0])]:
         state = inner.state.get(param, {})
@@ -180,6 +184,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     del inner._compression
     inner.__dict__.pop("_flat_tensors", None)
     inner.__dict__.pop("_bindings", None)
+    inner.__dict__.pop("_left_out", None)
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]

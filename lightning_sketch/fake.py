@@ -15,8 +15,13 @@ readable = False
 
 def is_fake(tensor: Any) -> bool:
     """Whether `tensor`, or the local part of a DTensor, is a FakeTensor, of which no number can be read."""
+    return not readable and is_fake_tensor(tensor)
+
+
+def is_fake_tensor(tensor: Any) -> bool:
+    """The same, also where a mode answers."""
     # By name, and most tensors by type alone: steps ask it.
-    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor) or readable:
+    if type(tensor) in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor):
         return False
     held = local(tensor) if is_dtensor(tensor) else tensor
     return any(cls.__name__ == "FakeTensor" for cls in type(held).__mro__)

@@ -121,7 +121,7 @@ class FlatTensors:
     """
 
     def __init__(self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, Layer]) -> None:
-        self.engine, self.group = layout.engine, layout.group
+        self.engine = layout.engine
         self._by_id: dict[int, FlatTensor] = {}
         for (tensor, found), anywhere in zip(layout.tensors, layout.anywhere, strict=True):
             segments = tuple(_named(segment, layers, layout.engine) for segment in found)
@@ -131,7 +131,7 @@ class FlatTensors:
                         f"{segment.fqn} was planned with shape {list(records[segment.fqn].shape)}, but "
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
-            # All ranks must step it alike, because they vote on whether its gradient is finite.
+            # All ranks step it alike: its state has the same entries everywhere.
             names = tuple(layers[id(param)].fqn for param in anywhere if id(param) in layers)
             # Only those of the same group: others may keep other states.
             here = {fqn: records[fqn] for fqn in names if fqn in records}

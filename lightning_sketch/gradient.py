@@ -20,13 +20,13 @@ class RowGradient:
         shard: the parameter's shard.
         rows: local row ids, int64 ``[k]``, sorted and without duplicates; ``None`` when every row is present.
         values: ``[k, *row_shape]``, or ``[local_rows, *row_shape]`` when `rows` is ``None``; the parameter's dtype.
-        sums: of the squares of `values`, as `kernels.all_finite` made them: from then on values must stay as they are.
+        left_out: how many rows that were not finite are absent already, 0-d int64; ``None`` for none.
     """
 
     shard: Shard
     rows: Tensor | None
     values: Tensor
-    sums: Tensor | None = None
+    left_out: Tensor | None = None
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -37,12 +37,47 @@ class RowGradient:
         """Let go of the blocks and of what they remember: gradients outlive the step of their layer."""
         self.__dict__.pop("blocks", None)
 
-    def touched_only(self) -> RowGradient:
-        """The same gradient without its all-zero rows (lazy semantics: an absent row does not decay)."""
-        if self.rows is not None or self.values.numel() == 0:
+    def touched_only(self, *, leave_out: bool = False) -> RowGradient:
+        """The same gradient without its all-zero rows (lazy semantics: an absent row does not decay).
+
+        Args:
+            leave_out: whether rows that are not finite are absent, too.
+        """
+        values = self.values
+        finite = finite_rows(values) if leave_out else None
+        left_out = None if finite is None else finite.logical_not().sum()
+        if self.rows is not None:
+            if finite is None:
+                return self
+            return RowGradient(self.shard, self.rows[finite], values[finite], left_out)
+        if values.numel() == 0:
             return self
-        rows = (self.values != 0).reshape(self.shard.local_rows, -1).any(dim=1).nonzero().flatten()
-        return RowGradient(self.shard, rows, self.values[rows])
+        touched = (values != 0).reshape(self.shard.local_rows, -1).any(dim=1)
+        rows = (touched if finite is None else touched & finite).nonzero().flatten()
+        return RowGradient(self.shard, rows, values[rows], left_out)
+
+
+def finite_rows(values: Tensor) -> Tensor | None:
+    """Which rows are finite.
+
+    Args:
+        values: ``[k, *row_shape]``.
+
+    Returns:
+        bool ``[k]``; ``None`` for all, where that is known without waiting for a device.
+    """
+    if values.numel() == 0 or (values.device.type == "cpu" and all_finite(values)):
+        return None
+    largest: Tensor = torch.linalg.vector_norm(values.reshape(values.shape[0], -1), ord=torch.inf, dim=1)
+    return largest.isfinite()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are finite; waits for their device."""
+    # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
+    # not finite may just have overflowed, so then look closer.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(values.isfinite().all())
 
 
 def row_gradient(grad: Tensor, shard: Shard, fqn: str) -> RowGradient:

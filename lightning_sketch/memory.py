@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_sketch.classes import unwrap
-from lightning_sketch.codecs import CountSketch, allocate
+from lightning_sketch.codecs import CountSketch, Factored, RowWise, allocate
 from lightning_sketch.kernels import describe, fused_kernel
-from lightning_sketch.kernels.fused import DTYPES, Kind
+from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import UpdateRule
@@ -45,7 +45,7 @@ class MemoryReport:
         transient: upper bound of one step's temporaries over compressed layers, bytes; kept layers' temporaries are
             torch's own.
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
-        skipped: steps that each layer skipped for a non-finite gradient.
+        skipped: in how many steps something of each layer was left out, because its gradient was not finite.
         kernels: what does the steps of compressed layers on the devices of the parameters.
         process: resident memory of this process now, bytes; ``None`` where the system does not say.
         process_peak: its largest value so far, bytes; 0 on Windows.
@@ -86,8 +86,13 @@ def report(optimizer: Any) -> MemoryReport:
 
     Args:
         optimizer: a torch optimizer, or a Lightning or Accelerate wrapper around one.
+
+    Raises:
+        FloatingPointError: as ``optimizer.step()`` does, for the last one on an accelerator.
     """
     inner = unwrap(optimizer)
+    if isinstance(inner, CompressedOptimizer):
+        inner._left_out.judge(inner._compression, wait=True)
     by_codec: dict[str, int] = {}
     dense_state = blocks = together = parameters = gradients = 0
     if isinstance(inner, CompressedOptimizer):
@@ -156,8 +161,11 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     rows = part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
-    if any(codec.sums_as != Kind.NONE for codec in part.layer.stored().values()):
-        by_row += 4 * (rows + 16)  # the mean square of each
+    stored = part.layer.stored().values()
+    if any(isinstance(codec, Factored) or (isinstance(codec, RowWise) and codec.compression > 1) for codec in stored):
+        by_row += 5 * (rows + 64)  # the mean square of each, and whether it is left out
+    elif any(isinstance(codec, CountSketch) for codec in stored):
+        by_row += rows + 64
     threads = torch.get_num_threads()
     return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
 

@@ -22,13 +22,14 @@ from lightning_sketch.dropped import warn_of_dropped
 from lightning_sketch.flat import FlatTensor, FlatTensors
 from lightning_sketch.guard import guard_foreign_steps
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.nonfinite import LeftOut
 from lightning_sketch.plan import LayerPlan, Plan, make_plan
 from lightning_sketch.policy import Policy
 from lightning_sketch.roles import find_model, named_layers
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.wrapper import find_wrapper
-from lightning_sketch.step import own_tensors, refuse_kept_sparse, step_compressed, usable
+from lightning_sketch.step import own_tensors, refuse_kept_sparse, step_compressed, to_be_stepped
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Compression:
             be seen at all times.
         names: for each group the FQNs of all its parameters, in order.
         errors: relative error of each state that was encoded from a dense one, by FQN and state.
-        skipped: how many steps each layer skipped for a non-finite gradient.
+        skipped: in how many steps something of a layer was left out, because its gradient was not finite.
         plain: the user's plain tensors beside the model's parameters, which torch steps. A tensor that is no
             ``nn.Parameter`` and not among them was put in place of the parameters by an engine.
     """
@@ -118,14 +119,16 @@ class CompressedOptimizer(Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            FloatingPointError: a compressed layer's gradient is not finite, and ``nonfinite="raise"``. Nothing was
-                changed then.
+            FloatingPointError: rows of a compressed layer's gradient are not finite, and ``nonfinite="raise"``. They
+                were left out, and everything else was stepped. On accelerators it is raised when the next step
+                begins, which is not made then.
             RuntimeError: a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
                 if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
             ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
                 its states are neither what its codecs store nor dense ones. Nothing was changed then.
         """
+        self._left_out.judge(self._compression, wait=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,7 +140,7 @@ class CompressedOptimizer(Optimizer):
                 refuse_kept_sparse(self)
                 self._bindings.kept_checked = True
             ours = own_tensors(self)
-            ready = usable(self, ours)
+            ready = to_be_stepped(self, ours)
             try:
                 for own in ours:
                     own.param.grad = None
@@ -213,6 +216,10 @@ class CompressedOptimizer(Optimizer):
     @cached_property
     def _bindings(self) -> Bindings:
         return Bindings()
+
+    @cached_property
+    def _left_out(self) -> LeftOut:
+        return LeftOut()
 
     def _bind_if_flat(self) -> bool:
         """Find out which layers lie in flat tensors; whether this is only DeepSpeed trying out the step."""
@@ -298,8 +305,10 @@ class CompressedOptimizer(Optimizer):
         """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors.
 
         Raises:
+            FloatingPointError: as `step` does, for the last one on an accelerator.
             ValueError: a compressed layer was assigned states that its codecs cannot take.
         """
+        self._left_out.judge(self._compression, wait=True)
         self._bind_if_flat()
         encode_assigned(self)
         return checkpoint.finish_state_dict(self, super().state_dict())

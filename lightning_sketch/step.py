@@ -1,8 +1,7 @@
-"""The compressed layers' side of an optimizer's step: find the tensors, judge their gradients, step them."""
+"""The compressed layers' side of an optimizer's step: find the tensors, and step them."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,10 @@ from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
 from lightning_sketch.fake import is_fake
 from lightning_sketch.gradient import RowGradient
-from lightning_sketch.kernels import all_finite
-from lightning_sketch.kernels.fused import Kind
 from lightning_sketch.layer import RECORDS, LayerShard
+from lightning_sketch.nonfinite import judge
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
-from lightning_sketch.sharding.agree import all_agree
 
 if TYPE_CHECKING:
     from lightning_sketch.optimizer import CompressedOptimizer
@@ -123,40 +120,25 @@ def refuse_kept_sparse(optimizer: CompressedOptimizer) -> None:
 
 
 @_disable_dynamo
-def usable(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTensor]:
-    """Those to be stepped: all, or under ``nonfinite="skip"`` those whose gradients are finite on all ranks.
-
-    None of a group that overflowed.
+def to_be_stepped(optimizer: CompressedOptimizer, ours: list[OwnTensor]) -> list[OwnTensor]:
+    """All but those of a group that overflowed.
 
     Raises:
-        FloatingPointError: a gradient is not finite, and ``nonfinite="raise"``.
         RuntimeError: there are none because the model's parameters were replaced.
     """
     if not ours:
         _refuse_replaced(optimizer)
     left_alone = {id(group) for group in optimizer.param_groups if overflowed(optimizer, group)}
-    ours = [own for own in ours if id(own.group) not in left_alone] if left_alone else ours
-    if optimizer._compression.nonfinite == "propagate" or not ours or not ours[0].gradients:
-        return ours
-    gradients = [gradient for own in ours for gradient in own.gradients]
-    wanted = [kind for own in ours for kind in _sums_as(optimizer.rule, own)]
-    oks, sums = all_finite([gradient.values for gradient in gradients], wanted)
-    for gradient, made in zip(gradients, sums, strict=True):
-        gradient.sums = made
-    groups = [_process_group(optimizer, own) for own in ours]
-    if all(oks) and all(group is None for group in groups):
-        return ours
-    finite_parts = iter(oks)
-    finite = [[next(finite_parts) for _ in own.gradients] for own in ours]
-    agreed = all_agree([all(ok) for ok in finite], groups, ours[0].param.device)
-    if not all(agreed):
-        _refuse(optimizer, ours, finite, agreed)
-    return [own for own, ok in zip(ours, agreed, strict=True) if ok]
+    return [own for own in ours if id(own.group) not in left_alone] if left_alone else ours
 
 
 @_disable_dynamo
 def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> None:
-    """One step of our tensors (they and their states are modified in place)."""
+    """One step of our tensors (they and their states are modified in place), but of what is not finite in gradients.
+
+    Raises:
+        FloatingPointError: something was left out, and ``nonfinite="raise"``. Everything else was stepped.
+    """
     if ready and not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
         for own in ready:
             if not own.state:
@@ -184,14 +166,24 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
         torch._foreach_add_(counts, [counter(1.0)] * len(counts))
-    run(
+    leave_out = optimizer._compression.nonfinite != "propagate"
+    left_out = run(
         rule,
         (
-            part.step(gradient, numbers, step, negate=negate)
+            part.step(gradient, numbers, step, negate=negate, leave_out=leave_out)
             for own, (numbers, step, negate) in zip(ready, options, strict=True)
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
+    if not leave_out or left_out is None:
+        return
+    late = optimizer._left_out.is_late(left_out)
+    if late or bool(left_out.any()):
+        units = [part.unit for own in ready for part in own.bound or ()]
+        if late:
+            optimizer._left_out.add(left_out, units)
+        else:
+            judge(optimizer._compression, left_out, units)
 
 
 def _allocate(optimizer: CompressedOptimizer, own: OwnTensor) -> None:
@@ -227,42 +219,3 @@ def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
             "ask for; call decompress(optimizer) and compress it again"
         )
     part.check_shape()
-
-
-def _sums_as(rule: UpdateRule, own: OwnTensor) -> list[Kind]:
-    """For each part, the sums of squares of the gradient that its step begins with; none before the first step."""
-    if own.bound is None or rule.coupled_weight_decay(own.group):  # with it they are of something else
-        return [Kind.NONE] * len(own.gradients)
-    return [part.sums_as for part in own.bound]
-
-
-def _process_group(optimizer: CompressedOptimizer, own: OwnTensor) -> Any | None:
-    part = own.parts[0]
-    if part.span is not None:
-        return optimizer._flat_tensors.group if optimizer._flat_tensors is not None else None
-    if type(own.param) is nn.Parameter:  # most are
-        return None
-    return optimizer._bindings.shard_group(own.param, part.layer.fqn)
-
-
-def _refuse(
-    optimizer: CompressedOptimizer, ours: list[OwnTensor], finite: list[list[bool]], agreed: list[bool]
-) -> None:
-    """Raise for non-finite gradients, or warn and count."""
-    bad: list[str] = []
-    for own, oks, tensor_ok in zip(ours, finite, agreed, strict=True):
-        here = [part.layer.fqn for part, ok in zip(own.parts, oks, strict=True) if not ok]
-        if not tensor_ok:
-            # A shard whose counterpart on another rank is bad must be skipped with it: states would drift apart.
-            bad += here or [f"{own.parts[0].layer.fqn} on another rank"]
-    if optimizer._compression.nonfinite == "raise":
-        raise FloatingPointError(
-            f"NaN or inf in the gradient of {', '.join(bad)}. Nothing was changed. One bad row would spoil every "
-            'row that shares its state; use compress(..., nonfinite="skip") to leave such layers out of a step, or '
-            '"propagate" to let it through as torch.optim does'
-        )
-    skipped = optimizer._compression.skipped
-    for fqn in bad:
-        if not skipped[fqn]:
-            warnings.warn(f"NaN or inf in the gradient of {fqn}: its update is skipped", stacklevel=8)
-        skipped[fqn] += 1

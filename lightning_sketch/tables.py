@@ -159,5 +159,5 @@ def memory_table(report: MemoryReport) -> str:
         text = ", ".join(f"{state} {error:.3g}" for state, error in errors.items())
         table.add_row(f"conversion error of {fqn}", "", text)
     for fqn, count in report.skipped.items():
-        table.add_row(f"skipped steps of {fqn}", "", f"{count} (non-finite gradient)")
+        table.add_row(f"steps without rows of {fqn}", "", f"{count} (non-finite gradient)")
     return render(table)

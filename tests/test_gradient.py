@@ -84,6 +84,16 @@ def test_touched_only_keeps_what_is_sparse_already():
     assert gradient.touched_only().rows.tolist() == [1, 3]
 
 
+def test_touched_only_leaves_out_rows_that_are_not_finite_if_asked():
+    values = torch.zeros(6, 2)
+    values[1, 1], values[4, 0], values[5] = -1.0, float("nan"), torch.finfo(values.dtype).max
+    found = RowGradient(SHARD, None, values).touched_only(leave_out=True)
+    assert (found.rows.tolist(), int(found.left_out)) == ([1, 5], 1)
+    found = RowGradient(SHARD, torch.tensor([0, 2, 3]), values[3:]).touched_only(leave_out=True)
+    assert (found.rows.tolist(), int(found.left_out)) == ([0, 3], 1)
+    assert torch.equal(found.values, values[[3, 5]])
+
+
 def test_touched_only_of_no_elements():
     gradient = RowGradient(Shard((0, 2), 0, 0), None, torch.zeros(0, 2))
     assert gradient.touched_only() is gradient

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sketch import huge_pages
 from lightning_sketch.fake import is_fake
-from lightning_sketch.kernels.fused import Kind, Stored
+from lightning_sketch.kernels.fused import Stored
 from lightning_sketch.sharding import Block, Shard
 
 #: What lies in ``optimizer.state[param]``: tensors only, because training code moves and measures all of its values as
@@ -69,6 +69,8 @@ class CodecState(ABC):
 
     #: Whether an estimate may hold what belongs to other rows.
     mixes_rows: bool = False
+    #: Whether every element is stored by itself.
+    elementwise: bool = False
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.
     adds_values: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
@@ -95,7 +97,7 @@ class CodecState(ABC):
         """
 
     def add(self, block: Block, x: Tensor) -> None:  # noqa: B027  (codecs that fold `x` in while reading need none)
-        """Fold in ``x``, ``[k, *row_shape]`` in ``spec.dtype``."""
+        """Fold in ``x``, ``[k, *row_shape]`` in ``spec.dtype``; 0 where ``block.good`` is False."""
 
     def settle(self) -> None:  # noqa: B027
         """All blocks were added."""
@@ -144,11 +146,6 @@ class Codec(ABC):
         reason = self.refuses_signed if spec.signed else self.refuses_unsigned
         if reason:
             raise ValueError(f"{type(self).__name__} cannot hold {spec.name} of {spec.fqn}: {reason}")
-
-    @property
-    def sums_as(self) -> Kind:
-        """As which kind of state fused kernels want sums of the gradient's squares beforehand; NONE if they do not."""
-        return Kind.NONE
 
     @abstractmethod
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class _Sketch(ScaledState):
 class _LinearSketch(_Sketch):
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(codec, spec, tensors)
-        self.mixes_rows = not self.exact
+        self.mixes_rows, self.elementwise = not self.exact, self.exact
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
@@ -199,6 +199,8 @@ class _PaperSketch(_Sketch):
         delta = x * self.weight
         if self.decay != 1:
             delta.add_(self.estimate(block), alpha=self.decay - 1)
+        if block.good is not None:
+            delta = delta.where(block.good, 0.0)
         self.insert(block, delta, 1.0)
 
     def estimate(self, block: Block) -> Tensor:

@@ -30,10 +30,6 @@ class Factored(Codec):
         "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
     )
 
-    @property
-    def sums_as(self) -> Kind:
-        return Kind.FACTORED
-
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         row, col = spec.zeros(spec.shard.local_rows), spec.zeros(*spec.shard.row_shape)
         return {"row": row, "col": col, "scale": scale_tensor()}

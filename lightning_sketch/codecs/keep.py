@@ -34,6 +34,7 @@ class Keep(Codec):
 class DenseState(CodecState):
     """A tensor shaped like the parameter."""
 
+    elementwise = True
     decay: float
     weight: float
     step: int
@@ -47,11 +48,12 @@ class DenseState(CodecState):
 
     def add(self, block: Block, x: Tensor) -> None:
         dense = self.spec.shard.as_rows(self.dense)
-        if isinstance(block.index, slice) and dense.dtype == x.dtype:
+        if isinstance(block.index, slice) and dense.dtype == x.dtype and block.good is None:
             dense[block.index].mul_(self.decay).add_(x, alpha=self.weight)
         else:
-            values = dense[block.index].to(x.dtype).mul(self.decay).add_(x, alpha=self.weight)
-            dense[block.index] = self.store(block, values)
+            before = dense[block.index]
+            values = self.store(block, before.to(x.dtype).mul(self.decay).add_(x, alpha=self.weight))
+            dense[block.index] = values if block.good is None else values.where(block.good, before)
 
     def store(self, block: Block, values: Tensor) -> Tensor:
         """What is written for `values`."""

@@ -51,10 +51,6 @@ class RowWise(Codec):
         if self.compression == 1 and self.depth != 3:
             raise ValueError(f"RowWise(depth={self.depth}) needs compression > 1: without it there is no sketch")
 
-    @property
-    def sums_as(self) -> Kind:
-        return Kind.ROW_SKETCH if self.compression > 1 else Kind.NONE
-
     def sketch(self) -> CountSketch:
         """The codec of the row scalars when `compression` > 1."""
         try:

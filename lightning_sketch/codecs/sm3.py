@@ -112,6 +112,7 @@ class _SM3II(_SM3):
     def settle(self) -> None:
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
+        self.left_out: Tensor | None = None  # whether a row was left out, 0-d
 
     def fusable(self) -> bool:
         shard, others = self.spec.shard, self.others
@@ -124,15 +125,24 @@ class _SM3II(_SM3):
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]
-        self.row[block.index] = _max_to(nu, 0) / self.scale
+        row = _max_to(nu, 0) / self.scale
+        if (good := block.good) is None:
+            self.row[block.index], present = row, nu
+        else:
+            self.row[block.index] = row.where(good.flatten(), self.row[block.index])
+            present = nu.where(good, 0.0)
+            left_out = good.all().logical_not()
+            self.left_out = left_out if self.left_out is None else self.left_out | left_out
         for d, new in enumerate(self.new_others, start=1):
-            torch.maximum(new, _max_to(nu, d), out=new)
+            torch.maximum(new, _max_to(present, d), out=new)
         return nu
 
     def commit(self) -> None:
         for accumulator, new in zip(self.others, self.new_others, strict=True):
+            if self.left_out is not None:  # as with absent rows
+                torch.maximum(new, accumulator.where(self.left_out, 0.0), out=new)
             accumulator.copy_(new)
-        del self.new_others  # a bound state outlives the step
+        del self.new_others, self.left_out  # a bound state outlives the step
 
 
 class _SM3I(_SM3):

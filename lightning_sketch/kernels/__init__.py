@@ -11,12 +11,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kind
+from lightning_sketch.kernels.fused import DTYPES, FusedStep
 
 logger = logging.getLogger(__name__)
 
 #: Performs steps, and raises the versions of the parameters and states that it writes, as torch's operators do.
-FusedKernel = Callable[[Sequence[FusedStep]], None]
+#: Returns how many rows, or elements, each step left out: int64 ``[len(layers)]`` on the layers' device, for which it
+#: does not wait.
+FusedKernel = Callable[[Sequence[FusedStep]], Tensor]
 
 
 @_disable_dynamo
@@ -54,34 +56,6 @@ def _announce(kind: str, reference: bool) -> None:
     # A warning where it is slow, because Python shows warnings of unconfigured loggers.
     level = logging.WARNING if reference else logging.INFO
     logger.log(level, "steps of compressed layers: %s", describe(torch.device(kind)))
-
-
-@_disable_dynamo
-def all_finite(tensors: Sequence[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool], list[Tensor | None]]:
-    """Whether all elements of each tensor are finite, with one synchronisation if they are.
-
-    Args:
-        tensors: gradients, ``[k, *row_shape]``.
-        wanted: for each, the kind of the second state that its step will have, if the step needs sums of all squares
-            before the first update: where a kernel looks at the gradients, it makes them in the same pass.
-
-    Returns:
-        for each tensor whether it is finite; and the sums for `FusedStep.sums`, ``None`` where none were made.
-    """
-    if not tensors:
-        return [], []
-    if native.library() is not None and all(map(_plain, tensors)):
-        from lightning_sketch.kernels import cpu  # defines torch operators
-
-        return cpu.all_finite(list(tensors), wanted)
-    # A finite sum has finite terms only, and summing is the fastest pass there is, without temporaries. A sum that is
-    # not finite may just have overflowed, so then look closer.
-    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    likely = torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite()
-    if bool(likely.all()):
-        return [True] * len(tensors), [None] * len(tensors)
-    found = [ok or bool(tensor.isfinite().all()) for ok, tensor in zip(likely.tolist(), tensors, strict=True)]
-    return found, [None] * len(found)
 
 
 @_disable_dynamo

@@ -17,59 +17,42 @@ from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
 _STATE = struct.Struct("@ 4i q Q 4f 3q")
-_HEAD = struct.Struct("@ 4q 4q 4i 7f i q")  # a layer without its three states
+_HEAD = struct.Struct("@ 4q 4q 4i 7f i 3q")  # a layer without its three states
 _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
 # What in them is something else at every step, and where it begins.
 _STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
-_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f"), struct.calcsize("@ 4q")
+_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f i"), struct.calcsize("@ 4q")
 
 _ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
 _BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def step(layers: Sequence[FusedStep]) -> None:
-    """Perform the steps of all `layers`, together on torch's threads."""
+def step(layers: Sequence[FusedStep]) -> Tensor:
+    """Perform the steps of all `layers`, together on torch's threads.
+
+    Returns:
+        how many rows or elements of each were left out, int64 ``[len(layers)]``.
+    """
     params: list[Tensor] = []
     grads: list[Tensor] = []
-    sums: list[Tensor] = []
     ids: list[Tensor] = []
     states: list[Tensor] = []
     packed = bytearray()
-    for layer in layers:
+    for number, layer in enumerate(layers):
         if layer.grad.numel() == 0:
             continue
         for part in _parts(layer):
-            packed += _pack(part, params, grads, sums, ids, states)
+            packed += _pack(part, number, params, grads, ids, states)
+    left_out = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
     if packed:
         increment_version(params + states)  # kernels write through addresses, of which autograd knows nothing
-        _launch(params, grads, sums, ids, states, torch.frombuffer(packed, dtype=torch.uint8))
+        _launch(params, grads, ids, states, left_out, torch.frombuffer(packed, dtype=torch.uint8))
+    return left_out
 
 
 def _launch(*arguments: list[Tensor] | Tensor) -> None:
     torch.ops.lightning_sketch.fused_step(*arguments)
-
-
-def all_finite(tensors: list[Tensor], wanted: Sequence[Kind]) -> tuple[list[bool], list[Tensor | None]]:
-    """What `kernels.all_finite` says, of contiguous tensors of float32 or bfloat16."""
-    sums: list[Tensor | None] = [None] * len(tensors)
-    made: list[Tensor] = []
-    of: list[int] = []
-    for i, (tensor, kind) in enumerate(zip(tensors, wanted, strict=True)):
-        if kind != Kind.NONE and (numel := tensor.numel()):
-            count = _sums_numel(tensor.shape[0], numel // tensor.shape[0], kind)
-            sums[i] = own = torch.empty(count, dtype=torch.float32, device="cpu")
-            made.append(own)
-            of.append(i)
-    found: Tensor = torch.ops.lightning_sketch.all_finite(tensors, made, of, [int(wanted[i]) for i in of])
-    return [bool(x) for x in found.tolist()], sums
-
-
-def _sums_numel(rows: int, columns: int, kind: Kind) -> int:
-    lib = native.library()
-    assert lib is not None
-    numel: int = lib.lightning_sketch_sums(ctypes.c_int64(rows), ctypes.c_int64(columns), kind)
-    return numel
 
 
 def _parts(layer: FusedStep) -> list[FusedStep]:
@@ -110,13 +93,13 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
 
 def _pack(
     step: FusedStep,
+    number: int,
     params: list[Tensor],
     grads: list[Tensor],
-    sums: list[Tensor],
     ids: list[Tensor],
     states: list[Tensor],
 ) -> bytearray:
-    """The step as a ``Layer``; its tensors are appended to the lists."""
+    """The step, of the layer of that number, as a ``Layer``; its tensors are appended to the lists."""
     kept = step.kept if step.ids is None else None  # other rows at every step
     packed = None if kept is None else kept.packed
     if packed is None:
@@ -127,15 +110,13 @@ def _pack(
     grads.append(step.grad)
     if step.ids is not None:
         ids.append(step.ids)
-    if step.sums is not None:
-        sums.append(step.sums)
     _HEAD_STEP.pack_into(
         packed,
         _HEAD_STEP_AT,
         0 if step.ids is None else len(ids),
         len(params),
         len(grads),
-        0 if step.sums is None else len(sums),
+        number + 1,
         _BFLOAT16[step.param.dtype],
         step.ids is None or len(step.ids) == len(step.param),
         step.negate,
@@ -147,6 +128,7 @@ def _pack(
         step.correction,
         step.bound or 0.0,
         step.nesterov,
+        step.leave_out,
     )
     at = _HEAD.size + _STATE_STEP_AT
     for stored in (step.second, step.first, step.momentum):
@@ -187,18 +169,19 @@ def _layout(step: FusedStep) -> bytearray:
 def _fused_step(
     params: list[Tensor],
     grads: list[Tensor],
-    sums: list[Tensor],
     ids: list[Tensor],
     states: list[Tensor],
+    left_out: Tensor,
     program: Tensor,
 ) -> None:
     lib = native.library()
     assert lib is not None
     count = ctypes.c_int64(program.numel() // _LAYER_BYTES)
-    tensors = [_addresses(some) for some in (params, grads, sums, ids, states)]
+    tensors = [_addresses(some) for some in (params, grads, ids, states)]
     threads = torch.get_num_threads()
     layers = ctypes.create_string_buffer(program.numel())  # the operator does not change its arguments
-    lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors)
+    counts = ctypes.c_void_p(left_out.data_ptr())
+    lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors, counts)
     scratch = torch.empty(lib.lightning_sketch_scratch(layers, count, threads), dtype=torch.uint8, device="cpu")
     failed = lib.lightning_sketch_step(
         layers,
@@ -215,42 +198,10 @@ def _addresses(tensors: list[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _all_finite(tensors: list[Tensor], sums: list[Tensor], of: list[int], kinds: list[int]) -> Tensor:
-    lib = native.library()
-    assert lib is not None
-    count = len(tensors)
-    addresses, rows, sums_for = (ctypes.c_void_p * count)(), (ctypes.c_int64 * count)(), (ctypes.c_int32 * count)()
-    for i, made, kind in zip(of, sums, kinds, strict=True):
-        addresses[i], rows[i], sums_for[i] = made.data_ptr(), tensors[i].shape[0], kind
-    found = torch.empty(count, dtype=torch.uint8, device="cpu")
-    failed = lib.lightning_sketch_finite(
-        _addresses(tensors),
-        (ctypes.c_int64 * count)(*[t.numel() for t in tensors]),
-        (ctypes.c_int32 * count)(*[_BFLOAT16[t.dtype] for t in tensors]),
-        ctypes.c_int64(count),
-        addresses,
-        rows,
-        sums_for,
-        ctypes.c_void_p(found.data_ptr()),
-        torch.get_num_threads(),
-        native.isa(),
-        ctypes.c_void_p(native.gomp_parallel()),
-    )
-    assert not failed
-    return found.bool()
-
-
 _OPERATORS = torch.library.Library("lightning_sketch", "DEF")  # type: ignore[no-untyped-call]
-_SCHEMAS = (
-    "fused_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] sums, Tensor[] ids, Tensor(b!)[] states, Tensor program)"
-    " -> ()",
-    "all_finite(Tensor[] tensors, Tensor(a!)[] sums, int[] of, int[] kinds) -> Tensor",
+_OPERATORS.define(  # type: ignore[no-untyped-call]
+    "fused_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] ids, Tensor(b!)[] states, Tensor(c!) left_out, "
+    "Tensor program) -> ()"
 )
-for schema in _SCHEMAS:
-    _OPERATORS.define(schema)  # type: ignore[no-untyped-call]
 _OPERATORS.impl("fused_step", _fused_step, "CPU")  # type: ignore[no-untyped-call]
-_OPERATORS.impl("all_finite", _all_finite, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("lightning_sketch::fused_step", lambda params, grads, sums, ids, states, program: None)
-torch.library.register_fake(
-    "lightning_sketch::all_finite", lambda tensors, sums, of, kinds: torch.empty(len(tensors), dtype=torch.bool)
-)
+torch.library.register_fake("lightning_sketch::fused_step", lambda params, grads, ids, states, left_out, program: None)

@@ -84,7 +84,6 @@ class FusedStep:
         param: rows of the parameter, ``[local_rows, *row_shape]``, contiguous (modified in place).
         grad: ``[k, *row_shape]``, contiguous, the parameter's dtype.
         ids: local row ids, int64 ``[k]``; ``None`` for all rows in order.
-        sums: what `all_finite` made of `grad` for the second state, where `weight_decay` is 0; ``None`` for nothing.
         row_offset: global id of local row 0.
         column_offset: of the elements held here within the flattened row.
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
@@ -94,13 +93,14 @@ class FusedStep:
         nesterov: factor of Nesterov's momentum; 0 for none.
         negate: maximize.
         kept: of the layer's earlier steps; ``None`` if nothing is to be kept.
-        leave_out: rows that are not finite change nothing (elements, where all states are element-wise).
+        leave_out: whether rows of `grad` that are not finite are left out; where both states are element-wise or
+            absent (NONE, DENSE, STOCHASTIC, SCALED), elements. A row left out is one that is absent from a sparse
+            gradient: nothing of it changes, and it enters no sum and no maximum that it shares with other rows.
     """
 
     param: Tensor
     grad: Tensor
     ids: Tensor | None
-    sums: Tensor | None
     row_offset: int
     column_offset: int
     second: Stored | None

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import (
@@ -39,15 +41,17 @@ class AdagradRule(UpdateRule):
         lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
         return lr, float(group["eps"]), float(group["weight_decay"])
 
-    def reference(self, layer: LayerStep) -> None:
+    def reference(self, layer: LayerStep) -> Tensor | None:
         lr, eps, weight_decay = layer.numbers
         total = self._begin(layer)
+        left_out = layer.observe(total)
         add_moments(layer, total, None, weight_decay)
         for block, g in layer.gradients(weight_decay):
             s = read_second(total, block, g)
             update = safe_divide(g, s.sqrt().add_(eps), s)
             layer.apply(block, precondition(layer, block, update), lr)
         total.commit()
+        return left_out
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         lr, eps, weight_decay = layer.numbers

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import (
@@ -48,9 +50,10 @@ class AdamRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
 
-    def reference(self, layer: LayerStep) -> None:
+    def reference(self, layer: LayerStep) -> Tensor | None:
         numbers: _Numbers = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
+        left_out = layer.observe(exp_avg, exp_avg_sq)
         add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
         for block, g in layer.gradients(numbers.weight_decay):
             m = g if exp_avg is None else exp_avg.read(block, g)
@@ -62,6 +65,7 @@ class AdamRule(UpdateRule):
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()
+        return left_out
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         numbers: _Numbers = layer.numbers

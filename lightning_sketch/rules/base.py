@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_sketch import kernels
 from lightning_sketch.codecs import CodecState
-from lightning_sketch.gradient import RowGradient
+from lightning_sketch.gradient import RowGradient, all_finite, finite_rows
 from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kept, Stored
+from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.sharding import Block
 
 
@@ -40,6 +41,10 @@ class LayerStep:
         dtype: dtype of arithmetic.
         negate: maximize.
         kept: what earlier steps with this parameter and these states found out.
+        leave_out: whether rows of the gradient that are not finite are left out; elements, where all states that the
+            step changes are element-wise.
+        finite: of the rows, bool ``[k]``, if `observe` found any to be left out; on accelerators always.
+        by_element: the same of elements, which every pass finds anew.
     """
 
     param: Tensor
@@ -52,6 +57,9 @@ class LayerStep:
     dtype: torch.dtype
     negate: bool = False
     kept: Kept = field(default_factory=Kept)
+    leave_out: bool = False
+    finite: Tensor | None = None
+    by_element: bool = False
 
     def begin(self, name: str, *, decay: float, weight: float) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
@@ -90,7 +98,6 @@ class LayerStep:
             self.param,
             gradient.values,
             None if gradient.rows is None else gradient.rows.contiguous(),
-            gradient.sums,
             shard.row_offset,
             shard.column_offset,
             _stored(self.states.get(second)) if second else None,
@@ -105,26 +112,56 @@ class LayerStep:
             nesterov,
             self.negate,
             self.kept,
+            self.leave_out,
         )
 
+    def observe(self, *states: CodecState | None) -> Tensor | None:
+        """Find what the reference leaves out of this step, before its first pass over the gradient.
+
+        Args:
+            states: all that the step changes.
+
+        Returns:
+            how many rows or elements, 0-d int64 on the gradient's device, for which it does not wait; ``None`` for
+            none, where that is known.
+        """
+        values = self.gradient.values
+        if not self.leave_out or values.numel() == 0:
+            return None
+        if not all(state is None or state.elementwise for state in states):
+            self.finite = finite_rows(values)
+            return None if self.finite is None else self.finite.logical_not().sum()
+        if values.device.type == "cpu" and all_finite(values):
+            return None
+        self.by_element = True
+        spans = [values[block.span] for block in self.gradient.blocks]
+        return torch.stack([span.isfinite().logical_not().sum() for span in spans]).sum()
+
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
-        """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay."""
+        """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay.
+
+        It is 0 where it is left out, as ``block.good`` says.
+        """
         for block in self.gradient.blocks:
-            g = self.gradient.values[block.span].to(self.dtype)
+            values = self.gradient.values[block.span]
+            g = values.to(self.dtype)
             if self.negate:
                 g = -g
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
+            if self.finite is not None or self.by_element:
+                good = values.isfinite() if self.finite is None else over_rows(self.finite[block.span], values.ndim)
+                block, g = replace(block, good=good), g.where(good, 0.0)
             yield block, g
 
     def apply(self, block: Block, update: Tensor, lr: float, shrink: float = 1.0) -> None:
         """``param <- shrink * param - lr * update`` at the block's rows; rounds once, to the parameter's dtype."""
-        if isinstance(block.index, slice) and self.param.dtype == update.dtype:
-            rows = self.param[block.index]
-            (rows.mul_(shrink) if shrink != 1 else rows).sub_(update, alpha=lr)
+        before, good = self.param[block.index], block.good
+        if isinstance(block.index, slice) and self.param.dtype == update.dtype and good is None:
+            (before.mul_(shrink) if shrink != 1 else before).sub_(update, alpha=lr)
             return
-        values = self.param[block.index].to(self.dtype)
-        self.param[block.index] = values.mul(shrink).sub_(update, alpha=lr).to(self.param.dtype)
+        values = before.to(self.dtype).mul(shrink).sub_(update, alpha=lr).to(self.param.dtype)
+        self.param[block.index] = values if good is None else values.where(good, before)
 
 
 def _stored(state: CodecState | None) -> Stored | None:
@@ -173,8 +210,12 @@ class UpdateRule(ABC):
         """
 
     @abstractmethod
-    def reference(self, layer: LayerStep) -> None:
-        """One step of one layer in plain PyTorch (layer.param and layer.states modified in place)."""
+    def reference(self, layer: LayerStep) -> Tensor | None:
+        """One step of one layer in plain PyTorch (layer.param and layer.states modified in place).
+
+        Returns:
+            what `LayerStep.observe` says of what was left out.
+        """
 
     def fusable(self, states: Collection[str]) -> bool:
         """Whether `fuse` can say a step with these states, by name."""
@@ -185,23 +226,43 @@ class UpdateRule(ABC):
         """Begin the step of the states, and say what is left to do (layer.states modified in place)."""
 
 
-def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> None:
-    """Perform the steps of layers: together in fused kernels where that is possible, the others by the reference."""
-    fused: dict[kernels.FusedKernel, list[FusedStep]] = {}
+def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
+    """Perform the steps of layers: together in fused kernels where that is possible, the others by the reference.
+
+    Returns:
+        how many rows of each layer were left out (elements, where all states are element-wise), int64
+        ``[len(layers)]`` on a device of theirs, for which it does not wait; ``None`` for none, where that is known.
+    """
+    fused: dict[torch.device, tuple[kernels.FusedKernel, list[int], list[FusedStep]]] = {}
     by_device: dict[torch.device, kernels.FusedKernel | None] = {}
-    for layer in layers:
-        device = layer.param.device
+    left_out: dict[int, Tensor] = {}  # by layer: what no kernel counts
+    total = 0
+    for number, layer in enumerate(layers):
+        total, device = number + 1, layer.param.device
         if device not in by_device:
             by_device[device] = kernels.fused_kernel(device)
             kernels.announce(device)
-        kernel = by_device[device]
+        kernel, count = by_device[device], layer.gradient.left_out
         if kernel is not None and layer.fusable() and rule.fusable(layer.states):
-            fused.setdefault(kernel, []).append(rule.fuse(layer))
+            _, numbers, steps = fused.setdefault(device, (kernel, [], []))
+            numbers.append(number)
+            steps.append(rule.fuse(layer))
         else:
-            rule.reference(layer)
+            observed = rule.reference(layer)
+            count = observed if count is None else count
             layer.gradient.forget_blocks()
-    for kernel, steps in fused.items():
-        kernel(steps)
+        if count is not None:
+            left_out[number] = count
+    by_kernel = [(numbers, kernel(steps)) for kernel, numbers, steps in fused.values()]
+    if len(by_kernel) == 1 and not left_out and len(by_kernel[0][0]) == total:
+        return by_kernel[0][1]
+    for numbers, counts in by_kernel:
+        left_out = dict(zip(numbers, counts.unbind(), strict=True)) | left_out
+    if not left_out:
+        return None
+    device = next((x.device for x in left_out.values() if x.device.type != "cpu"), torch.device("cpu"))
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    return torch.stack([left_out[i].to(device, non_blocking=True) if i in left_out else none for i in range(total)])
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -> Tensor:

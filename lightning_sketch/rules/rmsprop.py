@@ -49,7 +49,7 @@ class RMSpropRule(UpdateRule):
         alpha, momentum, lr = float(group["alpha"]), float(group["momentum"]), float(group["lr"])
         return alpha, bool(group["centered"]), momentum, lr, float(group["eps"]), float(group["weight_decay"])
 
-    def reference(self, layer: LayerStep) -> None:
+    def reference(self, layer: LayerStep) -> Tensor | None:
         alpha, centered, momentum, lr, eps, weight_decay = layer.numbers
         square_avg = layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         assert square_avg is not None  # `Drop` refuses second moments
@@ -57,6 +57,7 @@ class RMSpropRule(UpdateRule):
         grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha) if centered else None
         buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0) if momentum > 0 else None
         begin_momentum(layer)
+        left_out = layer.observe(square_avg, grad_avg, buffer)
         add_moments(layer, square_avg, grad_avg, weight_decay)
 
         def preconditioned(block: Block, g: Tensor) -> Tensor:
@@ -73,12 +74,13 @@ class RMSpropRule(UpdateRule):
             for block, g in layer.gradients(weight_decay):
                 buffer.add(block, preconditioned(block, g))
             buffer.settle()
-            for block in layer.gradient.blocks:
+            for block, _ in layer.gradients():
                 layer.apply(block, buffer.estimate(block), lr)
             buffer.commit()
         square_avg.commit()
         if grad_avg is not None:
             grad_avg.commit()
+        return left_out
 
     def fusable(self, states: Collection[str]) -> bool:
         return set(states) == {"square_avg"}  # neither centered nor with momentum

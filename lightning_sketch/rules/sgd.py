@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule
@@ -35,9 +37,10 @@ class SGDRule(UpdateRule):
             nesterov=bool(group["nesterov"]),
         )
 
-    def reference(self, layer: LayerStep) -> None:
+    def reference(self, layer: LayerStep) -> Tensor | None:
         numbers: _Numbers = layer.numbers
         buffer = self._begin(layer)
+        left_out = layer.observe(buffer)
         if buffer is not None:
             for block, g in layer.gradients(numbers.weight_decay):
                 buffer.add(block, g)
@@ -50,6 +53,7 @@ class SGDRule(UpdateRule):
             layer.apply(block, update, numbers.lr)
         if buffer is not None:
             buffer.commit()
+        return left_out
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         numbers: _Numbers = layer.numbers

@@ -113,6 +113,8 @@ class Block:
         whole: on accelerators, all rows of the gradient: what codecs want to know of rows is made for all of them at
             once, and remembered there for as long as a block of them is alive.
         remembers: whether `memo` remembers contiguous rows, too.
+        good: False for what is left out of a step, whose values are 0: bool ``[k, 1, ...]`` by row, or
+            ``[k, *row_shape]`` by element; ``None`` for nothing. States of such rows (elements) stay as they are.
     """
 
     shard: Shard
@@ -120,6 +122,7 @@ class Block:
     span: slice
     whole: Block | None = None
     remembers: bool = False
+    good: Tensor | None = field(default=None, compare=False, repr=False)
     _memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

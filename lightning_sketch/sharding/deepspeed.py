@@ -55,13 +55,11 @@ class FlatLayout:
     Args:
         engine: ``"ZeRO-1/2"``, ``"ZeRO-3"``, ``"BF16_Optimizer"`` or ``"FP16_UnfusedOptimizer"``.
         tensors: each tensor with its segments sorted by start; what they leave free is alignment padding.
-        group: the process group over which the parameters are partitioned; None where every rank holds all of them.
         anywhere: for each tensor, all parameters of which any rank holds a piece in its counterpart.
     """
 
     engine: str
     tensors: list[tuple[Tensor, list[Segment]]]
-    group: Any
     anywhere: list[list[nn.Parameter]]
 
 
@@ -99,7 +97,7 @@ def read_layout(wrapper: Any) -> FlatLayout:
     _check_distinct(wrapper, buffers)
     _check_client(wrapper, [buffer.flat for buffer in buffers])
     tensors = [(buffer.flat, buffer.segments(rank)) for buffer in buffers]
-    return FlatLayout(engine, tensors, group, [buffer.params for buffer in buffers])
+    return FlatLayout(engine, tensors, [buffer.params for buffer in buffers])
 
 
 _Piece = tuple[int, int, int, int]  # which parameter, start in the flat tensor, length, offset in the parameter

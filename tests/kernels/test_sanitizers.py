@@ -16,7 +16,7 @@ SOURCES = Path(native.__file__).with_name("csrc")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g0"]
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread"]
 ISAS = {"generic": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
-FILES = ("test_cpu.py", "test_coalesce.py", "test_strips.py", "test_sums.py", "test_scattered.py")
+FILES = ("test_cpu.py", "test_coalesce.py", "test_strips.py", "test_left_out.py", "test_scattered.py")
 KERNELS = [str(Path(__file__).with_name(name)) for name in FILES]
 #: Every codec once, unaligned memory, odd shapes, empty layers; under the sanitizers a test takes ten times as long.
 TESTS = "every_rule or unaligned or empty or many_rows or lines or finite or momentum or coalesce or strips"

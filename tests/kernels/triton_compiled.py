@@ -33,7 +33,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-#: Of a thread. A multiprocessor of NVIDIA's has 65,536, so 128 let 16 of its 64 warps run at a time; a SIMD unit of gfx942
+#: Of a thread. A multiprocessor of NVIDIA's has 65,536, so 128 let 16 of its 64 warps run at a time; one of gfx942
 #: has 512 for each lane, so 72 let 7 of its 8 wavefronts run at a time.
 MOST_REGISTERS = {"cuda": 128, "hip": 72}
 

@@ -44,6 +44,57 @@ inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) 
     }
 }
 
+// Whether all values are finite: if the exponent of one is not all ones, adding one to it does not carry into the sign's bit.
+inline bool finite(const void* values, int64_t count, int32_t dtype) {
+    uint32_t bad = 0;
+    if (dtype == BFLOAT16) {
+        const uint16_t* half = (const uint16_t*)values;
+        H any = {};
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) {
+            __builtin_prefetch(half + i + PREFETCH, 0, 3);
+            any |= (load_half(half + i) & 0x7f80) + 0x80;
+        }
+        for (; i < count; i++) bad |= (half[i] & 0x7f80u) + 0x80u;
+        for (int lane = 0; lane < LANES; lane++) bad |= any[lane];
+        return !(bad & 0x8000u);
+    }
+    const float* full = (const float*)values;
+    U any[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) {
+            __builtin_prefetch(full + i + k * LANES + PREFETCH, 0, 3);
+            any[k] |= (float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) + 0x800000u;
+        }
+    for (; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, full + i, sizeof bits);
+        bad |= (bits & 0x7f800000u) + 0x800000u;
+    }
+    U all = (any[0] | any[1]) | (any[2] | any[3]);
+    uint32_t words[LANES];
+    all.store(words);
+    for (uint32_t word : words) bad |= word;
+    return !(bad & 0x80000000u);
+}
+
+// Whether the i-th row of the gradient, as it was given, is finite.
+inline bool finite_row(const Layer& layer, int64_t i) {
+    return finite(element(layer.grad, layer.dtype, i * layer.columns), layer.columns, layer.dtype);
+}
+
+// The same of a row whose mean of squares is known: where that is finite, so is the row; finite squares may overflow.
+inline bool finite_row(const Layer& layer, int64_t i, float mean) {
+    return mean - mean == 0.0f || finite_row(layer, i);
+}
+
+inline bool is_left(const Layer& layer, int64_t i) { return layer.left && layer.left[i]; }
+
+inline void count_left_out(const Layer& layer, int64_t count) {
+    if (count) __atomic_fetch_add(layer.left_out, count, __ATOMIC_RELAXED);
+}
+
 // The gradient of `count` elements from column c of the i-th row, after maximize and coupled weight decay; in place if
 // nothing is to be done.
 inline const float* gradient_of(const Layer& layer, int64_t i, int64_t c, int64_t count, float* buffer) {
@@ -123,15 +174,31 @@ inline float add_squares(const Layer& layer, int64_t i, float* buffer, float* co
     return squares.mean(layer.columns);
 }
 
-bool reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
+// Finds the rows that are to be left out.
+void check_rows(const Layer& layer, int64_t begin, int64_t end) {
+    int64_t left_out = 0;
+    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i);
+    count_left_out(layer, left_out);
+}
+
+void reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
     alignas(64) float buffer[CHUNK];
-    bool all_finite = true;
-    for (int64_t i = begin; i < end; i++) {
+    bool clean = true;
+    for (int64_t i = begin; i < end && clean; i++) {
         float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer);
         layer.sums[i] = mean;
-        all_finite &= mean - mean == 0.0f;
+        if (layer.left) {
+            layer.left[i] = 0;
+            clean = finite_row(layer, i, mean);
+        }
     }
-    return all_finite;
+    if (clean) return;
+    // The columns have taken in a row that they must not. Once more: the sums of the others are the same then.
+    check_rows(layer, begin, end);
+    for (int64_t c = 0; partial_columns && c < layer.columns; c++) partial_columns[c] = 0.0f;
+    for (int64_t i = begin; i < end; i++)
+        if (!layer.left[i])
+            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer);
 }
 
 }  // namespace

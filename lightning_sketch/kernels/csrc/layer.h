@@ -42,9 +42,7 @@ struct Layer {
     const int64_t* ids;                 // [rows], local row ids; null: all rows in order
     void* param;
     const void* grad;
-    // Sums of the gradient's squares, made beforehand: the means of all rows, padded, then of a FACTORED state the partial
-    // sums of the columns. Null where there are none: the driver makes those that are needed.
-    float* sums;
+    int64_t* left_out;   // what is left out of the step is counted there: rows, or elements if all states are element-wise
     int32_t dtype;       // of param and grad
     int32_t all_rows;    // whether every row of the parameter is in the gradient
     int32_t negate;      // maximize
@@ -56,7 +54,10 @@ struct Layer {
     float correction;  // update = m / (sqrt(v) * correction + eps)
     float bound;
     float nesterov;  // 0, or the momentum factor
-    int32_t unused;
-    int64_t wave;  // first of the rows whose order by bucket is in memory; set by the driver
+    int32_t leave_out;  // whether rows that are not finite are to be left out, and have yet to be found
+    // Set by the driver:
+    float* sums;    // of the gradient's squares: the means of all rows, padded, then of a FACTORED state partial column sums
+    uint8_t* left;  // [rows] 1 where a row was found that is to be left out; null if there is none
+    int64_t wave;   // first of the rows whose order by bucket is in memory
     State second, first, momentum;  // momentum: SM3's EMA of the preconditioned gradient
 };

@@ -16,7 +16,6 @@ constexpr int64_t LONG_TASK = 1 << 18;        // and at most; the longer, the st
 constexpr int64_t LONG_TASKS = 128;           // of a layer, before they get shorter
 constexpr int64_t REDUCE_ROWS = 256;          // rows of a task that sums up columns, at least
 constexpr int64_t REDUCE_TASKS = 64;          // such tasks of a layer, at most
-constexpr int64_t FINITE_NUMEL = 1 << 18;
 constexpr int64_t STRIP_BYTES = 8 << 20;      // of a strip's sketches, at most: they are a thread's own
 static_assert(STRIP_BYTES / (STRIP * 4) * 2 <= 1 << 16, "a bucket's place and a sign have 16 bits");
 // Bytes before what one thread writes: others fetch ahead past the end of what they read, and would take it away.
@@ -56,6 +55,11 @@ float* partial_columns(const Layer& layer, int64_t task) {
     return layer.second.kind == FACTORED ? layer.sums + padded(layer.rows) + task * layer.columns : nullptr;
 }
 
+bool makes_sums(const Layer& layer) { return layer.second.kind == ROW_SKETCH || layer.second.kind == FACTORED; }
+
+// Whether rows that are to be left out must be found before the first update: nothing of them may be in what rows share.
+bool finds_rows_first(const Layer& layer) { return layer.leave_out && (makes_sums(layer) || uses(layer, SKETCH)); }
+
 // The tasks that make them.
 void add_reductions(const Layer& layer, int index, std::vector<Task>& tasks) {
     if (layer.second.kind == FACTORED) std::fill(partial_columns(layer, 0), layer.sums + sums_floats(layer), 0.0f);
@@ -63,8 +67,8 @@ void add_reductions(const Layer& layer, int index, std::vector<Task>& tasks) {
         tasks.push_back({index, at, std::min(at + reduce_rows(layer), layer.rows)});
 }
 
-bool reduce(const Steps& steps, const Layer& layer, const Task& task) {
-    return steps.reduce_rows(layer, task.begin, task.end, partial_columns(layer, task.begin / reduce_rows(layer)));
+void reduce(const Steps& steps, const Layer& layer, const Task& task) {
+    steps.reduce_rows(layer, task.begin, task.end, partial_columns(layer, task.begin / reduce_rows(layer)));
 }
 
 // Hands out pieces of one buffer; without a buffer it only counts.
@@ -152,7 +156,6 @@ void sort_rows(const Layer& layer, const State& state, int level, int64_t begin,
 
 // Where the temporaries of every layer lie.
 struct Scratch {
-    std::vector<bool> reduces;            // whether the sums of squares are to be made, which lie here then
     std::vector<float*> largest;          // SM3: [columns], shared
     std::vector<Order> orders;            // SKETCH
     std::vector<uint16_t*> codes;         // SKETCH in strips: [rows, depth]
@@ -165,8 +168,8 @@ struct Scratch {
             Layer& layer = layers[i];
             State& second = layer.second;
             float* most = nullptr;
-            reduces.push_back(!layer.sums && (second.kind == ROW_SKETCH || second.kind == FACTORED));
-            if (reduces.back()) layer.sums = arena.take<float>(sums_floats(layer));
+            layer.sums = makes_sums(layer) ? arena.take<float>(sums_floats(layer)) : nullptr;
+            layer.left = finds_rows_first(layer) ? arena.take<uint8_t>(layer.rows) : nullptr;
             if (second.kind == FACTORED) second.scratch = arena.take<float>(padded(layer.columns));
             if (second.kind == SM3) {
                 second.scratch = arena.take<float>(padded(layer.columns));

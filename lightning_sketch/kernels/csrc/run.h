@@ -20,7 +20,7 @@ class Run {
 
     void run() {
         prepare();
-        reduce_all();
+        observe();
         int64_t most = 0;
         for (int64_t i = 0; i < count_; i++) most = std::max(most, layers_[i].rows);
         for (int64_t wave = 0; wave < most; wave += WAVE) insert(wave);
@@ -55,16 +55,33 @@ class Run {
         }
     }
 
-    void reduce_all() {
+    // What must be known of all rows before the first update: sums of squares, and which rows are to be left out.
+    void observe() {
         std::vector<Task> tasks;
-        for (int i = 0; i < count_; i++)
-            if (scratch_.reduces[i]) add_reductions(layers_[i], i, tasks);
-        each(tasks, &Run::reduce_task);
-        for (int64_t i = 0; i < count_; i++)
-            if (layers_[i].second.kind == FACTORED) finish_columns(layers_[i]);
+        for (int i = 0; i < count_; i++) {
+            const Layer& layer = layers_[i];
+            if (makes_sums(layer))
+                add_reductions(layer, i, tasks);
+            else if (layer.left)
+                for (int64_t at = 0; at < layer.rows; at += apply_rows(layer))
+                    tasks.push_back({i, at, std::min(at + apply_rows(layer), layer.rows)});
+        }
+        each(tasks, &Run::observe_task);
+        for (int64_t i = 0; i < count_; i++) {
+            Layer& layer = layers_[i];
+            if (layer.left) layer.leave_out = 0;  // they are found
+            if (layer.left && !*layer.left_out) layer.left = nullptr;
+            if (layer.second.kind == FACTORED) finish_columns(layer);
+        }
     }
 
-    void reduce_task(const Task& task, int) { reduce(steps_, layers_[task.layer], task); }
+    void observe_task(const Task& task, int) {
+        const Layer& layer = layers_[task.layer];
+        if (makes_sums(layer))
+            reduce(steps_, layer, task);
+        else
+            steps_.check_rows(layer, task.begin, task.end);
+    }
 
     static void finish_columns(const Layer& layer) {
         const State& state = layer.second;
@@ -182,9 +199,14 @@ class Run {
     }
 
     void commit() {
-        for (int64_t i = 0; i < count_; i++)
-            if (const float* most = scratch_.largest[i]; most && layers_[i].second.columns)
-                std::copy_n(most, layers_[i].columns, layers_[i].second.columns);
+        for (int64_t i = 0; i < count_; i++) {
+            const Layer& layer = layers_[i];
+            float* columns = layer.second.columns;
+            const float* most = scratch_.largest[i];
+            if (!most || !columns) continue;
+            bool bounded = *layer.left_out;  // as with absent rows; they were not known when the maxima began
+            for (int64_t c = 0; c < layer.columns; c++) columns[c] = bounded ? std::max(columns[c], most[c]) : most[c];
+        }
     }
 
     const Steps& steps_;

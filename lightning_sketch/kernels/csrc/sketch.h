@@ -86,6 +86,7 @@ void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int
         for (int s = 0; s < 2; s++)
             if (is_sketch(*states[s])) hashes[s].fill(layer, *states[s], from, rows, first_level, last_level);
         for (int64_t k = 0; k < rows; k++) {
+            if (is_left(layer, from + k)) continue;
             for (int s = 0; s < 2; s++)
                 if (is_sketch(*states[s]) && k + AHEAD < rows)
                     hashes[s].prefetch_row(layer, *states[s], k + AHEAD, begin, end, first_level, last_level);
@@ -129,7 +130,7 @@ void insert_scattered(const Layer& layer, const State* const* states, int count,
             if (k + AHEAD < some)
                 for (int s = 0; s < count; s++)
                     prefetch(bucket_row(layer, *states[s], level, found[k + AHEAD].code >> 1), bytes);
-            if (k < 0) continue;
+            if (k < 0 || is_left(layer, from + found[k].row)) continue;
             for (int64_t c = 0; c < layer.columns; c += CHUNK) {
                 int64_t columns = least(CHUNK, layer.columns - c);
                 const float* g = gradient_of(layer, from + found[k].row, c, columns, buffer);
@@ -197,14 +198,16 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
                 const float* g[TOGETHER];
                 float sign[TOGETHER];
                 int rows = 0;
-                for (; rows < TOGETHER && at < starts[bucket + 1]; rows++, at++) {
+                for (; rows < TOGETHER && at < starts[bucket + 1]; at++) {
                     int64_t i = layer.wave + order[at];
                     // The order array goes on with the next bucket.
                     if (at + FAR < starts[end]) prefetch_gradient(layer, layer.wave + order[at + FAR], c, count);
+                    if (is_left(layer, i)) continue;
                     g[rows] = gradient_of(layer, i, c, count, buffer[rows]);
                     uint64_t id = (uint64_t)(row_of(layer, i) + layer.row_offset);
-                    sign[rows] = with_signs ? bucket_of(*with_signs, id, level).sign : 1.0f;
+                    sign[rows++] = with_signs ? bucket_of(*with_signs, id, level).sign : 1.0f;
                 }
+                if (!rows) break;  // all that were left of the bucket are left out
                 for (const State* state : states) {
                     if (!state) continue;
                     float* table = bucket_row(layer, *state, level, bucket) + c;
@@ -217,6 +220,7 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
 void insert_means(const Layer& layer, const State& state, int level, int64_t begin, int64_t end) {
     float* table = (float*)state.data + level * state.width;
     for (int64_t i = begin; i < end; i++) {
+        if (is_left(layer, i)) continue;
         Bucket b = bucket_of(state, (uint64_t)(row_of(layer, i) + layer.row_offset), level);
         table[b.index] += layer.sums[i] * state.weight;
     }

@@ -29,10 +29,67 @@ INLINE void prefetch_row(const Layer& layer, int64_t row) {
     }
 }
 
+inline bool is_elementwise(const State& state) { return state.kind <= SCALED; }
+
+inline uint32_t get_bits(const void* base, int32_t dtype, int64_t at) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, element(base, dtype, at), dtype == BFLOAT16 ? 2 : 4);
+    return bits;
+}
+
+// Elements of a chunk that are left out, and what parameter and states hold there: they are stepped with the others, and
+// put back. All states are element-wise.
+struct LeftElements {
+    int64_t count = 0;
+    int16_t at[CHUNK];
+    uint32_t bits[3][CHUNK];
+
+    // Finds them, and returns the chunk's gradient with zeros there, in the buffer.
+    const float* take(const Layer& layer, int64_t i, int64_t c, int64_t columns, const float* g, float* buffer) {
+        if (g != buffer) std::memcpy(buffer, g, columns * sizeof(float));
+        for (int64_t j = 0; j < columns; j++) {
+            if (finite(element(layer.grad, layer.dtype, i * layer.columns + c + j), 1, layer.dtype)) continue;
+            buffer[j] = 0.0f;
+            at[count++] = (int16_t)j;
+        }
+        copy<false>(layer, row_of(layer, i) * layer.columns + c);
+        return buffer;
+    }
+    void put_back(const Layer& layer, int64_t row, int64_t c) {
+        copy<true>(layer, row * layer.columns + c);
+        count = 0;
+    }
+
+  private:
+    template <bool back>
+    void copy(const Layer& layer, int64_t from) {
+        struct {
+            void* data;
+            int32_t dtype;
+        } tensors[] = {{layer.param, layer.dtype},
+                       {layer.second.data, layer.second.dtype},
+                       {layer.first.data, layer.first.dtype}};
+        for (int t = 0; t < 3; t++)
+            for (int64_t k = 0; tensors[t].data && k < count; k++) {
+                auto [data, dtype] = tensors[t];
+                if (back)
+                    std::memcpy((char*)data + (from + at[k]) * (dtype == BFLOAT16 ? 2 : 4), &bits[t][k],
+                                dtype == BFLOAT16 ? 2 : 4);
+                else
+                    bits[t][k] = get_bits(data, dtype, from + at[k]);
+            }
+    }
+};
+
 void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_columns) {
     const State &second = layer.second, &first = layer.first;
     const Numbers numbers(layer);
     Buffers buffers;
+    // What is left out is found here unless it was found before. In rows whose means are made here, by these.
+    const bool by_element = layer.leave_out && is_elementwise(second) && is_elementwise(first);
+    const bool by_row = layer.leave_out && !by_element && second.kind != ROW;
+    LeftElements left;
+    int64_t left_out = 0;
     Hashes second_hashes, first_hashes;
     bool row_second = second.kind == ROW || second.kind == ROW_SKETCH;
     int64_t batch = most(1, least(BATCH, BATCH_BYTES / (layer.columns * 4))), fetched = begin;
@@ -52,11 +109,21 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
                     if (is_sketch(first)) first_hashes.prefetch_row(layer, first, next, 0, columns, 0, MOST_DEPTH);
                 }
 
+            if (is_left(layer, i)) continue;
+            if (by_row && !finite_row(layer, i)) {
+                left_out++;
+                continue;
+            }
             float row_v = 0.0f;
             F largest_row = {};
             if (second.kind == ROW || second.kind == FACTORED) {
+                float mean = layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient);
+                if (layer.leave_out && !finite_row(layer, i, mean)) {
+                    left_out++;
+                    continue;
+                }
                 float* stored = (float*)second.data + row;
-                *stored += (layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient)) * second.weight;
+                *stored += mean * second.weight;
                 row_v = *stored * second.scale;
             } else if (second.kind == ROW_SKETCH) {
                 row_v = sketched_row(layer, second, row);
@@ -66,7 +133,12 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
 
             for (int64_t c = 0; c < layer.columns; c += CHUNK) {
                 int64_t count = least(CHUNK, layer.columns - c);
-                Place place{row, c, count, gradient_of(layer, i, c, count, buffers.gradient)};
+                const float* g = gradient_of(layer, i, c, count, buffers.gradient);
+                if (by_element && !finite(element(layer.grad, layer.dtype, i * layer.columns + c), count, layer.dtype)) {
+                    g = left.take(layer, i, c, count, g, buffers.gradient);
+                    left_out += left.count;
+                }
+                Place place{row, c, count, g};
                 if (row_second) {
                     RowSecond of_row(numbers, row_v);
                     update(layer, numbers, place, first_hashes, k, of_row, buffers);
@@ -89,10 +161,12 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
                     BufferSecond buffered{buffers.second};
                     update(layer, numbers, place, first_hashes, k, buffered, buffers);
                 }
+                if (left.count) left.put_back(layer, row, c);
             }
             if (second.kind == SM3) ((float*)second.data)[row] = largest(largest_row) / second.scale;
         }
     }
+    count_left_out(layer, left_out);
 }
 
 void column_noise(const Layer& layer, const State& state, uint32_t* noise) {
@@ -100,39 +174,9 @@ void column_noise(const Layer& layer, const State& state, uint32_t* noise) {
         noise[c] = (uint32_t)mix64((uint64_t)(c + layer.column_offset), ~state.seed);
 }
 
-bool finite(const void* values, int64_t count, int32_t dtype) {
-    // A value is finite if its exponent is not all ones: then adding one to it does not carry into the sign's bit. Summing
-    // up instead would miss nothing either, but may overflow.
-    uint32_t bad = 0;
-    if (dtype == BFLOAT16) {
-        const uint16_t* half = (const uint16_t*)values;
-        H any = {};
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) any |= (load_half(half + i) & 0x7f80) + 0x80;
-        for (; i < count; i++) bad |= (half[i] & 0x7f80u) + 0x80u;
-        for (int lane = 0; lane < LANES; lane++) bad |= any[lane];
-        return !(bad & 0x8000u);
-    }
-    const float* full = (const float*)values;
-    U any[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int k = 0; k < 4; k++) any[k] |= (float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) + 0x800000u;
-    for (; i < count; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, full + i, sizeof bits);
-        bad |= (bits & 0x7f800000u) + 0x800000u;
-    }
-    U all = (any[0] | any[1]) | (any[2] | any[3]);
-    uint32_t words[LANES];
-    all.store(words);
-    for (uint32_t word : words) bad |= word;
-    return !(bad & 0x80000000u);
-}
-
 }  // namespace
 
-extern const Steps JOIN(steps_, ISA) = {reduce_rows,    insert,       insert_scattered,
-                                        insert_buckets, insert_means, hash_state,
-                                        hash_rows,      strip,        apply,
-                                        column_noise,   finite};
+extern const Steps JOIN(steps_, ISA) = {reduce_rows,      check_rows,     insert,
+                                        insert_scattered, insert_buckets, insert_means,
+                                        hash_state,       hash_rows,      strip,
+                                        apply,            column_noise};

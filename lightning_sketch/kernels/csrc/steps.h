@@ -9,8 +9,10 @@ constexpr int64_t STRIP = 64;   // columns of a strip, at most
 
 struct Steps {
     // Means of the squares of rows [begin, end) into the layer's sums, and sums of the columns' squares, if asked for, into
-    // partial_columns[columns]. Returns whether the means are finite.
-    bool (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
+    // partial_columns[columns], which are zeros; finds the rows that are to be left out, if the layer has a place for them.
+    void (*reduce_rows)(const Layer&, int64_t begin, int64_t end, float* partial_columns);
+    // Finds those of the rows [begin, end) that are to be left out.
+    void (*check_rows)(const Layer&, int64_t begin, int64_t end);
     // Insert columns [begin, end) of all rows into the sketches, at the depths [first_level, last_level).
     void (*insert)(const Layer&, int64_t begin, int64_t end, int first_level, int last_level);
     // Insert all rows whose buckets at one depth lie in the given one of so many equal parts of the sketches; they were hashed.
@@ -30,10 +32,9 @@ struct Steps {
     // The whole step of columns [begin, end), at most STRIP of them, of all rows: insertion, then update. `tables` has
     // depth * width * STRIP floats for every sketch.
     void (*strip)(const Layer&, int64_t begin, int64_t end, const uint16_t* codes, float* tables);
-    // Update parameter and states of the rows [begin, end); largest_columns[columns] for SM3.
+    // Update parameter and states of the rows [begin, end), but of what is left out; largest_columns[columns] for SM3.
     void (*apply)(const Layer&, int64_t begin, int64_t end, float* largest_columns);
     void (*column_noise)(const Layer&, const State&, uint32_t* noise);
-    bool (*finite)(const void* values, int64_t count, int32_t dtype);
 };
 
 extern const Steps steps_generic;

@@ -50,12 +50,13 @@ template <int depth, bool both>
 struct StripRows {
     const int64_t rows, columns, begin, size;  // of the layer; of the strip; bytes of an element
     const uint16_t* codes;
+    const uint8_t* left;
     float* tables;
     static constexpr int64_t BUCKET = (both ? 2 : 1) * STRIP;  // floats
 
     StripRows(const Layer& layer, const Strip& strip)
         : rows(layer.rows), columns(layer.columns), begin(strip.begin), size(layer.dtype == BFLOAT16 ? 2 : 4),
-          codes(strip.codes), tables(strip.tables) {}
+          codes(strip.codes), left(layer.left), tables(strip.tables) {}
 
     INLINE float* bucket(uint32_t code) const { return tables + (int64_t)(code >> 1) * BUCKET; }
 
@@ -87,6 +88,7 @@ void insert_strip(const Layer& layer, const Strip& strip) {
     for (int64_t i = 0; i < rows.rows; i++) {
         rows.prefetch_elements(layer.grad, i);
         rows.prefetch_buckets(i);
+        if (rows.left && rows.left[i]) continue;
         const float* g = in_place ? gradient + i * rows.columns : gradient_of(layer, i, strip.begin, count, buffer);
         const uint16_t* codes = rows.codes + i * depth;
 #pragma GCC unroll 8
@@ -115,6 +117,7 @@ void update_strip(const Layer& layer, const Strip& strip, Target target) {
     for (int64_t i = 0; i < rows.rows; i++, param += rows.columns) {
         rows.prefetch_elements(layer.param, i);
         rows.prefetch_buckets(i);
+        if (rows.left && rows.left[i]) continue;
         const float *second[depth], *first[depth], *g = nullptr;
         float sign[depth];
 #pragma GCC unroll 8
