@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,12 @@ class Kept:
         fusable: whether kernels take its states; ``None`` before that was asked.
         packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
             the first.
+        laid: how Triton's kernels are launched for such a step, and what of it that depends on.
     """
 
     fusable: bool | None = None
     packed: bytearray | None = None
+    laid: tuple[tuple[bool, ...], Any] | None = None
 
 
 @dataclass(slots=True)

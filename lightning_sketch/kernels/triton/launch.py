@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.fused import FusedStep, Kind
+from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.insert import insert, signed
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
-    NO_STATE,
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
@@ -44,13 +44,30 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
         table = Table(layers, device)
-        for key, (begin, laid) in table.groups.items():
-            _launch(key, table, begin, laid)
+        for key, group in table.groups.items():
+            _launch(key, table, group)
     changed = [layer.param for layer in layers]
     for layer in layers:
         changed += layer.tensors()
     increment_version(changed)  # kernels write through addresses, of which autograd knows nothing
     return table.left_out
+
+
+@dataclass
+class Group:
+    """Layers with one key, one behind the other in the table.
+
+    Args:
+        begin: the first of them.
+        count: how many.
+        programs: of each kernel for all of them, in the order of `Laid.programs`.
+        inserted: those whose rows are inserted into sketches, with the means that `observe` stores.
+    """
+
+    begin: int
+    count: int
+    programs: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    inserted: list[tuple[FusedStep, Tensor]] = field(default_factory=list)
 
 
 class Table:
@@ -60,7 +77,7 @@ class Table:
         layers: steps on one device.
 
     Attributes:
-        groups: for each key the position of its first layer in the table, and its layers.
+        groups: layers by key.
         left_out: int64 ``[len(layers)]``, in the order of the layers.
     """
 
@@ -69,89 +86,112 @@ class Table:
         floats, zeros = 0, len(layers)  # float32, and words of 64 bits
         for number, step in enumerate(layers):
             if step.grad.numel():
-                laid = lay_out(step, _aligned(step))
+                laid = _laid(step)
                 by_key.setdefault(laid.key, []).append((number, step, laid))
-                floats += sum(map(_padded, laid.floats))
-                sums, exponents, largest = laid.zeros(_slots(step))
-                zeros += sums + (exponents + largest + 3) // 2
+                floats += sum(laid.floats)
+                zeros += laid.sums + (laid.exponents + 3) // 2
         self.scratch = torch.empty(floats, dtype=torch.float32, device=device)
         self.zeros = torch.zeros(zeros, dtype=torch.int64, device=device)
         self.left_out = self.zeros[: len(layers)]
-        self.groups: dict[Key, tuple[int, list[tuple[FusedStep, Laid, Tensor]]]] = {}
+        self.groups: dict[Key, Group] = {}
         address, zero = self.scratch.data_ptr(), self.zeros.data_ptr()
-        at, at_zero, count = address, zero + 8 * len(layers), 0
+        at, at_zero, begin = address, zero + 8 * len(layers), 0
         words: list[bytes] = []
-        for key, group in by_key.items():
-            programs = [0] * 6
-            own: list[tuple[FusedStep, Laid, Tensor]] = []
-            for number, step, laid in group:
-                places = []
-                for size in laid.floats:
-                    places.append(at)
-                    at += 4 * _padded(size)
-                sums, exponents, largest = laid.zeros(_slots(step))
-                end = at_zero + 8 * sums
-                words.append(_pack(step, laid, zero + 8 * number, places, end, at_zero, programs))
-                at_zero = end + (exponents + largest + 3) // 2 * 8
-                for i, more in enumerate((laid.observe, laid.add, laid.fold, laid.reduce, laid.finish, laid.apply)):
-                    programs[i] += more
-                means = (places[0] - address) // 4
-                own.append((step, laid, self.scratch[means : means + laid.rows]))
-            self.groups[key] = count, own
-            count += len(own)
+        for key, members in by_key.items():
+            group = self.groups[key] = Group(begin, len(members))
+            observe = add = fold = reduce = finish = apply = 0
+            for number, step, laid in members:
+                means = at
+                partials = means + 4 * laid.floats[0]
+                groups = partials + 4 * laid.floats[1]
+                shape = groups + 4 * laid.floats[2]
+                at = shape + 4 * laid.floats[3]
+                exponents = at_zero + 8 * laid.sums
+                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents)
+                at_zero = exponents + (laid.exponents + 3) // 2 * 8
+                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply)))
+                more = laid.programs
+                observe, add, fold = observe + more[0], add + more[1], fold + more[2]
+                reduce, finish, apply = reduce + more[3], finish + more[4], apply + more[5]
+                if key.inserts:
+                    first = (means - address) // 4
+                    group.inserted.append((step, self.scratch[first : first + laid.rows]))
+            group.programs = observe, add, fold, reduce, finish, apply
+            begin += len(members)
         host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
         # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
         self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _pack(
-    step: FusedStep, laid: Laid, count: int, places: list[int], exponents: int, sums: int, programs: list[int]
-) -> bytes:
+def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple[int, ...]) -> bytes:
     """The words of a layer, named in table.py."""
-    words: list[int | float] = [
-        step.param.data_ptr(),
-        step.grad.data_ptr(),
-        0 if step.ids is None else step.ids.data_ptr(),
-        laid.rows,
-        laid.columns,
-        step.row_offset,
-        step.column_offset,
-        step.ids is None or len(step.ids) == len(step.param),
-    ]
-    for stored in (step.second, step.first, step.momentum):
-        if stored is None:
-            words += (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
-        else:
-            words += (
-                stored.data.data_ptr(),
-                0 if stored.columns is None else stored.columns.data_ptr(),
-                stored.width,
-                signed(stored.seed),
-                stored.decay,
-                stored.weight,
-                stored.column_weight,
-                stored.scale,
-            )
-    words += (step.lr, step.shrink, step.eps, step.weight_decay, step.correction, step.bound or 0.0, step.nesterov)
-    scale = 1.0 if step.second is None else step.second.scale
-    words += (
-        -1.0 if step.negate else 1.0,
-        1.0 / laid.columns,
-        1.0 / scale,
-        count,
-        *places,
-        exponents,
-        sums,
-        exponents,
-        *programs,
+    second, first, momentum = step.second, step.first, step.momentum
+    return (
+        ROW.pack(
+            step.param.data_ptr(),
+            step.grad.data_ptr(),
+            0 if step.ids is None else step.ids.data_ptr(),
+            laid.rows,
+            laid.columns,
+            step.row_offset,
+            step.column_offset,
+            step.ids is None or len(step.ids) == len(step.param),
+            *(_NOTHING if second is None else _state(second)),
+            *(_NOTHING if first is None else _state(first)),
+            *(_NOTHING if momentum is None else _state(momentum)),
+            step.lr,
+            step.shrink,
+            step.eps,
+            step.weight_decay,
+            step.correction,
+            step.bound or 0.0,
+            step.nesterov,
+            -1.0 if step.negate else 1.0,
+            1.0 / laid.columns,
+            1.0 if second is None else 1.0 / second.scale,
+            *scratch,
+            *programs,
+            laid.splits,
+            laid.programs[0],
+        )
+        + PADDING
     )
-    return ROW.pack(*words, laid.splits, laid.observe) + PADDING
 
 
-def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Laid, Tensor]]) -> None:
+_NOTHING = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _state(stored: Stored) -> tuple[int | float, ...]:
+    return (
+        stored.data.data_ptr(),
+        0 if stored.columns is None else stored.columns.data_ptr(),
+        stored.width,
+        signed(stored.seed),
+        stored.decay,
+        stored.weight,
+        stored.column_weight,
+        stored.scale,
+    )
+
+
+def _laid(step: FusedStep) -> Laid:
+    """`lay_out`, or what it said of the layer's last step where that was the same."""
+    aligned = _aligned(step)
+    kept = step.kept if step.ids is None else None  # other rows at every step
+    if kept is None:
+        return lay_out(step, aligned)
+    what = aligned, step.leave_out, step.weight_decay != 0, step.bound is not None, step.nesterov != 0
+    if kept.laid is None or kept.laid[0] != what:
+        kept.laid = what, lay_out(step, aligned)
+    found: Laid = kept.laid[1]
+    return found
+
+
+def _launch(key: Key, table: Table, group: Group) -> None:
     """All launches of the layers with one key."""
-    count = len(group)
-    words = table.words[begin * COUNT :]
+    count = group.count
+    words = table.words[group.begin * COUNT :]
+    observing, adding, folding, reducing, finishing, applying = group.programs
     search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
     common: dict[str, Any] = {
         "HALF": key.half,
@@ -162,7 +202,7 @@ def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Lai
     common |= {"ALIGNED": key.aligned, "SEARCH": search}
     if key.observed:
         rows, columns = key.observe_tile
-        observe[(sum(laid.observe for _, laid, _ in group),)](
+        observe[(observing,)](
             words,
             count,
             KIND=int(key.second),
@@ -173,7 +213,7 @@ def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Lai
             **(_OPTIONS | {"num_warps": 8}),
         )
     if key.second == Kind.ROW_SKETCH:
-        add_rows[(sum(laid.add for _, laid, _ in group),)](
+        add_rows[(adding,)](
             words,
             count,
             DEPTH=key.second_depth,
@@ -182,19 +222,17 @@ def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Lai
             TILE_ROWS=TILE_SKETCH,
             **_OPTIONS,
         )
-        fold_rows[(sum(laid.fold for _, laid, _ in group),)](
-            words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **_OPTIONS
-        )
+        fold_rows[(folding,)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **_OPTIONS)
     if key.second == Kind.FACTORED:
-        reduce_columns[(sum(laid.reduce for _, laid, _ in group),)](
+        reduce_columns[(reducing,)](
             words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **_OPTIONS
         )
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(_OPTIONS | {"num_warps": 8}))
     if key.inserts:
-        for step, _, means in group:
+        for step, means in group.inserted:
             insert(step, means if key.observed and key.leave_out else None)
     rows, columns = key.apply_tile
-    apply[(sum(laid.apply for _, laid, _ in group),)](
+    apply[(applying,)](
         words,
         count,
         SECOND_KIND=int(key.second),
@@ -218,9 +256,7 @@ def _launch(key: Key, table: Table, begin: int, group: list[tuple[FusedStep, Lai
         **(_OPTIONS | {"num_warps": key.apply_warps}),
     )
     if key.columns_used:
-        finish_sm3[(sum(laid.finish for _, laid, _ in group),)](
-            words, count, SEARCH=search, TILE=TILE_FINISH, **_OPTIONS
-        )
+        finish_sm3[(finishing,)](words, count, SEARCH=search, TILE=TILE_FINISH, **_OPTIONS)
 
 
 def _aligned(step: FusedStep) -> bool:
@@ -230,13 +266,3 @@ def _aligned(step: FusedStep) -> bool:
         if stored is not None:
             address |= stored.data.data_ptr()
     return address % 16 == 0
-
-
-def _slots(step: FusedStep) -> int:
-    second = step.second or NO_STATE
-    return second.depth * second.width
-
-
-def _padded(size: int) -> int:
-    """So many float32 that the next begin at a multiple of 16 bytes."""
-    return -(-size // 4) * 4

@@ -116,39 +116,21 @@ class Laid:
     Args:
         key: what its kernels are compiled for.
         rows, columns: of the gradient, as kernels see it.
-        observe, add, fold, reduce, finish, apply: numbers of programs.
+        programs: numbers of programs of `observe`, `add_rows`, `fold_rows`, `reduce_columns`, `finish_sm3`, `apply`.
         splits: programs of `apply` for the same rows.
+        floats: numbers of float32, each padded to 16 bytes: means of rows, partial sums of columns, their groups, and
+            the shape of columns.
+        sums, exponents: numbers of int64, and of 32 bits, that begin as zeros: of a sketch's slots; of columns' maxima.
     """
 
     key: Key
     rows: int
     columns: int
-    observe: int = 0
-    add: int = 0
-    fold: int = 0
-    reduce: int = 0
-    finish: int = 0
-    apply: int = 0
-    splits: int = 1
-
-    @property
-    def floats(self) -> tuple[int, int, int, int]:
-        """Numbers of float32: means of rows, partial sums of columns, their groups, and the shape of columns."""
-        if not self.key.observed:
-            return 0, 0, 0, 0
-        if self.key.second != Kind.FACTORED:
-            return self.rows, 0, 0, 0
-        return self.rows, self.observe * self.columns, ceil(self.observe, GROUP) * self.columns, self.columns
-
-    def zeros(self, slots: int) -> tuple[int, int, int]:
-        """Numbers of int64, int32 and float32 that begin as zeros: sums and exponents of a sketch's slots, maxima.
-
-        Args:
-            slots: of a sketch of row scalars.
-        """
-        if self.key.second == Kind.ROW_SKETCH:
-            return slots, slots, 0
-        return 0, 0, self.columns if self.key.columns_used else 0
+    programs: tuple[int, int, int, int, int, int]
+    splits: int
+    floats: tuple[int, int, int, int]
+    sums: int
+    exponents: int
 
 
 def lay_out(step: FusedStep, aligned: bool) -> Laid:
@@ -185,19 +167,31 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         width,
         OBSERVED_ROWS if second.kind == Kind.FACTORED and rows >= FEW_ROWS else FEWER_OBSERVED_ROWS,
     )
-    laid = Laid(key, rows, columns)
-    if key.observed:
-        laid.observe = ceil(rows, key.observe_tile[0])
+    observe = ceil(rows, key.observe_tile[0]) if key.observed else 0
+    add = fold = reduce = slots = 0
+    floats = (rows, 0, 0, 0) if key.observed else (0, 0, 0, 0)
     if second.kind == Kind.ROW_SKETCH:
-        laid.add, laid.fold = ceil(rows, TILE_SKETCH), ceil(second.depth * second.width, TILE_SKETCH)
-    if second.kind == Kind.FACTORED:
-        laid.reduce = ceil(laid.observe, GROUP) * ceil(columns, TILE_COLUMNS)
-    if key.columns_used:
-        laid.finish = ceil(columns, TILE_FINISH)
-    if key.split:
-        laid.splits = ceil(columns, SPAN)
-    laid.apply = ceil(rows, key.apply_tile[0]) * laid.splits
-    return laid
+        slots = second.depth * second.width
+        add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
+    elif second.kind == Kind.FACTORED:
+        groups = ceil(observe, GROUP)
+        reduce = groups * ceil(columns, TILE_COLUMNS)
+        floats = rows, observe * columns, groups * columns, columns
+    finish = ceil(columns, TILE_FINISH) if key.columns_used else 0
+    splits = ceil(columns, SPAN) if key.split else 1
+    apply = ceil(rows, key.apply_tile[0]) * splits
+    means, partials, of_groups, shape = (size + -size % 4 for size in floats)
+    zeros = columns if key.columns_used else slots
+    return Laid(
+        key,
+        rows,
+        columns,
+        (observe, add, fold, reduce, finish, apply),
+        splits,
+        (means, partials, of_groups, shape),
+        slots,
+        zeros,
+    )
 
 
 def ceil(number: int, divisor: int) -> int:
