@@ -51,8 +51,8 @@ def kernels_on(device: torch.device) -> dict[str, str]:
     """What can do our steps on a device: values of the environment variable that chooses, and words."""
     if device.type == "cpu":
         return {"": native.describe()}
-    triton = {"triton": "Triton"} if importlib.util.find_spec("triton") else {}
-    return {"": "plain PyTorch"} | triton
+    triton = {"": "Triton"} if importlib.util.find_spec("triton") else {}
+    return {"reference": "plain PyTorch"} | triton
 
 
 def by_each(entries: Sequence[Contestant], kernels: Mapping[str, str]) -> list[Contestant]:

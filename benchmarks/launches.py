@@ -9,6 +9,7 @@ operators that would be launched. An accumulating ``index_put_`` is several kern
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 import lightning_sketch as ls
 from lightning_sketch import Policy, Rule, compress, report
+from lightning_sketch.kernels import native
 
 LARGE = (128_256, 4_096)  # Llama 3's table
 SMALL, LAYERS = (1_024, 256), 200
@@ -153,9 +155,10 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 
 @contextmanager
 def counting(device: str = "cuda") -> Iterator[CountLaunches]:
-    """Tensors on a device are fake within, and what is launched on it is counted."""
+    """Tensors on a device are fake within, and what plain PyTorch launches on it is counted."""
     # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
     with (
+        mock.patch.dict(os.environ, {native.VARIABLE: "reference"}),  # kernels take addresses, which fake tensors lack
         mock.patch("lightning_sketch.fake.readable", True),
         FakeTensorMode(),
         IndexByOperators(),

@@ -16,8 +16,10 @@ from lightning_sketch.bound import BoundPart
 from lightning_sketch.counter import counter
 from lightning_sketch.fake import is_fake
 from lightning_sketch.gradient import RowGradient
+from lightning_sketch.kernels import fused_kernel
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.nonfinite import judge
+from lightning_sketch.proof import proved
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
 
@@ -153,6 +155,8 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             if not own.state:
                 _allocate(optimizer, own)
             own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+            if own.param.device.type != "cpu":
+                _prove(rule, own)
         counts.append(own.state["step"])
     known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
     options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
@@ -184,6 +188,16 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
             optimizer._left_out.add(left_out, units)
         else:
             judge(optimizer._compression, left_out, units)
+
+
+def _prove(rule: UpdateRule, own: OwnTensor) -> None:
+    """Have kernels that do not prove right on this device step none of a tensor's parts."""
+    if (kernel := fused_kernel(own.param.device)) is None:
+        return
+    for part, bound, gradient in zip(own.parts, own.bound or (), own.gradients, strict=True):
+        sparse = gradient.rows is not None or bound.lazy
+        if not proved(rule, part.layer, bound.param, own.group, sparse=sparse, kernel=kernel):
+            bound.kept.fusable = False
 
 
 def _allocate(optimizer: CompressedOptimizer, own: OwnTensor) -> None:

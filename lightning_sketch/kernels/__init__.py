@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 
@@ -28,11 +29,20 @@ def fused_kernel(device: torch.device) -> FusedKernel | None:
         from lightning_sketch.kernels import cpu  # defines torch operators
 
         return cpu.step
-    if device.type == "cuda" and native.wants_triton():
+    if device.type == "cuda" and not native.wants_reference() and _has_triton():
         from lightning_sketch.kernels import triton
 
         return triton.step
     return None
+
+
+#: Why kernels are not used for some layers, by kind of device: they did not prove right there.
+unproved: dict[str, str] = {}
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def describe(device: torch.device) -> str:
@@ -40,9 +50,12 @@ def describe(device: torch.device) -> str:
     if device.type in ("cpu", "meta"):
         return native.describe()
     if fused_kernel(device) is not None:
-        return f"Triton on {device.type}, chosen by {native.VARIABLE}"
-    choice = f"; {native.VARIABLE}=triton chooses Triton's kernels, which are experimental"
-    return f"plain PyTorch on {device.type}" + (choice if device.type == "cuda" else ", which has no kernels")
+        problem = unproved.get(device.type)
+        return f"Triton on {device.type}" + (f"; plain PyTorch where it proved wrong ({problem})" if problem else "")
+    if device.type != "cuda":
+        return f"plain PyTorch on {device.type}, which has no kernels"
+    why = f"switched off by {native.VARIABLE}" if native.wants_reference() else "Triton is not installed"
+    return f"plain PyTorch on cuda: {why}"
 
 
 def announce(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 #: Set to "reference" to have every step done in plain PyTorch, or to "generic", "avx2" or "avx512" for kernels of that
-#: instruction set. By default the best that the processor has. "triton" adds Triton's kernels on CUDA devices.
+#: instruction set. By default the best that the processor has, and Triton's on CUDA devices.
 VARIABLE = "LIGHTNING_SKETCH_KERNELS"
 #: Path of another build of the library, for tests with sanitizers.
 LIBRARY = "LIGHTNING_SKETCH_CPU_LIBRARY"
@@ -37,8 +37,8 @@ def why_not() -> str | None:
         ValueError: the environment variable has an unknown value.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "reference", "triton", *ISAS):
-        raise ValueError(f"{VARIABLE}={wanted!r}: must be reference, generic, avx2, avx512 or triton")
+    if wanted not in ("", "reference", *ISAS):
+        raise ValueError(f"{VARIABLE}={wanted!r}: must be reference, generic, avx2 or avx512")
     if wanted == "reference":
         return f"switched off by {VARIABLE}=reference"
     if not _path().exists():
@@ -63,15 +63,15 @@ def isa() -> int:
     found = library()
     assert found is not None
     best: int = found.lightning_sketch_isa()
-    wanted = ISAS[best] if wants_triton() else os.environ.get(VARIABLE) or ISAS[best]
+    wanted = os.environ.get(VARIABLE) or ISAS[best]
     if ISAS.index(wanted) > best:
         raise RuntimeError(f"{VARIABLE}={wanted}: this processor has {ISAS[best]} at best")
     return ISAS.index(wanted)
 
 
-def wants_triton() -> bool:
-    """Whether Triton's kernels are asked for, which no GPU has run yet."""
-    return os.environ.get(VARIABLE) == "triton"
+def wants_reference() -> bool:
+    """Whether every step is to be done in plain PyTorch."""
+    return os.environ.get(VARIABLE) == "reference"
 
 
 def describe() -> str:
