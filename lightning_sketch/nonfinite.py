@@ -101,10 +101,10 @@ def _judge(compression: Compression, steps: list[dict[str, list[int]]], when: st
         )
     for step in steps:
         for fqn, count in step.items():
-            if not compression.skipped[fqn]:
+            compression.skipped[fqn] += 1
+            if compression.skipped[fqn] == 1:
                 said = f"NaN or inf in the gradient of {fqn}: {_words(*count)} left out of the step"
                 warnings.warn(said, stacklevel=_caller())
-            compression.skipped[fqn] += 1
 
 
 def _by_layer(counts: Tensor, units: Sequence[Unit]) -> dict[str, list[int]]:
