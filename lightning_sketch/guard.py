@@ -32,7 +32,7 @@ def refuse_zero_redundancy(optimizer: Any) -> None:
     """Refuse torch's ``ZeroRedundancyOptimizer``, whose inner optimizer has some layers of the model on every rank.
 
     When it loads, it copies the options of one rank's groups over those of all others, and the states past the inner
-    optimizer; where only the rank that has a layer finds its gradient not finite, the others would wait for it.
+    optimizer.
 
     Raises:
         TypeError: it is one.

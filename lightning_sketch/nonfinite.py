@@ -43,10 +43,11 @@ class LeftOut:
             counts: of each layer, int64 ``[layers]``.
             units: for each layer.
         """
-        # Without waiting torch copies to pinned memory.
-        copied = counts.to("cpu", non_blocking=True)
+        # To pinned memory, which torch takes for such copies; where nothing says when one is done (MPS), it waits.
+        says = hasattr(torch.get_device_module(counts.device), "current_stream")
+        copied = counts.to("cpu", non_blocking=says)
         if not is_fake_tensor(copied):
-            self._late.append((copied, _event(counts.device), units))
+            self._late.append((copied, _event(counts.device) if says else None, units))
 
     def judge(self, compression: Compression, *, wait: bool) -> None:
         """Raise, or warn and count, for what earlier steps left out and was not judged yet.
@@ -100,10 +101,10 @@ def _judge(compression: Compression, steps: list[dict[str, list[int]]], when: st
         )
     for step in steps:
         for fqn, count in step.items():
-            if not compression.skipped[fqn]:
+            compression.skipped[fqn] += 1
+            if compression.skipped[fqn] == 1:
                 said = f"NaN or inf in the gradient of {fqn}: {_words(*count)} left out of the step"
                 warnings.warn(said, stacklevel=_caller())
-            compression.skipped[fqn] += 1
 
 
 def _by_layer(counts: Tensor, units: Sequence[Unit]) -> dict[str, list[int]]:
@@ -121,11 +122,10 @@ def _words(rows: int, elements: int) -> str:
 
 
 def _event(device: torch.device) -> Any:
-    """An event that the device reaches when it has done all that it was asked for; ``None`` of the CPU."""
-    if device.type == "cpu":
-        return None
-    event = torch.get_device_module(device).Event()
-    event.record()
+    """An event that a device reaches when it has done all that it was asked for."""
+    module = torch.get_device_module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))  # not that of the current device, which may be another
     return event
 
 

@@ -20,7 +20,8 @@ FILES = ("test_cpu.py", "test_coalesce.py", "test_strips.py", "test_left_out.py"
 KERNELS = [str(Path(__file__).with_name(name)) for name in FILES]
 #: Every codec once, unaligned memory, odd shapes, empty layers; under the sanitizers a test takes ten times as long.
 TESTS = "every_rule or unaligned or empty or many_rows or lines or finite or momentum or coalesce or strips"
-TESTS += " or (scattered and 3500 and float32) or (verdict and float32) or (pair and sparse and Drop)"
+TESTS += " or (scattered and 3500 and float32) or scattered_rows or (looked_at and float32 and nan)"
+TESTS += " or (pair and sparse and Drop)"
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or native.library() is None, reason="needs g++ and the compiled kernels"
