@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.assigned import encode_assigned
-from lightning_sketch.classes import compressed_class, unwrap
+from lightning_sketch.classes import compressed_class, rule_of, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.counter import read_step
 from lightning_sketch.coverage import check_coverage
@@ -115,11 +114,10 @@ def compress_all(
 def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | CompressedOptimizer:
     """What will become of an optimizer; one that is converted is returned as it is."""
     refuse_zero_redundancy(optimizer)
-    cls = compressed_class(optimizer)
     if isinstance(optimizer, CompressedOptimizer):
         return optimizer
     refuse_replaced(optimizer.param_groups)
-    made = make_plan(model, optimizer.param_groups, cls.rule, policy, optimizer.state)
+    made = make_plan(model, optimizer.param_groups, rule_of(optimizer), policy, optimizer.state)
     _check_states(optimizer, made)
     return made
 
@@ -166,7 +164,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
-    encode_assigned(inner)
+    inner.encode_assigned()
     for group, param, (part, *_) in [x for x in inner.compressed_tensors() if not inner.is_flat(x[0])]:
         state = inner.state.get(param, {})
         if dense := decode_layer(part.layer, param, group, state):
@@ -175,11 +173,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     for flat in inner._flat_tensors or ():
         if flat.parts and (state := inner.state.get(flat.tensor)):
             inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.flat_group(flat), state)
-    for group in inner.param_groups:
-        del group[RECORDS]
-    del inner._compression
-    inner.__dict__.pop("_flat_tensors", None)
-    inner.__dict__.pop("_bindings", None)
+    inner.forget_conversion()
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -278,7 +272,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
             if not x.layer.compressed or not state or _is_fresh(state, group, optimizer.defaults):
                 continue
             read_step(state.get("step", 1), x.layer.fqn)
-            for name in x.layer.codecs:
+            for name in x.layer.codecs if x.layer.stock_count is None else ():  # others may make some later
                 found = state.get(name)
                 if not isinstance(found, Tensor) or found.shape != param.shape:
                     raise ValueError(

@@ -86,6 +86,17 @@ def sharded_like(param: Any, value: Any) -> Any:
     return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
+def held_rows(dense: Tensor, shard: Shard) -> Tensor:
+    """The local part of a dense state, ``[local_rows, *row_shape]``."""
+    held = local(dense)
+    if not is_dtensor(dense) and shard != Shard.whole(shard.global_shape):
+        held = dense[shard.row_offset : shard.row_offset + shard.local_rows]
+        if shard.part_shape is not None:
+            held = held.flatten(1)[:, shard.column_offset : shard.column_offset + shard.row_numel]
+            held = held.reshape(shard.local_rows, *shard.row_shape)
+    return shard.as_rows(held)
+
+
 def tensor_axes(layer: Layer) -> dict[str, tuple[int | None, ...]]:
     """For every tensor of a layer, by key, the parameter's dimensions along which its own run; see `Codec.axes`."""
     ndim = max(1, len(layer.shape))
