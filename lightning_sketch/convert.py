@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,6 +36,18 @@ OptimizerT = TypeVar("OptimizerT")
 _IMITATORS = {"LightningOptimizer": "Lightning", "_FabricOptimizer": "Fabric"}
 
 
+@overload
+def compress(
+    optimizer: list[Any] | tuple[Any, ...],
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
+) -> list[Any]: ...
+
+
+@overload
 def compress(
     optimizer: OptimizerT,
     model: nn.Module,
@@ -43,28 +55,42 @@ def compress(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
-) -> OptimizerT:
+) -> OptimizerT: ...
+
+
+def compress(
+    optimizer: Any,
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
+) -> Any:
     """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
 
     Works before the first step and in the middle of training, where existing dense states are encoded; the relative
     error of each is in ``report(optimizer).conversion_errors``. Layers that the policy keeps train bit for bit as
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
+    Adam, AdamW, SparseAdam, Adagrad, RMSprop and SGD are stepped by rules of ours, with every codec. An optimizer of any
+    other class takes element-wise codecs (`BFloat16`): its own step works on decoded states, a few layers at a time.
+
     Args:
-        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or Accelerate's, Lightning's or
-            Fabric's wrapper around one.
+        optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list of
+            several over parameters of the same model: what the policy compresses is then judged over all of them.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that
-            layer's update with a warning, or "propagate" it into the state as torch.optim does.
+            layer's update with a warning, or "propagate" it into the state as torch.optim does. Optimizers without a
+            rule of ours always do what their own step does.
         allow_empty: whether `policy` may compress nothing: what it matches is frozen or not in this optimizer. A
             warning then says so; without a policy it always does, and the optimizer is converted all the same.
 
     Returns:
-        `optimizer`.
+        `optimizer`; of several, a list of them.
 
     Raises:
-        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
+        TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
         ValueError: the policy does not fit, or compresses nothing; nothing was changed.
 
     >>> import torch
@@ -75,9 +101,13 @@ def compress(
     >>> type(compress(optimizer, model, policy))
     <class 'lightning_sketch.classes.CompressedAdamW'>
     """
+    several = isinstance(optimizer, list | tuple)
+    optimizers = list(optimizer) if several else [optimizer]
+    if not optimizers:
+        raise ValueError("compress() was given an empty list of optimizers")
     explicit = policy is not None
-    compress_all([optimizer], model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
-    return optimizer
+    compress_all(optimizers, model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
+    return optimizers if several else optimizer
 
 
 def compress_all(

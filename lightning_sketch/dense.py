@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
 from lightning_sketch.counter import counter, read_step
-from lightning_sketch.dtensor_state import SHARDS, dense_like, held_rows, sources, tensor_axes, torn
+from lightning_sketch.dtensor_state import SHARDS, dense_like, held_rows, of_others, sources, tensor_axes, torn
 from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
-from lightning_sketch.stock.states import decode_entry, encoded_from
+from lightning_sketch.stock.states import decode_entry, encoded_from, stock_entry
 
 
 def fresh_state(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +165,10 @@ def gathered_to_dense(
         spec = dataclasses.replace(part.spec(name, param, group), device=torch.device("cpu"))
         if isinstance(codec, Drop):
             dense[name] = torch.zeros(layer.shape, dtype=param.dtype)
-        else:
+        elif layer.stock_count is None or any(key in saved for key in part.layout(param)[name]):
             dense[name] = dense_of(spec, list(sources(layer, name, codec, saved, part.shard))).view(layer.shape)
+    if layer.stock_count is not None:
+        return stock_entry(layer, of_others(layer, saved)) | dense
     return _with_step(layer, param, group, saved) | dense
 
 

@@ -21,12 +21,15 @@ from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, sh
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
 
-
 #: Key in every parameter group: for each parameter the record of its `Layer`, or None if it is kept. By position,
 #: because trainers replace parameters but keep their order; strings, because checkpoints load with weights_only=True.
 RECORDS = "compression"
 
-_STOCK = ("stock_count", "optimizer's step count")
+#: Fields of a `Layer` that a checkpoint's and the live one must have alike, and what errors call them.
+_COMPARED = (
+    ("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states"),
+    ("stock_count", "optimizer's step count"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Layer:
 
     def difference(self, live: Layer) -> str | None:
         """What of a checkpoint's layer, this one, is not as in the live one."""
-        for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states"), _STOCK):
+        for field, word in _COMPARED:
             if getattr(self, field) != getattr(live, field):
                 was, now = (
                     list(x) if isinstance(x, tuple) else x for x in (getattr(self, field), getattr(live, field))

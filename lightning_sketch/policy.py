@@ -42,7 +42,8 @@ class Rule:
         momentum_buffer: codec for SGD and RMSprop.
         first_moment: codec for every signed state not named above.
         second_moment: codec for every non-negative state not named above.
-        states: codecs for states of any other name, as optimizers without a rule keep them: ``{"exp_inf": "BFloat16"}``.
+        states: codecs for states of other names, which optimizers without a rule of ours keep:
+            ``{"exp_inf": "BFloat16"}``.
         optional: whether the rule may match no parameter, or name no state of the optimizer; else that is an error.
 
     A codec may be given as an object, a name (``"RowWise"``) or a dictionary
@@ -70,7 +71,7 @@ class Rule:
     momentum_buffer: CodecLike = None
     first_moment: CodecLike = None
     second_moment: CodecLike = None
-    states: Mapping[str, CodecLike] = field(default_factory=dict, hash=False)
+    states: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: bool = False
 
     SELECTORS: ClassVar[tuple[str, ...]] = ("role", "name", "module", "min_rows", "min_numel", "sparse", "match")
@@ -163,18 +164,20 @@ class Rule:
         }
         if self.module is not None:
             selectors["module"] = self.module if isinstance(self.module, str) else self.module.__name__
-        codecs = {state: c.to_dict() for state, c in self.codecs.items() if state not in self.states}
-        others = {state: codec_from(codec).to_dict() for state, codec in self.states.items()}
-        return selectors | codecs | ({"states": others} if others else {}) | ({"optional": True} if self.optional else {})
+        given = {key: _written(value) for key, value in self._given_codecs().items()}
+        return selectors | given | ({"optional": True} if self.optional else {})
 
     def describe(self) -> str:
         """The selectors as text, for tables and errors."""
         return ", ".join(f"{k}={_literal(v)}" for k, v in self.selectors().items()) or "default"
 
+    def _given_codecs(self) -> dict[str, Any]:
+        """The codecs as they are given to the constructor."""
+        own: dict[str, Any] = {state: codec for state, codec in self.codecs.items() if state not in self.states}
+        return own | ({"states": dict(self.states)} if self.states else {})
+
     def __repr__(self) -> str:
-        codecs = {state: codec for state, codec in self.codecs.items() if state not in self.states}
-        others = {"states": dict(self.states)} if self.states else {}
-        given = self.selectors() | codecs | others | ({"optional": True} if self.optional else {})
+        given = self.selectors() | self._given_codecs() | ({"optional": True} if self.optional else {})
         return f"Rule({', '.join(f'{k}={_literal(v)}' for k, v in given.items())})"
 
 
@@ -327,6 +330,10 @@ def _rule_from(value: Mapping[str, Any]) -> Rule:
     if unknown:
         raise ValueError(f"a policy rule has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return Rule(**value)
+
+
+def _written(value: Codec | Mapping[str, Codec]) -> dict[str, Any]:
+    return value.to_dict() if isinstance(value, Codec) else {state: codec.to_dict() for state, codec in value.items()}
 
 
 def _named_states(states: Any) -> dict[str, Codec]:

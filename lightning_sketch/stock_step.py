@@ -62,7 +62,7 @@ def redirect(
 
 
 def run(optimizer: CompressedOptimizer, *args: Any) -> Any:
-    """Run the stock class's step, as it is now, with these arguments, without torch's step hooks: those run around ours."""
+    """Run the stock class's step, as it is now, without torch's step hooks: those run around ours. What it returned."""
     step: Callable[..., Any] = optimizer.stock.step
     while getattr(step, "hooked", None) is True and _is_torch(step):  # torch.compile wraps that of SparseAdam once more
         step = step.__wrapped__  # type: ignore[attr-defined]

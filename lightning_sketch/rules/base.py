@@ -164,7 +164,7 @@ class UpdateRule(ABC):
         """How the optimizer's own step, where that updates compressed layers, keeps their ``step``; see `Layer`."""
         return None
 
-    def check_codecs(self, fqn: str, codecs: Mapping[str, Codec]) -> None:
+    def check_codecs(self, fqn: str, codecs: Mapping[str, Codec]) -> None:  # noqa: B027
         """Raise ValueError if a layer cannot be trained with these codecs of its states, by name."""
 
     def check(self, group: Mapping[str, Any], fqn: str) -> None:

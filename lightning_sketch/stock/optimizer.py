@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 from functools import cached_property
@@ -89,17 +88,20 @@ _FLAT = (
 )
 
 
-@functools.cache
+_made: dict[type[Optimizer], type[StockOptimizer]] = {}
+
+
 def stock_optimizer(stock: type[Optimizer]) -> type[StockOptimizer]:
     """The class that optimizers of class `stock` are converted to."""
+    if stock not in _made:
 
-    def body(namespace: dict[str, Any]) -> None:
-        namespace |= {"stock": stock, "__module__": __name__, "__doc__": f"``{stock.__name__}``, compressed."}
+        def body(namespace: dict[str, Any]) -> None:
+            namespace |= {"stock": stock, "__module__": __name__, "__doc__": f"``{stock.__name__}``, compressed."}
 
-    metaclass = _OursFirst if type(stock) is type else type(_OursFirst.__name__, (_OursFirst, type(stock)), {})
-    bases = (stock, StockOptimizer)
-    made: type[StockOptimizer] = types.new_class(f"Compressed{stock.__name__}", bases, {"metaclass": metaclass}, body)
-    return made
+        metaclass = _OursFirst if type(stock) is type else type(_OursFirst.__name__, (_OursFirst, type(stock)), {})
+        name, bases = f"Compressed{stock.__name__}", (stock, StockOptimizer)
+        _made[stock] = types.new_class(name, bases, {"metaclass": metaclass}, body)
+    return _made[stock]
 
 
 class _OursFirst(type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import warnings
 from collections import OrderedDict, defaultdict
@@ -150,12 +151,13 @@ class _Probe:
 
     def step(self, magnitude: float, note: Callable[[], None] = lambda: None, *, in_pieces: bool = False) -> Tensor:
         """Make a step; the first parameter as it was before."""
-        before = self.params[0].detach().clone()
+        before: Tensor = self.params[0].detach().clone()
         self._give_gradients(magnitude)
         if in_pieces:
             groups = self.optimizer.param_groups
             pieces = [{0: groups[0]["params"][:1]}]
-            pieces += [{i: a["params"][1:], i + 1: b["params"][:1]} for i, (a, b) in enumerate(zip(groups, groups[1:]))]
+            for i, (group, following) in enumerate(itertools.pairwise(groups)):
+                pieces.append({i: group["params"][1:], i + 1: following["params"][:1]})
             pieces += [{len(groups) - 1: groups[-1]["params"][1:]}]
             step_in_pieces(self.optimizer, pieces, lambda _: self._step(self.optimizer))
         else:

@@ -33,23 +33,18 @@ def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
             if not local(param).is_contiguous():  # channels_last: kernels walk both memories side by side
                 held = torch.empty_like(local(param)).copy_(held)
         entry[name] = dense_like(param, held)
-    if part.layer.stock_count == "none":
-        entry.pop("step", None)
-    elif part.layer.stock_count == "number" and isinstance(entry.get("step"), Tensor):
-        entry["step"] = int(entry["step"])
+    stock_entry(part.layer, entry)
 
 
 @torch.no_grad()
-def encode_entry(
-    part: LayerShard, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any], step: float
-) -> None:
+def encode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any], step: float) -> None:
     """Encode all dense states of an entry (modified in place).
 
     Args:
         step: number of the step that they are of.
     """
     for name, codec in part.layer.codecs.items():
-        dense = entry.get(name)
+        dense: Any = entry.get(name)
         if not _is_dense(dense, param) or (not is_dtensor(dense) and _is_stored(part, name, param, entry)):
             continue
         held = held_rows(dense, part.shard)
@@ -60,6 +55,15 @@ def encode_entry(
         entry |= encode(codec, part.spec(name, param, group), held, step=int(step))
     if part.layer.stock_count == "none":
         entry["step"] = counter(step)
+
+
+def stock_entry(layer: Layer, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose step count is as its optimizer keeps it (modified in place)."""
+    if layer.stock_count == "none":
+        entry.pop("step", None)
+    elif layer.stock_count == "number" and isinstance(entry.get("step"), Tensor):
+        entry["step"] = int(entry["step"])
+    return entry
 
 
 def stored_step(entry: Mapping[str, Any]) -> float:
@@ -84,9 +88,7 @@ def encoded_from(
     with torch.no_grad():
         encode_entry(part, param, group, entry, max(1.0, stored_step(state)))
         errors = {
-            name: relative_error(
-                layer.codecs[name], part.spec(name, param, group), entry, held_rows(value, part.shard)
-            )
+            name: relative_error(layer.codecs[name], part.spec(name, param, group), entry, held_rows(value, part.shard))
             for name, value in dense.items()
         }
     return entry, errors

@@ -1,4 +1,4 @@
-"""One step of an optimizer without a rule: a few layers are decoded, stepped by its own step, and encoded, at a time."""
+"""One step of an optimizer without a rule: decode a few layers, have its own step step them, encode them again."""
 
 from __future__ import annotations
 
@@ -80,6 +80,13 @@ def decoded_bytes(part: LayerShard, param: Tensor) -> int:
     count = sum(not isinstance(codec, Keep) for codec in part.layer.codecs.values())
     shards, _ = sharding_of(param, part.layer.fqn)
     return count * param.element_size() * math.ceil(param.numel() / shards)
+
+
+def most_decoded_bytes(optimizer: StockOptimizer) -> int:
+    """Upper bound of the bytes of decoded states that exist at once."""
+    sizes = [decoded_bytes(parts[0], param) for _, param, parts in optimizer.compressed_tensors()]
+    total = sum(sizes)
+    return min(total, max(PIECE_BYTES, max(sizes, default=0))) if optimizer.steps_apart else total
 
 
 class _Decoded:
