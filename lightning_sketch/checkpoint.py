@@ -129,6 +129,8 @@ class _Load:
                     continue
                 tensors = found
             self._restore(key, param, tensors)
+            if layer.stock_count is not None:  # a stock __setstate__ may want entries that torch is not to cast
+                del self.stock_state[key]
 
     def _with_step(self, state: Mapping[str, Any], owner: str) -> dict[str, Any] | None:
         """An entry whose step count, in whatever form, is a tensor as live ones are; ``None`` if it is no count."""
@@ -264,7 +266,7 @@ class _Load:
 
     def _restore(self, key: Any, param: Tensor, tensors: dict[str, Any]) -> None:
         self.restored.append((param, tensors))
-        self.stock_state[key] = {"step": tensors.get("step")}  # torch's __setstate__ wants one
+        self.stock_state[key] = {"step": tensors.get("step", counter())}  # torch's __setstate__ wants one
 
 
 def _policy_hint(optimizer: CompressedOptimizer, saved_groups: Iterable[Mapping[str, Any]]) -> str:

@@ -72,12 +72,12 @@ def compress(
     error of each is in ``report(optimizer).conversion_errors``. Layers that the policy keeps train bit for bit as
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
-    Adam, AdamW, SparseAdam, Adagrad, RMSprop and SGD are stepped by rules of ours, with every codec. An optimizer of any
-    other class takes element-wise codecs (`BFloat16`): its own step works on decoded states, a few layers at a time.
+    Rules of ours step Adam, AdamW, SparseAdam, Adagrad, RMSprop and SGD, with every codec. An optimizer of any other
+    class takes element-wise codecs (`BFloat16`): its own step works on decoded states, a few layers at a time.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list of
-            several over parameters of the same model: what the policy compresses is then judged over all of them.
+        optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list
+            of several over parameters of the same model: what the policy compresses is then judged over all of them.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: on a NaN or inf in a compressed layer's gradient: "raise" before anything changes, "skip" that

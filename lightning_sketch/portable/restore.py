@@ -68,9 +68,9 @@ def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
         raise TypeError(f"restore() needs a converted optimizer, got {type(inner).__name__}; call compress() first")
     if isinstance(inner, StockOptimizer):
         raise TypeError(
-            f"restore() cannot move the states of {inner.stock.__name__}, which has no update rule of ours: what it keeps "
-            "beside them only its own step knows. Load its own checkpoint, of as many shards, by load_state_dict or the "
-            "trainer; from a compressed one decompress_state_dict(state_dict) makes a plain one"
+            f"restore() cannot move the states of {inner.stock.__name__}, which has no update rule of ours: what it "
+            "keeps beside them only its own step knows. Load its own checkpoint, of as many shards, by load_state_dict "
+            "or the trainer; from a compressed one decompress_state_dict(state_dict) makes a plain one"
         )
 
     def open_() -> Opened:

@@ -52,21 +52,21 @@ def learn(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> Lear
     if 0 in shape:
         shape = tuple(max(1, n) for n in shape)
     seen: dict[str, list[Tensor]] = {}
+    first: Exception | None = None
     with _undisturbed():
-        probe = _Probe(optimizer, [(group, [(shape, param)])], seed_states=False)
-        try:
-            weights = [probe.step(magnitude, lambda: _note(probe, seen)) for magnitude in _MAGNITUDES]
-        except Exception as error:
+        for closed, seed_states in itertools.product((False, True), repeat=2):
             seen.clear()
-            probe = _Probe(optimizer, [(group, [(shape, param)])], seed_states=True)
+            probe = _Probe(optimizer, [(group, [(shape, param)])], seed_states=seed_states)
             try:
-                weights = [probe.step(magnitude, lambda: _note(probe, seen)) for magnitude in _MAGNITUDES]
-            except Exception:
-                name = type(optimizer).__name__
-                raise TypeError(
-                    f"{name} cannot be compressed: a step of it with a small parameter, to learn which states it "
-                    f"keeps, ended in {type(error).__name__}: {error}"
-                ) from error
+                weights = [probe.step(magnitude, seen, closed=closed) for magnitude in _MAGNITUDES]
+                break
+            except Exception as error:
+                first = error if first is None else first
+        else:
+            raise TypeError(
+                f"{type(optimizer).__name__} cannot be compressed: a step of it with a small parameter, to learn which "
+                f"states it keeps, ended in {type(first).__name__}: {first}"
+            ) from first
     states = []
     for name, values in seen.items():
         signed = any(bool((value < 0).any()) for value in values)
@@ -149,11 +149,27 @@ class _Probe:
         found: dict[str, Any] = self.optimizer.state.get(self.params[0], {})
         return found
 
-    def step(self, magnitude: float, note: Callable[[], None] = lambda: None, *, in_pieces: bool = False) -> Tensor:
-        """Make a step; the first parameter as it was before."""
+    def step(
+        self,
+        magnitude: float,
+        note: Callable[[], None] = lambda: None,
+        *,
+        in_pieces: bool = False,
+        closed: bool = False,
+    ) -> Tensor:
+        """Make a step; the first parameter as it was before.
+
+        Args:
+            seen: takes the states of the first parameter after the step, by name.
+            in_pieces: make it by some parameters at a time.
+            closed: have a closure make the gradients.
+        """
         before: Tensor = self.params[0].detach().clone()
-        self._give_gradients(magnitude)
-        if in_pieces:
+        if not closed:
+            self._give_gradients(magnitude)
+        if closed:
+            self.step_with_closure(magnitude)
+        elif in_pieces:
             groups = self.optimizer.param_groups
             pieces = [{0: groups[0]["params"][:1]}]
             for i, (group, following) in enumerate(itertools.pairwise(groups)):
@@ -162,7 +178,8 @@ class _Probe:
             step_in_pieces(self.optimizer, pieces, lambda _: self._step(self.optimizer))
         else:
             self._step(self.optimizer)
-        note()
+        if seen is not None:
+            _note(self, seen)
         return before
 
     def step_with_closure(self, magnitude: float) -> int:

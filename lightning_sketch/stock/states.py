@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
     """Make all states of an entry of ``optimizer.state`` dense, as its optimizer keeps them (modified in place).
 
     States that are dense already, such as a user assigned, stay.
+
+    Args:
+        param: the parameter, or a meta tensor of its shape and dtype.
     """
     for name, codec in part.layer.codecs.items():
         if not _is_stored(part, name, param, entry):
@@ -29,7 +33,9 @@ def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
         if isinstance(codec, Keep):
             held = stored[name].view(local(param).shape)
         else:
-            held = decode(codec, part.spec(name, param, group), stored).view(local(param).shape)
+            device = next(tensor.device for tensor in stored.values() if tensor.ndim) if param.is_meta else param.device
+            spec = dataclasses.replace(part.spec(name, param, group), device=device)
+            held = decode(codec, spec, stored).view(local(param).shape)
             if not local(param).is_contiguous():  # channels_last: kernels walk both memories side by side
                 held = torch.empty_like(local(param)).copy_(held)
         entry[name] = dense_like(param, held)
@@ -83,7 +89,8 @@ def encoded_from(
         state: dense states, of a DTensor parameter DTensors or whole tensors; and whatever else its optimizer keeps.
     """
     part = LayerShard(layer, shard_of(param, layer.fqn))
-    entry = {key: _copied(sharded_like(param, value), param) for key, value in state.items()}
+    placed = {key: sharded_like(param, x) if is_dtensor(param) else x for key, x in state.items()}
+    entry = {key: _copied(value, param) for key, value in placed.items()}
     dense = {name: entry[name] for name in layer.codecs if _is_dense(entry.get(name), param)}
     with torch.no_grad():
         encode_entry(part, param, group, entry, max(1.0, stored_step(state)))
