@@ -152,7 +152,7 @@ class _Probe:
     def step(
         self,
         magnitude: float,
-        note: Callable[[], None] = lambda: None,
+        seen: dict[str, list[Tensor]] | None = None,
         *,
         in_pieces: bool = False,
         closed: bool = False,

@@ -206,10 +206,14 @@ def test_sparse_adam_gets_no_weight_decay_from_a_group():
     assert all("weight_decay" not in group for group in optimizer.param_groups)
 
 
-def test_an_unsupported_optimizer_is_refused():
-    trainer = trainer_for(llama(), arguments(optim="adafactor"), POLICY)
-    with pytest.raises(TypeError, match=r"Adafactor cannot be compressed; supported are torch.optim.Adam, "):
-        trainer.train()
+def test_an_optimizer_without_a_rule_takes_elementwise_codecs():
+    policy = Policy([Rule(role="embedding", first_moment="BFloat16")])
+    trainer = trainer_for(llama(), arguments(optim="adafactor", optim_args="beta1=0.9"), policy)
+    trainer.train()
+    embedding = trainer.model.get_input_embeddings().weight
+    state = unwrap(trainer.optimizer).state[embedding]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert state["exp_avg_sq_row"].dtype == torch.float32
 
 
 def test_importing_the_integration_imports_no_transformers():
