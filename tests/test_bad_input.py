@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
+from torch.optim import LBFGS, SGD, Adam, RMSprop
 
 from lightning_sketch import CountSketch, Policy, RowWise, Rule, compress, decompress, plan, report
 from tests.tiny import ADAM, CASES, CODECS, EXACTLY, LOSSY, Tiny, assert_same, give_gradients, snapshot, train

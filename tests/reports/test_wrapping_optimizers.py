@@ -236,7 +236,7 @@ def test_an_optimizer_beside_a_model_s_own_is_not_inside():
     model = Tiny()
     own = type("Custom", (AdamW,), {})(model.parameters())
     own.helper = SGD([nn.Parameter(torch.ones(1))])
-    with pytest.raises(ValueError, match="CountSketch cannot hold exp_avg of .*: there is no update rule for Custom"):
+    with pytest.raises(ValueError, match=r"CountSketch cannot hold exp_avg of .*: there is no update rule for Custom"):
         compress(own, model, LOSSY)
     assert type(own.helper) is SGD
 
