@@ -1,7 +1,7 @@
 """Muon on the hidden matrices, AdamW on tables and vectors, both compressed by one call. Learns from Python's manual.
 
-torch.optim.Muon has no update rule of ours: its momentum is kept in bfloat16, and its own step works on it, a few layers
-at a time. AdamW's tables lose their first moment, and keep row and column means of the second.
+torch.optim.Muon has no update rule of ours: its momentum is kept in bfloat16, and its own step works on it,
+a few layers at a time. AdamW's tables lose their first moment, and keep row and column means of the second.
 
 python examples/muon_lm.py
 """

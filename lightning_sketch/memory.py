@@ -109,11 +109,13 @@ def report(optimizer: Any) -> MemoryReport:
             dense_state += kept
             continue
         for part in parts:
-            if state:
-                _count_part(part, state, by_codec)
-                dense_state += part.rows(param).nbytes * len(part.layer.codecs)
+            others: dict[str, Any] = {}
             if part.layer.stock_count is not None:
                 others = of_others(part.layer, state)
+            if state:
+                _count_part(part, {k: v for k, v in state.items() if k not in others}, by_codec)
+                dense_state += part.rows(param).nbytes * len(part.layer.codecs)
+            if part.layer.stock_count is not None:
                 kept = sum(local(v).nbytes for k, v in others.items() if isinstance(v, Tensor) and k != "step")
                 by_codec["Keep"] = by_codec.get("Keep", 0) + kept
                 dense_state += kept

@@ -133,7 +133,7 @@ class _Probe:
             params = []
             for shape, real in shapes:
                 device = "cpu" if real.is_meta else real.device
-                values = torch.randn(shape, generator=self.generator).to(device, real.dtype)
+                values = torch.randn(shape, generator=self.generator, device="cpu").to(device, real.dtype)
                 params.append(nn.Parameter(values))
                 if seed_states:
                     self.optimizer.state[params[-1]] = _constant_states(optimizer, real, values)
@@ -213,7 +213,8 @@ class _Probe:
 
     def _give_gradients(self, magnitude: float) -> None:
         for param in self.params:
-            param.grad = magnitude * torch.randn(param.shape, generator=self.generator).to(param.device, param.dtype)
+            values = torch.randn(param.shape, generator=self.generator, device="cpu")
+            param.grad = (magnitude * values).to(param.device, param.dtype)
 
 
 #: Attributes of an optimizer that a probe has of its own, or does without.

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from lightning_sketch import Policy, Rule, compress, decompress, decompress_state_dict, report, restore
+from lightning_sketch import Policy, Rule, compress, decompress, decompress_state_dict, report, resize_states, restore
 from tests.stock.optimizers import BF16, LION, MUON, NADAM, SCHEDULE_FREE, Case, Matrices
 from tests.tiny import assert_same, snapshot, train
 
@@ -138,6 +138,12 @@ def test_moving_between_engines_is_refused_with_what_to_do(tmp_path):
     _model, optimizer = made(MUON)
     with pytest.raises(TypeError, match=r"restore\(\) cannot move the states of Muon, .* decompress_state_dict"):
         restore(optimizer, tmp_path / "nothing.pt")
+
+
+def test_resizing_is_refused():
+    model, optimizer = made(MUON)
+    with pytest.raises(TypeError, match=r"resize_states\(\) cannot resize the states of Muon"):
+        resize_states(optimizer, model)
 
 
 def test_groups_that_are_added_are_compressed():

@@ -7,7 +7,7 @@ import pytorch_optimizer
 import torch
 from torch import nn
 
-from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, plan
+from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, plan, report
 from lightning_sketch.stock.probe import learn
 from tests.stock.optimizers import BF16, NADAM, Matrices
 from tests.tiny import give_gradients, train
@@ -169,3 +169,5 @@ def test_other_shapes_may_have_other_states():
     assert matrix["exp_avg"].dtype == vector["exp_avg"].dtype == vector["exp_avg_sq"].dtype == torch.bfloat16
     assert "exp_avg_sq" not in matrix
     assert matrix["exp_avg_sq_row"].dtype == torch.float32
+    held = sum(x.nbytes for state in (matrix, vector) for x in state.values())
+    assert report(optimizer).state == held, "counted once"
