@@ -98,11 +98,11 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
 
     Args:
         model: the model, on any device, the meta device included.
-        optimizer: a supported optimizer over parameters of `model`.
+        optimizer: an optimizer over parameters of `model`.
         policy: a policy, its dictionary, or ``None`` for `default_policy()`.
 
     Raises:
-        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
+        TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
         ValueError: the policy does not fit the model or the optimizer, or the optimizer holds none of the model's
             parameters, parameters of another model, plain tensors that the policy would compress, or one parameter
             twice.

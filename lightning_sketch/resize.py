@@ -62,8 +62,8 @@ def resize_states(optimizer: OptimizerT, model: nn.Module) -> OptimizerT:
         raise TypeError(f"resize_states() needs a converted optimizer, got {type(inner).__name__}")
     if isinstance(inner, StockOptimizer):
         raise TypeError(
-            f"resize_states() cannot resize the states of {inner.stock.__name__}, which has no update rule of ours: what "
-            "it keeps beside them only its own step knows. Make a new optimizer of the resized model"
+            f"resize_states() cannot resize the states of {inner.stock.__name__}, which has no update rule of ours: "
+            "what it keeps beside them only its own step knows. Make a new optimizer of the resized model"
         )
     changes = list(_changes(inner, model))
     _check_decisions(inner, model, changes)
