@@ -128,9 +128,10 @@ def report(optimizer: Any) -> MemoryReport:
             together += _copied_bytes(part, param)
         if state:
             by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
-    own_step = isinstance(inner, StockOptimizer)
+    used = ", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"])
     if isinstance(inner, StockOptimizer):
         together += most_decoded_bytes(inner)
+        used = "the optimizer's own step"
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,
@@ -139,9 +140,7 @@ def report(optimizer: Any) -> MemoryReport:
         transient=blocks + together,
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
-        kernels="the optimizer's own step"
-        if own_step
-        else ", ".join(describe(torch.device(k)) for k in kinds or ["cpu"]),
+        kernels=used,
         process=resident,
         process_peak=max(_peak(), resident or 0),  # the system brings the peak up to date now and then only
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]
