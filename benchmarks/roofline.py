@@ -47,7 +47,7 @@ def dense_bytes(itemsize: int, *, state: float, passes: int = 1, check: bool = F
         itemsize: of parameter and gradient.
         state: bytes per element of states, read and written counted apart.
         passes: how often the gradient is read: twice where sums over it are needed before the first update.
-        check: whether it is read once more beforehand, for rows that are not finite.
+        check: whether it is read once more beforehand, for NaN and inf.
     """
     return itemsize * (2 + passes + check) + state
 
