@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_sketch.codecs import key_of, scale_tensor
 from lightning_sketch.counter import counter, read_step
-from lightning_sketch.dense import encode_part, held_rows
+from lightning_sketch.dense import encode_part
+from lightning_sketch.dtensor_state import held_rows
 from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import LayerShard
 from lightning_sketch.lossy import warn_of_lossy

@@ -118,7 +118,7 @@ class _Load:
             if problem or not state:
                 self.problems += [f"{layer.fqn}: {problem}"] if problem else []
                 continue
-            if (state := self._with_step(state, layer.fqn)) is None:
+            if layer.stock_count is None and (state := self._with_step(state, layer.fqn)) is None:
                 continue
             if record is None:
                 tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
@@ -129,6 +129,8 @@ class _Load:
                     continue
                 tensors = found
             self._restore(key, param, tensors)
+            if layer.stock_count is not None:  # a stock __setstate__ may want entries that torch is not to cast
+                del self.stock_state[key]
 
     def _with_step(self, state: Mapping[str, Any], owner: str) -> dict[str, Any] | None:
         """An entry whose step count, in whatever form, is a tensor as live ones are; ``None`` if it is no count."""
@@ -187,6 +189,8 @@ class _Load:
         if problem := dtensor_state.torn(state):
             return problem
         part = LayerShard(layer, shard_of(param, layer.fqn))
+        if layer.stock_count is not None:
+            return self._stock_state(part, param, group, state)
         expected: dict[str, Any] = {"step": counter()}
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_state.unwrap_same(part, param, state)
@@ -209,6 +213,35 @@ class _Load:
             tensors |= encoded
             self.errors.setdefault(layer.fqn, {})[name] = relative
         return tensors
+
+    def _stock_state(
+        self, part: LayerShard, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any] | str:
+        """`_layer_state` of a layer that its optimizer's own step updates: it may keep anything beside our tensors."""
+        layer, errors = part.layer, self.errors.setdefault(part.layer.fqn, {})
+        same = dtensor_state.unwrap_same(part, param, state)
+        loaded = dtensor_state.of_others(layer, state) if same is None else dict(same)
+        for name, codec in layer.codecs.items():
+            expected = part.layout(param)[name]
+            saved = state if same is None else same
+            if not set(expected) & set(saved):
+                continue  # not made yet
+            if same is not None:
+                held = _checked(expected, [part], {key: same[key] for key in expected if key in same}, param.device)
+            else:
+                try:
+                    found = list(dtensor_state.sources(layer, name, codec, state, part.shard))
+                    held, errors[name] = reshard(codec, part.spec(name, param, group), found)
+                except (ValueError, RuntimeError, IndexError, KeyError) as error:
+                    return f"cannot be moved to this layout: {error}"
+            if isinstance(held, str):
+                return held
+            loaded |= held
+        keys = dtensor_state.tensor_axes(layer)
+        for key, value in loaded.items():
+            if key not in keys and isinstance(value, Tensor):
+                loaded[key] = value.to(param.device, copy=True) if value.ndim else value.clone()
+        return loaded
 
     def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:
         expected: dict[str, Any] = {"step": counter()}
@@ -233,7 +266,7 @@ class _Load:
 
     def _restore(self, key: Any, param: Tensor, tensors: dict[str, Any]) -> None:
         self.restored.append((param, tensors))
-        self.stock_state[key] = {"step": tensors["step"]}  # torch's __setstate__ wants one
+        self.stock_state[key] = {"step": tensors.get("step", counter())}  # torch's __setstate__ wants one
 
 
 def _policy_hint(optimizer: CompressedOptimizer, saved_groups: Iterable[Mapping[str, Any]]) -> str:
@@ -288,7 +321,10 @@ def _not_dense(layer: Layer, param: Tensor, state: Any) -> str | None:
     """Why a saved uncompressed state cannot be encoded."""
     if not state:
         return None
-    for name in layer.codecs:
+    found = layer.codecs
+    if layer.stock_count is not None:  # its optimizer may make some later
+        found = {name: codec for name, codec in found.items() if name in state} or found
+    for name in found:
         if not isinstance(state.get(name), Tensor):
             return f"has no {name} in the checkpoint (it holds {sorted(map(str, state))})"
         if state[name].shape != param.shape:

@@ -12,6 +12,8 @@ from lightning_sketch.guard import inner_optimizers
 from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, SGDRule, SparseAdamRule, UpdateRule
 from lightning_sketch.sharding.wrapper import wrapper_of
+from lightning_sketch.stock.optimizer import stock_optimizer
+from lightning_sketch.stock.rule import StockRule
 
 
 class CompressedAdam(CompressedOptimizer, Adam):
@@ -120,20 +122,16 @@ def _inside(optimizer: Any) -> Optimizer | None:
 def compressed_class(optimizer: Optimizer) -> type[CompressedOptimizer]:
     """The class that `optimizer` is converted to, or already has.
 
-    Raises:
-        TypeError: the class is not supported.
+    Exactly torch's classes have our rules: a subclass may update parameters in ways that we would not reproduce, so its
+    own step is used.
     """
     if isinstance(optimizer, CompressedOptimizer):
         return type(optimizer)
-    if type(optimizer) not in COMPRESSED:
-        supported = ", ".join(f"torch.optim.{cls.__name__}" for cls in COMPRESSED)
-        raise TypeError(
-            f"{type(optimizer).__module__}.{type(optimizer).__name__} cannot be compressed; supported are {supported}"
-            " (exactly these classes: a subclass may update parameters in ways we would not reproduce)"
-        )
-    return COMPRESSED[type(optimizer)]
+    return COMPRESSED.get(type(optimizer)) or stock_optimizer(type(optimizer))
 
 
 def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of an optimizer."""
-    return compressed_class(optimizer).rule
+    if isinstance(optimizer, CompressedOptimizer):
+        return optimizer.rule
+    return COMPRESSED[type(optimizer)].rule if type(optimizer) in COMPRESSED else StockRule(optimizer)

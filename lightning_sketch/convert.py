@@ -6,13 +6,12 @@ import functools
 import logging
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.assigned import encode_assigned
-from lightning_sketch.classes import compressed_class, unwrap
+from lightning_sketch.classes import compressed_class, rule_of, unwrap
 from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.counter import read_step
 from lightning_sketch.coverage import check_coverage
@@ -37,6 +36,18 @@ OptimizerT = TypeVar("OptimizerT")
 _IMITATORS = {"LightningOptimizer": "Lightning", "_FabricOptimizer": "Fabric"}
 
 
+@overload
+def compress(
+    optimizer: list[Any] | tuple[Any, ...],
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
+) -> list[Any]: ...
+
+
+@overload
 def compress(
     optimizer: OptimizerT,
     model: nn.Module,
@@ -44,30 +55,44 @@ def compress(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
-) -> OptimizerT:
+) -> OptimizerT: ...
+
+
+def compress(
+    optimizer: Any,
+    model: nn.Module,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    nonfinite: NonFinite = "raise",
+    allow_empty: bool = False,
+) -> Any:
     """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
 
     Works before the first step and in the middle of training, where existing dense states are encoded; the relative
     error of each is in ``report(optimizer).conversion_errors``. Layers that the policy keeps train bit for bit as
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
+    Rules of ours step Adam, AdamW, SparseAdam, Adagrad, RMSprop and SGD, with every codec. An optimizer of any other
+    class takes element-wise codecs (`BFloat16`): its own step works on decoded states, a few layers at a time.
+
     Args:
-        optimizer: Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD with momentum; or Accelerate's, Lightning's or
-            Fabric's wrapper around one.
+        optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list
+            of several over parameters of the same model: what the policy compresses is then judged over all of them.
         model: the module that owns the optimizer's parameters; gives names and roles.
         policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
         nonfinite: what to do about NaN and inf in a compressed layer's gradient. Their rows are left out of the step
             (elements, where every state of the layer is stored by element): parameter and states stay as they are
             there, and everything else is stepped. Then "raise" raises, and "skip" warns once and counts. "propagate"
-            leaves nothing out, as torch.optim does.
+            leaves nothing out, as torch.optim does. Optimizers without a rule of ours always do what their own step
+            does.
         allow_empty: whether `policy` may compress nothing: what it matches is frozen or not in this optimizer. A
             warning then says so; without a policy it always does, and the optimizer is converted all the same.
 
     Returns:
-        `optimizer`.
+        `optimizer`; of several, a list of them.
 
     Raises:
-        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
+        TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
         ValueError: the policy does not fit, or compresses nothing; nothing was changed.
 
     >>> import torch
@@ -78,9 +103,13 @@ def compress(
     >>> type(compress(optimizer, model, policy))
     <class 'lightning_sketch.classes.CompressedAdamW'>
     """
+    several = isinstance(optimizer, list | tuple)
+    optimizers = list(optimizer) if several else [optimizer]
+    if not optimizers:
+        raise ValueError("compress() was given an empty list of optimizers")
     explicit = policy is not None
-    compress_all([optimizer], model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
-    return optimizer
+    compress_all(optimizers, model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
+    return optimizers if several else optimizer
 
 
 def compress_all(
@@ -117,11 +146,10 @@ def compress_all(
 def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | CompressedOptimizer:
     """What will become of an optimizer; one that is converted is returned as it is."""
     refuse_zero_redundancy(optimizer)
-    cls = compressed_class(optimizer)
     if isinstance(optimizer, CompressedOptimizer):
         return optimizer
     refuse_replaced(optimizer.param_groups)
-    made = make_plan(model, optimizer.param_groups, cls.rule, policy, optimizer.state)
+    made = make_plan(model, optimizer.param_groups, rule_of(optimizer), policy, optimizer.state)
     _check_states(optimizer, made)
     return made
 
@@ -170,7 +198,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     if not isinstance(inner, CompressedOptimizer):
         return optimizer
     inner._left_out.judge(inner._compression, wait=True)
-    encode_assigned(inner)
+    inner.encode_assigned()
     for group, param, (part, *_) in [x for x in inner.compressed_tensors() if not inner.is_flat(x[0])]:
         state = inner.state.get(param, {})
         if dense := decode_layer(part.layer, param, group, state):
@@ -179,12 +207,7 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
     for flat in inner._flat_tensors or ():
         if flat.parts and (state := inner.state.get(flat.tensor)):
             inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.flat_group(flat), state)
-    for group in inner.param_groups:
-        del group[RECORDS]
-    del inner._compression
-    inner.__dict__.pop("_flat_tensors", None)
-    inner.__dict__.pop("_bindings", None)
-    inner.__dict__.pop("_left_out", None)
+    inner.forget_conversion()
     _swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -283,7 +306,7 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
             if not x.layer.compressed or not state or _is_fresh(state, group, optimizer.defaults):
                 continue
             read_step(state.get("step", 1), x.layer.fqn)
-            for name in x.layer.codecs:
+            for name in x.layer.codecs if x.layer.stock_count is None else ():  # others may make some later
                 found = state.get(name)
                 if not isinstance(found, Tensor) or found.shape != param.shape:
                     raise ValueError(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
 from lightning_sketch.counter import counter, read_step
-from lightning_sketch.dtensor_state import SHARDS, dense_like, sources, tensor_axes, torn
+from lightning_sketch.dtensor_state import SHARDS, dense_like, held_rows, of_others, sources, tensor_axes, torn
 from lightning_sketch.fake import is_fake
 from lightning_sketch.layer import RECORDS, Layer, LayerShard
 from lightning_sketch.reshard import dense_of
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
+from lightning_sketch.stock.states import decode_entry, encoded_from, stock_entry
 
 
 def fresh_state(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def encode_layer(
         the compressed ``optimizer.state[param]``, and the relative error of every state (1.0 for a dropped one); of a
         sharded layer, of the part that is held here; NaN under ``FakeTensorMode``.
     """
+    if layer.stock_count is not None:
+        return encoded_from(layer, param, group, state)
     # SGD keeps no step count; its buffer exists, so at least one step was made.
     tensors: dict[str, Any] = {"step": counter(read_step(state.get("step", 1.0), layer.fqn))}
     part = LayerShard(layer, shard_of(param, layer.fqn))
@@ -78,6 +81,10 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     if not state:
         return _untrained(layer, param, group)
     part = LayerShard(layer, shard_of(param, layer.fqn))
+    if layer.stock_count is not None:
+        entry = dict(state)
+        decode_entry(part, param, group, entry)
+        return entry
     device = next((state[key].device for key in tensor_axes(layer) if key in state), torch.device("cpu"))
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
@@ -158,20 +165,11 @@ def gathered_to_dense(
         spec = dataclasses.replace(part.spec(name, param, group), device=torch.device("cpu"))
         if isinstance(codec, Drop):
             dense[name] = torch.zeros(layer.shape, dtype=param.dtype)
-        else:
+        elif layer.stock_count is None or any(key in saved for key in part.layout(param)[name]):
             dense[name] = dense_of(spec, list(sources(layer, name, codec, saved, part.shard))).view(layer.shape)
+    if layer.stock_count is not None:
+        return stock_entry(layer, of_others(layer, saved)) | dense
     return _with_step(layer, param, group, saved) | dense
-
-
-def held_rows(dense: Tensor, shard: Shard) -> Tensor:
-    """The local part of a dense state, ``[local_rows, *row_shape]``."""
-    held = local(dense)
-    if not is_dtensor(dense) and shard != Shard.whole(shard.global_shape):
-        held = dense[shard.row_offset : shard.row_offset + shard.local_rows]
-        if shard.part_shape is not None:
-            held = held.flatten(1)[:, shard.column_offset : shard.column_offset + shard.row_numel]
-            held = held.reshape(shard.local_rows, *shard.row_shape)
-    return shard.as_rows(held)
 
 
 def _with_step(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,11 +42,15 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
         return dict(state)
     axes = tensor_axes(part.layer)
     wrapped: dict[str, Any] = {SHARDS: shards, SHARD_DIM: dim}
-    if any(key != "step" and dim not in axes.get(key, ()) for key in state):
+    ours = state
+    if part.layer.stock_count is not None:  # what else its optimizer keeps there is its own affair
+        ours = {key: value for key, value in state.items() if key in axes}
+        wrapped |= {key: value for key, value in state.items() if key not in axes}
+    if any(key != "step" and dim not in axes.get(key, ()) for key in ours):
         # Not in a layer without stacks: torch can load that into another number of shards.
         step = torch.tensor(float(state["step"]), dtype=torch.float64, device=param.device)
         wrapped[SHARD_STEPS] = _wrap(step, (), param, dim)
-    for key, value in state.items():
+    for key, value in ours.items():
         if key not in axes and key != "step":
             # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
             value = torch.as_tensor(value, dtype=torch.float64, device=param.device)
@@ -86,6 +90,17 @@ def sharded_like(param: Any, value: Any) -> Any:
     return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
+def held_rows(dense: Tensor, shard: Shard) -> Tensor:
+    """The local part of a dense state, ``[local_rows, *row_shape]``."""
+    held = local(dense)
+    if not is_dtensor(dense) and shard != Shard.whole(shard.global_shape):
+        held = dense[shard.row_offset : shard.row_offset + shard.local_rows]
+        if shard.part_shape is not None:
+            held = held.flatten(1)[:, shard.column_offset : shard.column_offset + shard.row_numel]
+            held = held.reshape(shard.local_rows, *shard.row_shape)
+    return shard.as_rows(held)
+
+
 def tensor_axes(layer: Layer) -> dict[str, tuple[int | None, ...]]:
     """For every tensor of a layer, by key, the parameter's dimensions along which its own run; see `Codec.axes`."""
     ndim = max(1, len(layer.shape))
@@ -116,8 +131,16 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
             held = local(value)
             state[key] = held if dim in axes[key] else held[0]
         else:
-            state[key] = local(value)[0] if is_dtensor(value) else value
+            stacked = is_dtensor(value) and part.layer.stock_count is None
+            state[key] = local(value)[0] if stacked else value
     return state
+
+
+def of_others(layer: Layer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer's own step keeps of a layer beside the states of our codecs; see `Layer.stock_count`."""
+    ours = {SHARDS, SHARD_DIM, SHARD_STEPS, *tensor_axes(layer)}
+    ours |= {key_of(state, "scale") for state in layer.codecs}
+    return {key: value for key, value in saved.items() if key not in ours}
 
 
 def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], live: Shard) -> Iterator[Source]:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sketch import codecs as codec_lib
 from lightning_sketch.codecs import Codec, Drop, Keep, StateSpec, codec_from
 from lightning_sketch.gradient import RowGradient, row_gradient
-from lightning_sketch.rules import StateDef, UpdateRule
+from lightning_sketch.rules import Count, StateDef, UpdateRule
 from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
 
 #: Version of the stored layout; a checkpoint of another version is refused.
@@ -24,6 +24,12 @@ FORMAT_VERSION = 1
 #: Key in every parameter group: for each parameter the record of its `Layer`, or None if it is kept. By position,
 #: because trainers replace parameters but keep their order; strings, because checkpoints load with weights_only=True.
 RECORDS = "compression"
+
+#: Fields of a `Layer` that a checkpoint's and the live one must have alike, and what errors call them.
+_COMPARED = (
+    ("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states"),
+    ("stock_count", "optimizer's step count"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Layer:
         shape: global shape of the parameter.
         signed: torch's names of the states it keeps, and whether each may be negative.
         codecs: codec of every state.
+        stock_count: where the optimizer's own step updates the layer (there is no rule for its class): how it keeps
+            ``step``. Its entry in ``optimizer.state`` then holds states beside those of `codecs`, as that step left
+            them. ``None`` where one of our rules updates it.
     """
 
     fqn: str
@@ -43,10 +52,19 @@ class Layer:
     shape: tuple[int, ...]
     signed: Mapping[str, bool]
     codecs: Mapping[str, Codec]
+    stock_count: Count | None = None
 
     @classmethod
-    def make(cls, fqn: str, seed: int, param: Tensor, states: Iterable[StateDef], codecs: Mapping[str, Codec]) -> Layer:
-        return cls(fqn, seed, global_shape(param), {s.name: s.signed for s in states}, codecs)
+    def make(
+        cls,
+        fqn: str,
+        seed: int,
+        param: Tensor,
+        states: Iterable[StateDef],
+        codecs: Mapping[str, Codec],
+        stock_count: Count | None = None,
+    ) -> Layer:
+        return cls(fqn, seed, global_shape(param), {s.name: s.signed for s in states}, codecs, stock_count)
 
     @property
     def compressed(self) -> bool:
@@ -63,11 +81,13 @@ class Layer:
 
     def lacking(self, rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
         """States that the rule keeps under these hyperparameters, and the layer was compressed without."""
+        if self.stock_count is not None:
+            return []  # its optimizer makes what it wants, and that is then kept
         return [state.name for state in rule.states(group) if state.name not in self.codecs]
 
     def difference(self, live: Layer) -> str | None:
         """What of a checkpoint's layer, this one, is not as in the live one."""
-        for field, word in (("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states")):
+        for field, word in _COMPARED:
             if getattr(self, field) != getattr(live, field):
                 was, now = (
                     list(x) if isinstance(x, tuple) else x for x in (getattr(self, field), getattr(live, field))
@@ -77,16 +97,15 @@ class Layer:
 
     def to_record(self) -> str:
         """JSON for ``param_groups``: one string, because torch.distributed.checkpoint stores every primitive apart."""
-        return json.dumps(
-            {
-                "version": FORMAT_VERSION,
-                "fqn": self.fqn,
-                "seed": self.seed,
-                "shape": list(self.shape),
-                "signed": dict(self.signed),
-                "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
-            }
-        )
+        fields = {
+            "version": FORMAT_VERSION,
+            "fqn": self.fqn,
+            "seed": self.seed,
+            "shape": list(self.shape),
+            "signed": dict(self.signed),
+            "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
+        }
+        return json.dumps(fields if self.stock_count is None else {**fields, "stock_count": self.stock_count})
 
     @staticmethod
     def from_record(record: str) -> Layer:
@@ -114,9 +133,16 @@ def _parse(record: str) -> Layer:
             shape=tuple(map(int, fields["shape"])),
             signed={str(state): bool(signed) for state, signed in fields["signed"].items()},
             codecs={str(state): codec_from(value) for state, value in fields["codecs"].items()},
+            stock_count=_count_from(fields.get("stock_count")),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record of {fields.get('fqn')} is damaged: {error}") from error
+
+
+def _count_from(value: Any) -> Count | None:
+    if value is not None and value not in get_args(Count):
+        raise ValueError(f"stock_count is {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

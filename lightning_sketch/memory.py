@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import CountSketch, Factored, RowWise, allocate
+from lightning_sketch.dtensor_state import of_others
 from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.fused import DTYPES
 from lightning_sketch.layer import LayerShard, compute_dtype
@@ -21,6 +22,8 @@ from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import block_numel
+from lightning_sketch.stock.optimizer import StockOptimizer
+from lightning_sketch.stock.step import most_decoded_bytes
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
@@ -111,16 +114,29 @@ def report(optimizer: Any) -> MemoryReport:
             dense_state += kept
             continue
         for part in parts:
+            others: dict[str, Any] = {}
+            if part.layer.stock_count is not None:
+                others = of_others(part.layer, state)
             if state:
-                _count_part(part, state, by_codec)
+                _count_part(part, {k: v for k, v in state.items() if k not in others}, by_codec)
                 dense_state += part.rows(param).nbytes * len(part.layer.codecs)
+            if part.layer.stock_count is not None:
+                kept = sum(local(v).nbytes for k, v in others.items() if isinstance(v, Tensor) and k != "step")
+                by_codec["Keep"] = by_codec.get("Keep", 0) + kept
+                dense_state += kept
+                blocks = max(blocks, _block_bytes(part, param))
+                continue
             if isinstance(inner, CompressedOptimizer) and fused(inner.rule, part, param):
                 together += _fused_bytes(part, param)  # one call steps all layers
             else:
                 blocks = max(blocks, _block_bytes(part, param))
             together += _copied_bytes(part, param)
         if state:
-            by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state["step"], "nbytes", 0)
+            by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
+    used = ", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"])
+    if isinstance(inner, StockOptimizer):
+        together += most_decoded_bytes(inner)
+        used = "the optimizer's own step"
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,
@@ -129,7 +145,7 @@ def report(optimizer: Any) -> MemoryReport:
         transient=blocks + together,
         conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
-        kernels=", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"]),
+        kernels=used,
         process=resident,
         process_peak=max(_peak(), resident or 0),  # the system brings the peak up to date now and then only
         cuda_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,  # type: ignore[no-untyped-call]

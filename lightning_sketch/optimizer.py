@@ -301,6 +301,21 @@ class CompressedOptimizer(Optimizer):
         self._compression.names.append([planned.layer.fqn for planned in decided])
         warn_of_dropped(Plan((tuple(decided),)))
 
+    def encode_assigned(self) -> None:
+        """Verify the states of all compressed layers, and encode dense ones that were assigned to them.
+
+        Raises:
+            ValueError: see `assigned.encode_assigned`. Nothing was changed then.
+        """
+        encode_assigned(self)
+
+    def forget_conversion(self) -> None:
+        """Let go of everything that is kept beside the groups and states, whose records and codecs are gone."""
+        for group in self.param_groups:
+            del group[RECORDS]
+        for name in ("_compression", "_flat_tensors", "_bindings", "_left_out"):
+            vars(self).pop(name, None)
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, loadable with ``weights_only=True``; states of DTensor parameters are DTensors.
 
@@ -310,7 +325,7 @@ class CompressedOptimizer(Optimizer):
         """
         self._left_out.judge(self._compression, wait=True)
         self._bind_if_flat()
-        encode_assigned(self)
+        self.encode_assigned()
         return checkpoint.finish_state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # DCP passes `state_dict` by name

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_sketch.codecs import SM3, Drop, Keep
+from lightning_sketch.codecs import SM3, Codec, Drop, Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import Layer, LayerShard
-from lightning_sketch.policy import STATE_NAMES, Policy, default_policy
+from lightning_sketch.policy import Policy, Rule, default_policy
 from lightning_sketch.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
 from lightning_sketch.rules import StateDef, UpdateRule
 from lightning_sketch.sharding import Shard, refuse_flattened, shard_of
@@ -98,11 +98,11 @@ def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, A
 
     Args:
         model: the model, on any device, the meta device included.
-        optimizer: a supported optimizer over parameters of `model`.
+        optimizer: an optimizer over parameters of `model`.
         policy: a policy, its dictionary, or ``None`` for `default_policy()`.
 
     Raises:
-        TypeError: the optimizer class is not supported, or FSDP1 has flattened parameters.
+        TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
         ValueError: the policy does not fit the model or the optimizer, or the optimizer holds none of the model's
             parameters, parameters of another model, plain tensors that the policy would compress, or one parameter
             twice.
@@ -202,12 +202,13 @@ def _plan_plain_tensor(
 def _plan_layer(
     named: NamedLayer, index: int | None, policy: Policy, rule: UpdateRule, group: Mapping[str, Any], has_state: bool
 ) -> LayerPlan:
-    states = rule.states(group)
+    states = rule.states(group) if named.lazy else rule.states_of(group, named.param)
     if named.lazy:
         return _plan_lazy(named, policy, states)
     chosen = policy.rules[index] if index is not None else None
-    codecs = {s.name: chosen.codec_for(s.name, signed=s.signed) if chosen else Keep() for s in states}
-    layer = Layer.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs)
+    codecs = {s.name: _codec_for(chosen, s) for s in states}
+    count = rule.stock_count(group, named.param)
+    layer = Layer.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs, count)
     whole = LayerShard(layer, Shard.whole(layer.shape))
     before: dict[str, int] = {}
     after: dict[str, int] = {}
@@ -218,6 +219,7 @@ def _plan_layer(
                 "torch.view_as_real of it"
             )
         rule.check(group, layer.fqn)
+        rule.check_codecs(layer.fqn, codecs)
         shard_of(named.param, layer.fqn)  # refuses placements that no codec can serve
         _check_one_momentum(layer)
     frozen = not named.param.requires_grad
@@ -231,6 +233,15 @@ def _plan_layer(
         if frozen and not has_state:
             before[state.name] = after[state.name] = 0
     return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after, frozen)
+
+
+def _codec_for(rule: Rule | None, state: StateDef) -> Codec:
+    """The codec that a policy's rule has for a state. What holds weights is no moment: a rule must call it by name."""
+    if rule is None:
+        return Keep()
+    if state.weights:
+        return rule.codecs.get(state.name, Keep())
+    return rule.codec_for(state.name, signed=state.signed)
 
 
 def _plan_lazy(named: NamedLayer, policy: Policy, states: Sequence[StateDef]) -> LayerPlan:
@@ -284,7 +295,7 @@ def _check_states_named(
     states = {s.name: s.signed for group in groups for s in rule.states(group)}
     generic = {"first_moment" if signed else "second_moment" for signed in states.values()}
     for number, policy_rule in enumerate(policy.rules, start=1):
-        named = [n for n in STATE_NAMES if n in policy_rule.codecs and number - 1 in deciding]
+        named = list(policy_rule.codecs) if number - 1 in deciding else []
         if named and not policy_rule.optional and not set(named) & (set(states) | generic):
             raise ValueError(
                 f"policy rule {number} ({policy_rule.describe()}) gives codecs for {', '.join(named)}, but this "

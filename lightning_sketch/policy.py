@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +42,8 @@ class Rule:
         momentum_buffer: codec for SGD and RMSprop.
         first_moment: codec for every signed state not named above.
         second_moment: codec for every non-negative state not named above.
+        states: codecs for states of other names, which optimizers without a rule of ours keep:
+            ``{"exp_inf": "BFloat16"}``.
         optional: whether the rule may match no parameter, or name no state of the optimizer; else that is an error.
 
     A codec may be given as an object, a name (``"RowWise"``) or a dictionary
@@ -69,6 +71,7 @@ class Rule:
     momentum_buffer: CodecLike = None
     first_moment: CodecLike = None
     second_moment: CodecLike = None
+    states: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: bool = False
 
     SELECTORS: ClassVar[tuple[str, ...]] = ("role", "name", "module", "min_rows", "min_numel", "sparse", "match")
@@ -97,11 +100,12 @@ class Rule:
         for state in STATE_NAMES:
             if getattr(self, state) is not None:
                 object.__setattr__(self, state, codec_from(getattr(self, state)))
+        object.__setattr__(self, "states", _named_states(self.states))
 
     @property
     def codecs(self) -> dict[str, Codec]:
         """The codecs given, by state name."""
-        return {state: getattr(self, state) for state in STATE_NAMES if getattr(self, state) is not None}
+        return {s: getattr(self, s) for s in STATE_NAMES if getattr(self, s) is not None} | dict(self.states)
 
     @property
     def compresses(self) -> bool:
@@ -160,15 +164,20 @@ class Rule:
         }
         if self.module is not None:
             selectors["module"] = self.module if isinstance(self.module, str) else self.module.__name__
-        codecs = {state: codec.to_dict() for state, codec in self.codecs.items()}
-        return selectors | codecs | ({"optional": True} if self.optional else {})
+        given = {key: _written(value) for key, value in self._given_codecs().items()}
+        return selectors | given | ({"optional": True} if self.optional else {})
 
     def describe(self) -> str:
         """The selectors as text, for tables and errors."""
         return ", ".join(f"{k}={_literal(v)}" for k, v in self.selectors().items()) or "default"
 
+    def _given_codecs(self) -> dict[str, Any]:
+        """The codecs as they are given to the constructor."""
+        own: dict[str, Any] = {state: codec for state, codec in self.codecs.items() if state not in self.states}
+        return own | ({"states": dict(self.states)} if self.states else {})
+
     def __repr__(self) -> str:
-        given = self.selectors() | self.codecs | ({"optional": True} if self.optional else {})
+        given = self.selectors() | self._given_codecs() | ({"optional": True} if self.optional else {})
         return f"Rule({', '.join(f'{k}={_literal(v)}' for k, v in given.items())})"
 
 
@@ -321,6 +330,19 @@ def _rule_from(value: Mapping[str, Any]) -> Rule:
     if unknown:
         raise ValueError(f"a policy rule has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return Rule(**value)
+
+
+def _written(value: Codec | Mapping[str, Codec]) -> dict[str, Any]:
+    return value.to_dict() if isinstance(value, Codec) else {state: codec.to_dict() for state, codec in value.items()}
+
+
+def _named_states(states: Any) -> dict[str, Codec]:
+    if not isinstance(states, Mapping):
+        raise ValueError(f"Rule(states={states!r}): must map names of states to codecs")
+    for state, codec in states.items():
+        if state in STATE_NAMES or not isinstance(state, str) or codec is None:
+            raise ValueError(f"Rule(states={{{state!r}: {codec!r}}}): give Rule({state}=...) instead, or a codec")
+    return {state: codec_from(codec) for state, codec in states.items()}
 
 
 def _unmatched(index: int, rule: Rule, layers: Mapping[int, NamedLayer]) -> str:

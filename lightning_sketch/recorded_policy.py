@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from lightning_sketch.codecs import Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layer import Layer
+from lightning_sketch.policy import STATE_NAMES
 
 # A layer's record holds a digest of the policy's seed and its name; seeds that people choose are found by trying.
 _SEEDS_TRIED = 10_000
@@ -50,7 +51,9 @@ def policy_line(layers: Iterable[Layer], seed: int | None = None) -> str:
     by_codecs: dict[str, list[str]] = {}
     for layer in layers:
         codecs = {state: codec for state, codec in layer.codecs.items() if not isinstance(codec, Keep)}
-        text = ", ".join(f"{state}={short(codec)}" for state, codec in codecs.items())
+        text = ", ".join(f"{state}={short(codec)}" for state, codec in codecs.items() if state in STATE_NAMES)
+        if others := [f"{state!r}: {short(codec)}" for state, codec in codecs.items() if state not in STATE_NAMES]:
+            text = ", ".join([text] * bool(text) + [f"states={{{', '.join(others)}}}"])
         by_codecs.setdefault(text, []).append(glob.escape(layer.fqn))
     rules = [f"Rule(name={(tuple(fqns) if fqns[1:] else fqns[0])!r}, {text})" for text, fqns in by_codecs.items()]
     found = _seed_of(layers, seed)

@@ -18,6 +18,7 @@ from lightning_sketch.optimizer import CompressedOptimizer
 from lightning_sketch.plan import make_plan
 from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import Block, Shard, is_dtensor
+from lightning_sketch.stock.optimizer import StockOptimizer
 
 OptimizerT = TypeVar("OptimizerT")
 
@@ -41,7 +42,7 @@ def resize_states(optimizer: OptimizerT, model: nn.Module) -> OptimizerT:
         `optimizer`, the same object: schedulers and wrappers stay valid.
 
     Raises:
-        TypeError: the optimizer is not converted.
+        TypeError: the optimizer is not converted, or has no update rule of ours.
         ValueError: a parameter is gone from the model, has changed in more than its number of rows, is sharded, or the
             policy decides the resized layer otherwise. Nothing was changed then.
 
@@ -59,6 +60,11 @@ def resize_states(optimizer: OptimizerT, model: nn.Module) -> OptimizerT:
     inner = unwrap(optimizer)
     if not isinstance(inner, CompressedOptimizer):
         raise TypeError(f"resize_states() needs a converted optimizer, got {type(inner).__name__}")
+    if isinstance(inner, StockOptimizer):
+        raise TypeError(
+            f"resize_states() cannot resize the states of {inner.stock.__name__}, which has no update rule of ours: "
+            "what it keeps beside them only its own step knows. Make a new optimizer of the resized model"
+        )
     changes = list(_changes(inner, model))
     _check_decisions(inner, model, changes)
     made = [_new_state(change, inner.state.get(change.old, {})) for change in changes]

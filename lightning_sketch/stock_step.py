@@ -56,23 +56,22 @@ def redirect(
     if optimizer._stepping or not _runs_step_of(optimizer.stock):
         return None
     nothing = optimizer.stock.__new__(optimizer.stock)
-    nothing.__dict__.update(defaults=optimizer.defaults, state={}, param_groups=[])
+    nothing.__dict__.update({**vars(optimizer), "state": {}, "param_groups": []})
     step = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]
     return (nothing, functools.partial(step, optimizer, *args[1:], **kwargs)), {}
 
 
-def run(optimizer: CompressedOptimizer) -> None:
-    """Run the stock class's step, as it is now, without torch's step hooks: those run around ours."""
+def run(optimizer: CompressedOptimizer, *args: Any) -> Any:
+    """Run the stock class's step, as it is now, without torch's step hooks: those run around ours. What it returned."""
     step: Callable[..., Any] = optimizer.stock.step
     while getattr(step, "hooked", None) is True and _is_torch(step):  # torch.compile wraps that of SparseAdam once more
         step = step.__wrapped__  # type: ignore[attr-defined]
     if _is_torch(step):
-        step(optimizer)
-        return
+        return step(optimizer, *args)
     # Someone wrapped it, around hooks that we cannot reach, or mocked it.
     with _no_hooks(optimizer):
         bound = step.__get__(optimizer, type(optimizer)) if hasattr(type(step), "__get__") else step
-        bound()
+        return bound(*args)
 
 
 def _runs_step_of(stock: type[Optimizer]) -> bool:

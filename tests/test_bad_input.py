@@ -8,14 +8,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adam, RMSprop
 
 from lightning_sketch import CountSketch, Policy, RowWise, Rule, compress, decompress, plan, report
 from tests.tiny import ADAM, CASES, CODECS, EXACTLY, LOSSY, Tiny, assert_same, give_gradients, snapshot, train
-
-
-class MyAdamW(AdamW):
-    """Not ours to guess at."""
 
 
 class Duck:
@@ -40,11 +36,13 @@ class Sharding(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("function", [lambda m, o: compress(o, m, LOSSY), lambda m, o: plan(m, o, LOSSY)])
-@pytest.mark.parametrize("cls", [Adadelta, Adamax, NAdam, LBFGS, MyAdamW, Sharding])
-def test_other_optimizer_classes_are_refused_with_a_list(cls, function):
+@pytest.mark.parametrize("cls", [LBFGS, Sharding])
+def test_an_optimizer_that_cannot_be_tried_is_refused(cls, function):
     model = Tiny()
     optimizer = cls(model.parameters())
-    with pytest.raises(TypeError, match=rf"{cls.__name__} cannot be compressed; supported are torch.optim.Adam, .*SGD"):
+    with pytest.raises(
+        TypeError, match=rf"{cls.__name__} cannot be compressed: (it holds its parameters|a step of it)"
+    ):
         function(model, optimizer)
     assert type(optimizer) is cls
 

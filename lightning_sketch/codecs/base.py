@@ -138,6 +138,9 @@ class Codec(ABC):
     refuses_signed: ClassVar[str | None] = None
     #: Why this codec cannot hold a non-negative (second) moment, or None when it can.
     refuses_unsigned: ClassVar[str | None] = None
+    #: Whether every element is stored by itself, or beside its neighbours alone: then any optimizer's state can be
+    #: decoded, stepped by the optimizer itself, and encoded again.
+    elementwise: ClassVar[bool] = False
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
 
@@ -202,11 +205,12 @@ def rows_of(dense: Tensor | Rows, shard: Shard) -> Rows:
     return lambda block: rows[block.index]
 
 
-def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> dict[str, Any]:
+def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> dict[str, Any]:
     """Store a dense state, block by block.
 
     Args:
         dense: ``[local_rows, *row_shape]`` (or 0-d), or a function that is asked two or three times for every block.
+        step: number of the step that the state is of; codecs that round at random draw other noise at each.
 
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
@@ -224,7 +228,7 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> dict[str, Any
         # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
         return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
-    state.begin(decay=1.0, weight=1.0, step=1, rows=None)
+    state.begin(decay=1.0, weight=1.0, step=step, rows=None)
     for block in blocks:
         state.add(block, values(block))
     state.settle()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class BFloat16(Codec):
     """
 
     stochastic: bool = True
+
+    elementwise: ClassVar[bool] = True
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=torch.bfloat16)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ class Keep(Codec):
     Beside a compressed state of the same layer, a kept state follows torch: under sparse gradients only the touched
     rows decay, as in ``torch.optim.SparseAdam``.
     """
+
+    elementwise: ClassVar[bool] = True
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=spec.param_dtype)}

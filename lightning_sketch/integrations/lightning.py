@@ -64,9 +64,9 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     Works under single-device strategies, DDP, FSDP2 (``ModelParallelStrategy``) and DeepSpeed's ZeRO. Where parameters
     are sharded, every figure that is printed or logged is that of rank zero's part.
 
-    With several optimizers the policy is resolved once over the whole module. An optimizer of an unsupported class is
-    left alone if the policy decides none of its layers, and one of plain tensors alone always. One that was converted
-    by hand, with a part of the module perhaps, stays as it is if that was under the same policy.
+    With several optimizers the policy is resolved once over the whole module. An optimizer of a class without an update
+    rule of ours is left alone if the policy decides none of its layers, and one of plain tensors alone always. One that
+    was converted by hand, with a part of the module perhaps, stays as it is if that was under the same policy.
 
     Args:
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.

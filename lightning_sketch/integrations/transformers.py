@@ -50,14 +50,15 @@ class CompressedOptimizerFactory:
         Args:
             model: given by the Trainer.
             lr: learning rate. ``TrainingArguments.learning_rate`` does not reach a factory; see `compressed_optimizer`.
-            optimizer_cls: a class that `compress` supports.
+            optimizer_cls: any class of optimizers that takes ``lr``.
             policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
             nonfinite: see `lightning_sketch.compress`.
             allow_empty: see `lightning_sketch.compress`.
             kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
 
         Raises:
-            TypeError: the class is not supported, or the model is sharded by FSDP1.
+            TypeError: what an optimizer of a class without a rule keeps cannot be found out, or the model is sharded by
+                FSDP1.
             ValueError: the policy does not fit, or compresses nothing.
         """
         chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy

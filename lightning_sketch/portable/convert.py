@@ -180,6 +180,12 @@ class _Rewrite:
                     yield key, self._entry(layer, decided.get(fqn), group)
 
     def _entry(self, saved: SavedLayer, decided: Layer | None, group: Mapping[str, Any]) -> dict[str, Any]:
+        if saved.layer is not None and saved.layer.stock_count is not None:
+            raise ValueError(
+                f"{saved.fqn} was written by an optimizer that has no update rule of ours, and what it keeps beside "
+                "its states only its own step knows: use decompress_state_dict(state_dict), or load the checkpoint "
+                "into the optimizer, converted under the policy that it was written under"
+            )
         sources = saved.states()
         self.bytes_before += sum(_nbytes(source.tensors) for found in sources.values() for source in found)
         old = saved.layer

@@ -29,6 +29,7 @@ from lightning_sketch.reshard import Source, fill_dense
 from lightning_sketch.roles import named_layers
 from lightning_sketch.sharding import global_shape, local, shard_of
 from lightning_sketch.sharding.wrapper import wrapper_of
+from lightning_sketch.stock.optimizer import StockOptimizer
 
 #: Options of the live group that a checkpoint does not change: what the class and the machine decide.
 _HERE = {"params", RECORDS, "decoupled_weight_decay", "foreach", "fused", "capturable", "differentiable"}
@@ -59,12 +60,18 @@ def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
         the relative error of every state that was encoded anew, by layer and state; of this rank's part.
 
     Raises:
-        TypeError: `target` is no converted optimizer.
+        TypeError: `target` is no converted optimizer, or one of a class that has no update rule of ours.
         ValueError: the checkpoint does not fit, or was altered. Nothing was changed then, on any rank.
     """
     wrapper, inner = wrapper_of(target), unwrap(target)
     if not isinstance(inner, CompressedOptimizer):
         raise TypeError(f"restore() needs a converted optimizer, got {type(inner).__name__}; call compress() first")
+    if isinstance(inner, StockOptimizer):
+        raise TypeError(
+            f"restore() cannot move the states of {inner.stock.__name__}, which has no update rule of ours: what it "
+            "keeps beside them only its own step knows. Load its own checkpoint, of as many shards, by load_state_dict "
+            "or the trainer; from a compressed one decompress_state_dict(state_dict) makes a plain one"
+        )
 
     def open_() -> Opened:
         if wrapper is not None:

@@ -2,7 +2,7 @@
 
 from lightning_sketch.rules.adagrad import AdagradRule
 from lightning_sketch.rules.adam import AdamRule, AdamWRule, SparseAdamRule
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.rules.base import Count, LayerStep, StateDef, UpdateRule, run
 from lightning_sketch.rules.of_group import rule_of_group
 from lightning_sketch.rules.rmsprop import RMSpropRule
 from lightning_sketch.rules.sgd import SGDRule
@@ -11,6 +11,7 @@ __all__ = [
     "AdagradRule",
     "AdamRule",
     "AdamWRule",
+    "Count",
     "LayerStep",
     "RMSpropRule",
     "SGDRule",

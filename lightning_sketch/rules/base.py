@@ -5,25 +5,35 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_sketch import kernels
-from lightning_sketch.codecs import CodecState
+from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.gradient import RowGradient, all_finite, finite_rows
 from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kept, Stored
 from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.sharding import Block
 
+#: How an optimizer keeps a layer's ``step``: as a tensor, as a Python number, or not at all.
+Count = Literal["tensor", "number", "none"]
+
 
 @dataclass(frozen=True)
 class StateDef:
-    """A state that torch's optimizer keeps: its name there, and whether it may be negative."""
+    """A state that torch's optimizer keeps.
+
+    Args:
+        name: its name there.
+        signed: whether it may be negative.
+        weights: whether it holds parameters, not a moment of gradients (averaged weights).
+    """
 
     name: str
     signed: bool
+    weights: bool = False
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs
@@ -182,6 +192,17 @@ class UpdateRule(ABC):
     @abstractmethod
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         """The states torch keeps under these hyperparameters."""
+
+    def states_of(self, group: Mapping[str, Any], param: Tensor) -> Sequence[StateDef]:
+        """The states of one parameter of the group: the same for all, unless they depend on its shape."""
+        return self.states(group)
+
+    def stock_count(self, group: Mapping[str, Any], param: Tensor) -> Count | None:
+        """How the optimizer's own step, where that updates compressed layers, keeps their ``step``; see `Layer`."""
+        return None
+
+    def check_codecs(self, fqn: str, codecs: Mapping[str, Codec]) -> None:  # noqa: B027
+        """Raise ValueError if a layer cannot be trained with these codecs of its states, by name."""
 
     def check(self, group: Mapping[str, Any], fqn: str) -> None:
         """Raise ValueError if a compressed layer cannot be trained with these hyperparameters."""

@@ -206,9 +206,21 @@ def test_sparse_adam_gets_no_weight_decay_from_a_group():
     assert all("weight_decay" not in group for group in optimizer.param_groups)
 
 
-def test_an_unsupported_optimizer_is_refused():
-    trainer = trainer_for(llama(), arguments(optim="adafactor"), POLICY)
-    with pytest.raises(TypeError, match=r"Adafactor cannot be compressed; supported are torch.optim.Adam, "):
+def test_an_optimizer_without_a_rule_takes_elementwise_codecs():
+    policy = Policy([Rule(role=("embedding", "softmax"), first_moment=BFloat16(), second_moment=BFloat16())])
+    kwargs = {"optimizer_cls": torch.optim.NAdam, "policy": policy, "lr": 1e-2}
+    args, options = arguments(), {"optimizer_cls_and_kwargs": (CompressedOptimizerFactory, kwargs)}
+    trainer = Trainer(llama(), args, train_dataset=data(), **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    state = unwrap(trainer.optimizer).state[trainer.model.lm_head.weight]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_adafactor_of_the_trainer_keeps_nothing_that_the_policy_names():
+    trainer = trainer_for(llama(), arguments(optim="adafactor"), Policy([Rule(role="embedding", exp_avg=BFloat16())]))
+    with pytest.raises(ValueError, match="gives codecs for exp_avg, but this optimizer keeps exp_avg_sq"):
         trainer.train()
 
 
