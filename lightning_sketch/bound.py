@@ -10,6 +10,7 @@ scales from the state at every step, and kernels are given tensors, never addres
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lightning_sketch import huge_pages
 from lightning_sketch.codecs import SM3, CodecState
+from lightning_sketch.fake import is_fake_tensor
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels.fused import Kept
 from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
@@ -145,11 +147,11 @@ class Bindings:
             tensors: ``optimizer.state[param]``.
         """
         bound = [BoundPart.bind(part, param, group, tensors) for part in parts]
-        # On other devices launching kernels takes longer, and memory must be free as soon as states are moved away.
         if param.device.type == "cpu":
             for tensor in (*(part.param for part in bound), *tensors.values()):
                 if isinstance(tensor, Tensor):
                     huge_pages.move_there(tensor)
+        if not is_fake_tensor(param):  # which has no address
             self._kept[id(param)] = _Binding(param, parts, needed, tensors, bound)
         return bound
 
@@ -204,7 +206,8 @@ class _Binding:
         states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor)]
         self._numbers = [(key, x) for key, x in states if key == "step" or key.endswith("_scale")]
         others = [(key, x) for key, x in states if all(x is not number for _, number in self._numbers)]
-        self._states = [(key, x, x.shape, x.dtype, x.is_contiguous()) for key, x in others]
+        # Held weakly: memory must be free as soon as states are moved away from a device.
+        self._states = [(key, weakref.ref(x), x.shape, x.dtype, x.is_contiguous()) for key, x in others]
 
     def holds(
         self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
@@ -224,9 +227,10 @@ class _Binding:
         for key, number in self._numbers:  # put right when they were bound
             if tensors[key] is not number:
                 return False
-        for key, tensor, shape, dtype, contiguous in self._states:
-            # Codec states work on these very tensors, and kernels on what else is compared here of their memory.
-            if tensors.get(key) is not tensor or tensor.shape != shape:
+        for key, reference, shape, dtype, contiguous in self._states:
+            # Kernels work on what is compared here of their memory.
+            tensor = reference()
+            if tensor is None or tensors[key] is not tensor or tensor.shape != shape:
                 return False
             if tensor.dtype != dtype or tensor.is_contiguous() is not contiguous:
                 return False

@@ -58,6 +58,20 @@ class StateSpec:
         return huge_pages.full(shape, self.fill, dtype or self.dtype, self.device)
 
 
+class Entry:
+    """An attribute of a `CodecState` that is its tensor under a suffix, looked up whenever it is asked for.
+
+    States outlive steps, and hold on to no tensor: memory is free as soon as a state is moved away or dropped.
+    """
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def __get__(self, state: CodecState, owner: type[CodecState]) -> Tensor:
+        found: Tensor = state.tensors[key_of(state.spec.name, self.suffix)]
+        return found
+
+
 class CodecState(ABC):
     """A codec bound to its tensors: the operations an update rule needs.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import MOST_DEPTH, Kind, Stored
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
@@ -97,11 +97,12 @@ class CountSketch(Codec):
 
 
 class _Sketch(ScaledState):
+    table = Entry("table")  # [depth, width, *row_shape], the true sketch divided by the scale
+    divided = ("table",)
+
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.codec = codec
-        self.table: Tensor = self["table"]  # [depth, width, *row_shape], the true sketch divided by the scale
-        self.divided = (self.table,)
         self.depth, self.width = int(self.table.shape[0]), int(self.table.shape[1])
         self.exact: bool = self.width >= spec.shard.table_rows
 

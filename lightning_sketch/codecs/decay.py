@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from lightning_sketch.fake import is_fake
 MIN_SCALE = 2.0**-32
 
 
-def decayed(scale: float, decay: float, tensors: tuple[Tensor, ...]) -> float:
+def decayed(scale: float, decay: float, tensors: Iterable[Tensor]) -> float:
     """The scale after one step of `decay`; renormalises `tensors` (modified in place) when it gets small.
 
     Args:
         scale: true value = stored value * scale.
         decay: in [0, 1]; 0 forgets everything.
-        tensors: all tensors stored under this scale.
+        tensors: all tensors stored under this scale; asked for only then.
     """
     scale *= decay
     if scale >= MIN_SCALE:
@@ -64,8 +65,8 @@ class ScaledState(CodecState):
     A scale that was moved, cast or replaced by a plain number is put right here, once, when the state is bound.
     """
 
-    #: The tensors that hold the true value divided by the scale.
-    divided: tuple[Tensor, ...]
+    #: Names of the tensors that hold the true value divided by the scale.
+    divided: ClassVar[tuple[str, ...]]
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
@@ -79,7 +80,7 @@ class ScaledState(CodecState):
     def decay_scale(self, decay: float) -> float:
         """The scale after one step of `decay`, see `decayed`; the scale and its tensors are modified in place."""
         before: float = self._scale.item()
-        scale = decayed(before, decay, self.divided)
+        scale = decayed(before, decay, (getattr(self, name) for name in self.divided))
         if scale != before:  # writing takes four times as long as reading
             self._scale.fill_(scale)
         self.scale = scale

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
@@ -42,11 +42,9 @@ class Factored(Codec):
 
 
 class _Factored(ScaledState):
-    def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
-        super().__init__(spec, tensors)
-        self.row: Tensor = self["row"]  # [local_rows], divided by the scale
-        self.col: Tensor = self["col"]  # row_shape, divided by the scale
-        self.divided = (self.row, self.col)
+    row = Entry("row")  # [local_rows], divided by the scale
+    col = Entry("col")  # row_shape, divided by the scale
+    divided = ("row", "col")
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.kernels.fused import DTYPES, Kind, Stored
 from lightning_sketch.sharding import Block
 
@@ -37,13 +37,10 @@ class DenseState(CodecState):
     """A tensor shaped like the parameter."""
 
     elementwise = True
+    dense = Entry("")  # [local_rows, *row_shape], or a scalar's own shape
     decay: float
     weight: float
     step: int
-
-    def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
-        super().__init__(spec, tensors)
-        self.dense: Tensor = self[""]  # [local_rows, *row_shape], or a scalar's own shape
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.decay, self.weight, self.step = decay, weight, step

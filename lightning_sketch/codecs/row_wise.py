@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import Kind, Stored
@@ -73,11 +73,12 @@ class RowWise(Codec):
 
 
 class _Rows(ScaledState):
+    row = Entry("row")  # [local_rows], the true value divided by the scale
+    divided = ("row",)
+
     def __init__(self, spec: StateSpec, tensors: Tensors, lazy: bool) -> None:
         super().__init__(spec, tensors)
         self.lazy = lazy
-        self.row: Tensor = self["row"]  # [local_rows], the true value divided by the scale
-        self.divided = (self.row,)
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight

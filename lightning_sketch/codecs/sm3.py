@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors, key_of
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.kernels.fused import Kind, Stored
@@ -81,11 +81,17 @@ class SM3(Codec):
 class _SM3(ScaledState):
     """Accumulators: dimension 0 divided by the scale, so that absent rows decay in constant time; others as is."""
 
+    row = Entry("dim0")
+    divided = ("row",)
+
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
-        self.row: Tensor = self["dim0"]
-        self.divided = (self.row,)
-        self.others: list[Tensor] = [self[f"dim{d}"] for d in range(1, len(spec.local_shape))]
+        self._others = [key_of(spec.name, f"dim{d}") for d in range(1, len(spec.local_shape))]
+
+    @property
+    def others(self) -> list[Tensor]:
+        """Accumulators of all dimensions but the first."""
+        return [self.tensors[key] for key in self._others]
 
     def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
         self.weight = weight
