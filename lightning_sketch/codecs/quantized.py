@@ -31,14 +31,14 @@ class Quantized(Codec):
     which updates are divided by, is spaced evenly, and none becomes 0 while another of its block is not: an update that
     divides by a lost second moment would explode. A block of zeros means exactly 0.
 
-    Rounding is stochastic and keeps the expectation exact, by the noise of `BFloat16`: the same on all replicas, without
-    generator state. An update sees what is rounded only at the next step. What lies on codes stays there when it is
-    encoded anew, bit for bit.
+    Rounding is stochastic and keeps the expectation exact, by the noise of `BFloat16`: the same on all replicas, and
+    without generator state. An update goes by the state before it is rounded. What lies on codes stays there when it
+    is encoded anew, bit for bit.
 
-    Blocks run along a row, flattened; the last of a row may be shorter. So row shards and sparse gradients cut none. Of
-    columns, and of rows that DeepSpeed cuts, blocks begin with what is held here. A parameter of one dimension has blocks
-    along that, which begin with what is held here, too: only where every shard is a multiple of `block` do shards hold
-    what one process would.
+    Blocks run along a row, flattened; the last of a row may be shorter. So row shards and sparse gradients cut none.
+    Where columns are sharded, or DeepSpeed cuts a row, blocks begin with what is held here. So do those of a parameter
+    of one dimension, which run along it. Then shards hold bit for bit what one process would only where every cut falls
+    between blocks.
 
     Args:
         bits: 8 or 4.
@@ -234,17 +234,25 @@ class _Vector(_Quantized):
     """A parameter of one dimension, or none: blocks run along it."""
 
     def store(self, block: Block, values: Tensor) -> None:
-        if not isinstance(block.index, slice):
-            # Other elements of their blocks are encoded anew with them; all others stay as they are.
-            everything = slice(0, self.spec.shard.local_rows)
+        start = self._first_block(block.index)
+        if start is None:
+            # Other elements of the same blocks are encoded anew with them; all others stay as they are.
+            start, everything = 0, slice(0, self.spec.shard.local_rows)
             whole = Block(self.spec.shard, everything, everything)
-            values = self.estimate(whole).index_copy_(0, block.index, values)
-            block = whole
+            merged = self.estimate(whole)
+            merged[block.index] = values
+            block, values = whole, merged
         codes, absmax = self.quantize(values.reshape(1, -1).float(), self.noise(block).view(1, -1))
         stored = self.pack(codes)[0]
-        start = block.index.start  # type: ignore[union-attr]  # a multiple of the block
-        self.codes[self.codec.bytes_of(start) :][: len(stored)] = stored
-        self.absmax[start // self.codec.block :][: absmax.shape[1]] = absmax[0]
+        self.codes[self.codec.bytes_of(start * self.codec.block) :][: len(stored)] = stored
+        self.absmax[start:][: absmax.shape[1]] = absmax[0]
+
+    def _first_block(self, index: slice | Tensor) -> int | None:
+        """The first of the blocks that some elements fill; ``None`` if they do not fill blocks."""
+        if isinstance(index, Tensor) or index.start % self.codec.block:
+            return None
+        ends = index.stop % self.codec.block == 0 or index.stop == self.spec.shard.local_rows
+        return index.start // self.codec.block if ends else None
 
     def estimate(self, block: Block) -> Tensor:
         ids = block.local_ids(self.codes.device)

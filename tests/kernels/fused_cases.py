@@ -21,6 +21,7 @@ from lightning_sketch import (
     Factored,
     Keep,
     Policy,
+    Quantized,
     RowWise,
     Rule,
     compress,
@@ -50,6 +51,8 @@ SECOND: dict[str, Codec] = {
     "CountSketch, wide": CountSketch(width=10_000),
     "BFloat16": BFloat16(),
     "BFloat16, nearest": BFloat16(stochastic=False),
+    "Quantized": Quantized(),
+    "Quantized, 4 bits": Quantized(bits=4, block=32),
     "Keep": Keep(),
 }
 FIRST: dict[str, Codec] = {
@@ -59,6 +62,8 @@ FIRST: dict[str, Codec] = {
     "CountSketch": CountSketch(compression=4),
     "CountSketch, depth 4": CountSketch(compression=4, depth=4),
     "CountSketch, wide": CountSketch(width=10_000),
+    "Quantized": Quantized(),
+    "Quantized, 4 bits": Quantized(bits=4, block=32),
     "Keep": Keep(),
 }
 
