@@ -51,8 +51,6 @@ SECOND: dict[str, Codec] = {
     "CountSketch, wide": CountSketch(width=10_000),
     "BFloat16": BFloat16(),
     "BFloat16, nearest": BFloat16(stochastic=False),
-    "Quantized": Quantized(),
-    "Quantized, 4 bits": Quantized(bits=4, block=32),
     "Keep": Keep(),
 }
 FIRST: dict[str, Codec] = {
@@ -62,15 +60,21 @@ FIRST: dict[str, Codec] = {
     "CountSketch": CountSketch(compression=4),
     "CountSketch, depth 4": CountSketch(compression=4, depth=4),
     "CountSketch, wide": CountSketch(width=10_000),
-    "Quantized": Quantized(),
-    "Quantized, 4 bits": Quantized(bits=4, block=32),
     "Keep": Keep(),
 }
 
 
-#: Every pair of codecs that has something to compress.
-PAIRS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
-    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
+#: What only the CPU's kernels take, of either moment.
+QUANTIZED: dict[str, Codec] = {"Quantized": Quantized(), "Quantized, 4 bits": Quantized(bits=4, block=32)}
+
+
+def pairs(seconds: dict[str, Codec], firsts: dict[str, Codec]) -> list[Any]:
+    """Every pair of codecs that has something to compress."""
+    return [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
+        seconds.items(), firsts.items()) if not s == f == "Keep"]  # fmt: skip
+
+
+PAIRS = pairs(SECOND, FIRST)
 
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 #: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.
