@@ -126,26 +126,25 @@ class _Quantized(CodecState):
         """
         count = values.shape[1]
         blocks = self.in_blocks(values)  # [k, blocks, block]
-        magnitudes = blocks.abs()
-        absmax = magnitudes.amax(dim=2)
-        usable = absmax.isfinite() & (absmax >= TINY)
+        ratio = blocks.abs()
+        absmax = ratio.amax(dim=2)
+        finite = absmax.isfinite()
+        usable = finite & (absmax >= TINY)
         # One that is not finite would leave nothing of the others in its block.
-        absmax = torch.where(absmax.isfinite(), absmax.where(usable, 0.0), torch.nan)
-        ratio = magnitudes.mul_(absmax.reciprocal()[..., None]).mul_(float(self.largest**2))
-        ratio = ratio.where(usable[..., None], 0.0)
+        absmax = torch.where(finite, absmax.where(usable, 0.0), torch.nan)
+        ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
+        ratio.masked_fill_(usable.logical_not().unsqueeze(2), 0.0)
         if not self.spec.signed:
             ratio.clamp_(min=1.0)
         lower = ratio.sqrt().floor_()
         # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1).
         chance = (self.in_blocks(noise) >> 16 - NOISE_BITS).to(torch.float32).add_(0.5).mul_(0.5**NOISE_BITS)
-        up = chance.mul_(lower * 2 + 1) < ratio.sub_(lower.square())
-        codes = lower.to(torch.int32).add_(up)
+        up = chance.mul_(lower.mul(2.0).add_(1.0)) < ratio.sub_(lower.square())
+        codes = (lower if self.spec.signed else lower.sub_(1.0)).to(torch.uint8).add_(up)
         if self.spec.signed:
-            negative = blocks.signbit() & (codes != 0)
-            codes.bitwise_or_(negative.to(torch.int32) << self.codec.bits - 1)
-        else:
-            codes.sub_(1)
-        return codes.to(torch.uint8).flatten(1)[:, :count], absmax
+            negative = blocks.signbit().logical_and_(codes != 0)
+            codes.bitwise_or_(negative.to(torch.uint8) << self.codec.bits - 1)
+        return codes.flatten(1)[:, :count], absmax
 
     def dequantize(self, codes: Tensor, absmax: Tensor) -> Tensor:
         """What codes mean, in float32.
@@ -155,11 +154,11 @@ class _Quantized(CodecState):
             absmax: of their blocks, broadcastable to them.
         """
         if not self.spec.signed:
-            return codes.to(torch.float32).add_(1.0).square_().mul_(1 / self.largest**2).mul(absmax)
+            return codes.to(torch.float32).add_(1.0).square_().mul_(1 / self.largest**2).mul_(absmax)
         sign = 1 << self.codec.bits - 1
         codes = codes.to(torch.uint8)  # a checkpoint may have been cast
-        values = codes.bitwise_and(sign - 1).to(torch.float32).square_().mul_(1 / self.largest**2).mul(absmax)
-        return torch.where(codes.bitwise_and(sign) != 0, -values, values)
+        values = codes.bitwise_and(sign - 1).to(torch.float32).square_().mul_(1 / self.largest**2).mul_(absmax)
+        return torch.where(codes >= sign, -values, values)
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """``[k, n]`` as ``[k, blocks, block]``; what a last block lacks is 0, and a block alone is as long as it is."""
@@ -192,7 +191,7 @@ class _Rows(_Quantized):
         columns = shard.row_numel
         blocks = -(-columns // codec.block)
         return (
-            self.codes.is_cpu
+            self.codes.device.type in ("cpu", "meta")  # meta: a report's question
             and codec.block <= MOST_BLOCK
             and shard.table_columns == columns  # else there is a gap after each row
             and self.plain(self.codes, shard.local_rows * codec.bytes_of(columns), torch.uint8)
@@ -225,7 +224,7 @@ class _Rows(_Quantized):
     def estimate(self, block: Block) -> Tensor:
         shard = self.spec.shard
         codes = self.in_blocks(self.unpack(self.codes[block.index], shard.row_numel))
-        absmax = self.absmax[block.index][:, : codes.shape[1], None]
+        absmax = self.absmax[block.index][:, : codes.shape[1]].unsqueeze(2)
         values = self.dequantize(codes, absmax).flatten(1)[:, : shard.row_numel]
         return values.to(self.spec.dtype).reshape(block.size, *shard.row_shape)
 

@@ -33,7 +33,7 @@ def rounding_noise(spec: StateSpec, seed: int, block: Block, device: torch.devic
 
 
 def _noise16(x: Tensor) -> Tensor:
-    """Mix int32 bits (multiplicative hashing, wrapping) and return 16 uniform bits as int32 in [0, 2**16)."""
-    x = x * -1640531527  # 2**32 / golden ratio, odd
-    x = (x ^ (x >> 15)) * -2048144789  # murmur3's first finaliser constant
-    return (x >> 16) & 0xFFFF
+    """Mix int32 bits in place (multiplicative hashing, wrapping) into 16 uniform bits, int32 in [0, 2**16)."""
+    x = x.mul_(-1640531527)  # 2**32 / golden ratio, odd
+    x.bitwise_xor_(x >> 15).mul_(-2048144789)  # murmur3's first finaliser constant
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
