@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 
+from benchmarks.launches import count_step
 from lightning_sketch import Policy, Quantized, Rule, compress, decompress, plan
 from lightning_sketch.codecs import codec_from, decode, encode, relative_error
 from lightning_sketch.codecs.quantized import NOISE_BITS, TINY
@@ -367,3 +368,12 @@ def test_noise_is_coarser_than_errors_of_arithmetic():
     for largest in (127, 256, 7, 16):
         gap, error = (2 * largest - 1) / 2 ** (NOISE_BITS + 1), 3 * 2**-24 * largest**2
         assert error < gap
+
+
+@CODECS
+@pytest.mark.parametrize("shape", [(6_000, 1_000), (300_000, 2), (50_000,)], ids=str)
+def test_a_step_on_an_accelerator_waits_for_nothing(codec, shape):
+    policy = Policy([Rule(name="*", first_moment=codec, second_moment=codec)])
+    counts, bound = count_step([shape], policy, nonfinite="propagate")
+    assert counts.waits == 0
+    assert counts.temporaries <= bound
