@@ -102,6 +102,12 @@ METHODS: dict[str, Method] = {
     "sm3": Method("SM3-II (EMA), no first moment", "adam", _codec("SM3", variant="II"), _DROP),
     "cs5_both": Method("CountSketch 5x of both moments", "adam", _sketch(5), _sketch(5)),
     "bf16_both": Method("BFloat16 of both moments", "adam", _codec("BFloat16"), _codec("BFloat16")),
+    "8bit_both": Method("8 bits of both moments", "adam", _codec("Quantized", bits=8), _codec("Quantized", bits=8)),
+    "4bit_both": Method("4 bits of both moments", "adam", _codec("Quantized", bits=4), _codec("Quantized", bits=4)),
+    "8bit_factored": Method(
+        "Factored, first moment in 8 bits", "adam", _codec("Factored"), _codec("Quantized", bits=8)
+    ),
+    "bf16_factored": Method("Factored, first moment BFloat16", "adam", _codec("Factored"), _codec("BFloat16")),
     "cs5": Method("CountSketch 5x, no first moment", "adam", _sketch(5), _DROP),
     "cs100": Method("CountSketch 100x, no first moment", "adam", _sketch(100), _DROP),
     "cs20_d1": Method("CountSketch 20x, depth 1, no first moment", "adam", _sketch(20, depth=1), _DROP),

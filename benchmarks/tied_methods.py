@@ -90,6 +90,20 @@ def _sm3(ls: Any) -> Any:
     return ls.SM3(variant="II")
 
 
+def _8bit(ls: Any) -> Any:
+    return ls.Quantized(bits=8)
+
+
+def _4bit(ls: Any) -> Any:
+    return ls.Quantized(bits=4)
+
+
+def _all_layers(first: Codec, second: Codec) -> Rules:
+    """The table and the matrices of the linear layers."""
+    table, hidden = _table(first, second), _hidden(first, second)
+    return lambda ls: table(ls) + hidden(ls)
+
+
 def _everything(ls: Any) -> list[Any]:
     return _table(_bf16, _row_wise)(ls) + _hidden(_bf16, _bf16)(ls)
 
@@ -116,5 +130,10 @@ METHODS: dict[str, Method] = {
     "hidden_factored": Method("hidden: Factored, first moment BFloat16", rules=_hidden(_bf16, _factored)),
     "hidden_sm3": Method("hidden: SM3-II (EMA), first moment kept", rules=_hidden(None, _sm3)),
     "sm3_recipe": Method("SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_recipe),
+    "all_bf16": Method("all layers: BFloat16 of both moments", rules=_all_layers(_bf16, _bf16)),
+    "all_bf16_factored": Method("all layers: Factored, first moment BFloat16", rules=_all_layers(_bf16, _factored)),
+    "all_8bit": Method("all layers: 8 bits of both moments", rules=_all_layers(_8bit, _8bit)),
+    "all_8bit_factored": Method("all layers: Factored, first moment in 8 bits", rules=_all_layers(_8bit, _factored)),
+    "all_4bit": Method("all layers: 4 bits of both moments", rules=_all_layers(_4bit, _4bit)),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
 }

@@ -190,7 +190,8 @@ def _has_shape(found: Any, expected: Tensor) -> bool:
     """Whether `found` is a local tensor of real numbers of that shape."""
     if not isinstance(found, Tensor) or is_dtensor(found):
         return False
-    return found.shape == expected.shape and found.is_floating_point() and found.layout is torch.strided
+    real = found.is_floating_point() or found.dtype == expected.dtype  # codes are integers, unless a trainer cast them
+    return found.shape == expected.shape and real and found.layout is torch.strided
 
 
 def _describe(value: Any) -> str:

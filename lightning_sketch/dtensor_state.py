@@ -192,7 +192,8 @@ def _between(old: Shard, live: Shard, dim: int) -> Shard | None:
     if dim == 0:
         return replace(old, row_offset=start, local_rows=stop - start, even_rows=None)
     inner = old.row_shape[1:]
-    return replace(old, part_shape=(stop - start, *inner), column_offset=start * math.prod(inner))
+    offset = start * math.prod(inner)
+    return replace(old, part_shape=(stop - start, *inner), column_offset=offset, even_columns=None)
 
 
 def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
-from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule
+from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, Quantized, RowWise, Rule
 
 #: A sketch wider than any table here stores every row exactly. Lazy, so that sparse gradients, too, are torch's.
 EXACT = CountSketch(width=1 << 20, lazy=True)
@@ -60,13 +60,14 @@ CODECS: dict[str, dict[str, Any]] = {
     "paper": {"first_moment": CountSketch(2, update="paper"), "second_moment": CountSketch(2, update="paper")},
     "exact": {"first_moment": EXACT, "second_moment": EXACT},
     "bfloat16": {"first_moment": BFloat16(), "second_moment": BFloat16()},
+    "quantized": {"first_moment": Quantized(), "second_moment": Quantized(bits=4)},
     "rows": {"first_moment": Drop(), "second_moment": RowWise()},
     "sketched rows": {"first_moment": Keep(), "second_moment": RowWise(compression=4)},
     "factored": {"first_moment": BFloat16(), "second_moment": Factored()},
     "SM3": {"first_moment": Keep(), "second_moment": SM3()},
     "SM3-I momentum": {"first_moment": Drop(), "second_moment": SM3("I", momentum=0.9)},
 }
-FOR_SGD = ("sketch", "paper", "exact", "bfloat16", "rows")
+FOR_SGD = ("sketch", "paper", "exact", "bfloat16", "quantized", "rows")
 
 
 def on_table(**codecs: Any) -> Policy:

@@ -24,6 +24,7 @@ from lightning_sketch.codecs.decay import scale_tensor
 from lightning_sketch.codecs.drop import Drop
 from lightning_sketch.codecs.factored import Factored
 from lightning_sketch.codecs.keep import Keep
+from lightning_sketch.codecs.quantized import Quantized
 from lightning_sketch.codecs.row_wise import RowWise
 from lightning_sketch.codecs.sm3 import SM3
 
@@ -36,6 +37,7 @@ __all__ = [
     "Drop",
     "Factored",
     "Keep",
+    "Quantized",
     "RowWise",
     "Rows",
     "StateSpec",
@@ -50,7 +52,9 @@ __all__ = [
     "scale_tensor",
 ]
 
-_CODECS: dict[str, type[Codec]] = {c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored)}
+_CODECS: dict[str, type[Codec]] = {
+    c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored, Quantized)
+}
 
 
 def codec_from(value: Codec | str | Mapping[str, Any]) -> Codec:

@@ -160,7 +160,7 @@ def _layout(step: FusedStep) -> bytearray:
     for stored in (step.second, step.first, step.momentum):
         state = bytearray(_STATE.size)
         if stored is not None:
-            dtype = _BFLOAT16[stored.data.dtype]
+            dtype = _BFLOAT16.get(stored.data.dtype, 0)  # codes are integers
             struct.pack_into("@ 4i q", state, 0, stored.kind, dtype, stored.signed, stored.depth, stored.width)
         packed += state
     return packed

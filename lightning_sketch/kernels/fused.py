@@ -22,6 +22,7 @@ class Kind(IntEnum):
     SM3 = 6  # rows: true / scale; columns: true
     FACTORED = 7  # rows and columns: true / scale
     SKETCH = 8  # true / scale, [depth, width, *row_shape]
+    QUANTIZED = 9  # codes of 8 or 4 bits, rounded stochastically; columns: the largest magnitude of every block
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs, and every step makes them
@@ -31,13 +32,13 @@ class Stored:
     Args:
         kind: how it is stored.
         data: the tensor that `kind` says.
-        columns: column accumulators, ``row_shape`` (SM3, FACTORED).
+        columns: column accumulators, ``row_shape`` (SM3, FACTORED); ``[rows, blocks]`` (QUANTIZED).
         decay: factor of what is stored; 1 where the scale has decayed already.
         weight: factor of x, divided by the scale already where values are stored so (but for SM3).
         column_weight: the same of the column sums (FACTORED).
         scale: true value = stored value * scale.
-        signed: whether a sketch has signs.
-        depth, width: of a sketch.
+        signed: whether a sketch or codes have signs.
+        depth, width: of a sketch; bits and block (QUANTIZED).
         seed: of a sketch's hashes, or of the rounding noise.
     """
 
@@ -130,3 +131,5 @@ class FusedStep:
 DTYPES = (torch.float32, torch.bfloat16)
 #: Hash functions of a sketch that fused kernels take.
 MOST_DEPTH = 8
+#: Elements of a block of quantized states that fused kernels take.
+MOST_BLOCK = 1024

@@ -15,7 +15,7 @@ LIBRARY = "LIGHTNING_SKETCH_CPU_LIBRARY"
 
 ISAS = ("generic", "avx2", "avx512")
 #: Of the C interface, as in csrc/api.cpp. To be raised with every change of its functions or structures.
-VERSION = 4
+VERSION = 5
 
 
 @functools.cache

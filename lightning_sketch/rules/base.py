@@ -326,12 +326,11 @@ def first_moment_bound(beta1: float, beta2: float) -> float | None:
 
 def add_moments(layer: LayerStep, second: CodecState, first: CodecState | None, weight_decay: float) -> None:
     """Add all of the gradient to a first moment, if there is one, and its squares to a second; settle both."""
-    if first is not None or second.adds_values:
+    adding = [state for state in (first, second) if state is not None and state.adds_values]
+    if adding:
         for block, g in layer.gradients(weight_decay):
-            if first is not None:
-                first.add(block, g)
-            if second.adds_values:
-                second.add(block, g.square())
+            for state in adding:
+                state.add(block, g.square() if state is second else g)
     if first is not None:
         first.settle()
     second.settle()

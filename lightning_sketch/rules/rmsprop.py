@@ -69,6 +69,10 @@ class RMSpropRule(UpdateRule):
         if buffer is None:
             for block, g in layer.gradients(weight_decay):
                 layer.apply(block, precondition(layer, block, preconditioned(block, g)), lr)
+        elif buffer.reads_values:
+            for block, g in layer.gradients(weight_decay):
+                layer.apply(block, buffer.read(block, preconditioned(block, g)), lr)
+            buffer.commit()
         else:
             # A sketched buffer shares storage between rows, so all rows go in before the first comes out.
             for block, g in layer.gradients(weight_decay):

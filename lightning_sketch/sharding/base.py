@@ -40,6 +40,7 @@ class Shard:
         column_offset: how many elements of the flattened row come before those held here.
         even_rows: `local_rows` of the fullest shard, when shards are of unequal size: tables are laid out for it, so
             that all ranks' tables have one shape. ``None`` for `local_rows`.
+        even_columns: `row_numel` of the fullest shard, likewise, where columns are cut. ``None`` for `row_numel`.
     """
 
     global_shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class Shard:
     part_shape: tuple[int, ...] | None = None
     column_offset: int = 0
     even_rows: int | None = None
+    even_columns: int | None = None
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Shard:
@@ -62,6 +64,11 @@ class Shard:
     def table_rows(self) -> int:
         """Number of rows that tables are laid out for."""
         return self.local_rows if self.even_rows is None else self.even_rows
+
+    @property
+    def table_columns(self) -> int:
+        """Number of elements of a row that tables are laid out for."""
+        return self.row_numel if self.even_columns is None else self.even_columns
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -93,5 +93,12 @@ def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shar
     size = min(each, shape[dim] - start)
     if dim == 0:
         return Shard(shape, row_offset=start, local_rows=size, even_rows=each)
-    offset = start * math.prod(shape[2:])
-    return Shard(shape, row_offset=0, local_rows=shape[0], part_shape=(size, *shape[2:]), column_offset=offset)
+    inner = math.prod(shape[2:])
+    return Shard(
+        shape,
+        row_offset=0,
+        local_rows=shape[0],
+        part_shape=(size, *shape[2:]),
+        column_offset=start * inner,
+        even_columns=each * inner,
+    )

@@ -14,6 +14,7 @@ from lightning_sketch.codecs import (
     CountSketch,
     Factored,
     Keep,
+    Quantized,
     RowWise,
     StateSpec,
     allocate,
@@ -26,7 +27,7 @@ from lightning_sketch.sharding import Shard
 STORING: tuple[Codec, ...] = (
     Keep(), BFloat16(), BFloat16(stochastic=False), CountSketch(width=5), CountSketch(width=5, lazy=True),
     CountSketch(width=5, update="paper"), CountSketch(width=1000), SM3(), SM3(variant="I"), RowWise(),
-    RowWise(lazy=True), RowWise(compression=4), Factored(),
+    RowWise(lazy=True), RowWise(compression=4), Factored(), Quantized(), Quantized(bits=4, block=16),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from lightning_sketch import (
     Factored,
     Keep,
     Policy,
+    Quantized,
     RowWise,
     Rule,
     compress,
@@ -63,9 +64,17 @@ FIRST: dict[str, Codec] = {
 }
 
 
-#: Every pair of codecs that has something to compress.
-PAIRS = [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
-    SECOND.items(), FIRST.items()) if not s == f == "Keep"]  # fmt: skip
+#: What only the CPU's kernels take, of either moment.
+QUANTIZED: dict[str, Codec] = {"Quantized": Quantized(), "Quantized, 4 bits": Quantized(bits=4, block=32)}
+
+
+def pairs(seconds: dict[str, Codec], firsts: dict[str, Codec]) -> list[Any]:
+    """Every pair of codecs that has something to compress."""
+    return [pytest.param(second, first, id=f"{s}-{f}") for (s, second), (f, first) in itertools.product(
+        seconds.items(), firsts.items()) if not s == f == "Keep"]  # fmt: skip
+
+
+PAIRS = pairs(SECOND, FIRST)
 
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 #: Units in the last place of the largest element: rounding in another order (sums of a row), three steps.

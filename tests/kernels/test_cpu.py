@@ -9,16 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, RowWise, Rule, compress
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, Quantized, RowWise, Rule, compress
 from lightning_sketch.kernels import cpu, native
 from lightning_sketch.kernels.fused import FusedStep
-from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_isa, by_reference, check, threads, train
+from tests.kernels import fused_cases
+from tests.kernels.fused_cases import QUANTIZED, RULES, Case, by_isa, by_reference, check, pairs, threads, train
 from tests.tiny import assert_same
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
 
-@pytest.mark.parametrize(("second", "first"), PAIRS)
+SECOND, FIRST = fused_cases.SECOND | QUANTIZED, fused_cases.FIRST | QUANTIZED
+
+
+@pytest.mark.parametrize(("second", "first"), pairs(SECOND, FIRST))
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_every_pair_of_codecs_under_adam(second: Codec, first: Codec, sparse: bool, fused: list[FusedStep]) -> None:
     check(Case("adamw", second, first, rows=37, columns=19, sparse=sparse))
@@ -27,9 +31,10 @@ def test_every_pair_of_codecs_under_adam(second: Codec, first: Codec, sparse: bo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("second", [RowWise(), SM3(), CountSketch(compression=3), BFloat16()], ids=repr)
+@pytest.mark.parametrize("second", [RowWise(), SM3(), CountSketch(compression=3), BFloat16(), Quantized()], ids=repr)
 def test_every_rule(rule: str, second: Codec, dtype: torch.dtype, fused: list[FusedStep]) -> None:
-    first = BFloat16() if "sgd" in rule or rule == "nesterov" else Drop()
+    stored = second if isinstance(second, Quantized) else BFloat16()
+    first = stored if "sgd" in rule or rule == "nesterov" else Drop()
     check(Case(rule, second, first, rows=23, columns=33, sparse=rule == "sparse_adam", dtype=dtype))
     assert len(fused) == 3
 
@@ -84,6 +89,26 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(second: st
                 results.append(train(case))
         for result in results[1:]:
             assert_same(result, results[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", [*QUANTIZED.values(), Quantized(block=1024), Quantized(bits=4, block=16)], ids=repr)
+@pytest.mark.parametrize("columns", [1, 15, 128, 205, 1500])
+def test_quantized_states_are_the_references_bit_for_bit(
+    columns: int, codec: Codec, dtype: torch.dtype, sparse: bool, fused: list[FusedStep]
+) -> None:
+    case = Case("adamw", codec, codec, rows=20, columns=columns, sparse=sparse, dtype=dtype)
+    with by_reference():
+        expected = train(case)
+    assert not fused
+    for number in INSTRUCTION_SETS:
+        with by_isa(number):
+            found = train(case)
+        weight, other = found.pop("weight"), expected["weight"]
+        assert_same(found, {key: value for key, value in expected.items() if key != "weight"})
+        torch.testing.assert_close(weight, other, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert fused
 
 
 def test_unaligned_parameters_and_gradients(fused: list[FusedStep]) -> None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_sketch import SM3, BFloat16, Codec, Drop, Policy, RowWise, Rule, compress
+from lightning_sketch import SM3, BFloat16, Codec, Drop, Policy, Quantized, RowWise, Rule, compress
 from lightning_sketch.kernels import cpu, native
 from tests.kernels.fused_cases import by_isa, by_reference
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
 INSTRUCTION_SETS = range(native.library().lightning_sketch_isa() + 1) if native.library() else ()
-MOMENTS = [(BFloat16(), BFloat16()), (Drop(), RowWise())]
+MOMENTS = [(BFloat16(), BFloat16()), (Drop(), RowWise()), (Quantized(), Quantized(bits=4))]
 ROWS = 12
 #: Two that are shorter than a vector or end in the middle of one, and one that is cut into pieces.
 COLUMNS = (5, 33, 5000)

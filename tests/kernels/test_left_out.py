@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise
 from lightning_sketch.kernels import native
 from lightning_sketch.sharding import Shard
 from tests.kernels.fused_cases import by_isa, threads
@@ -29,6 +29,7 @@ PAIRS: dict[str, tuple[Codec, Codec]] = {
     "one sketch, in strips": (Drop(), CountSketch(20)),
     "sketches, by bucket": (BFloat16(), CountSketch(20)),
     "sketches, by depth": (CountSketch(1.1, depth=2), CountSketch(1.1, depth=2)),
+    "quantized": (Quantized(), Quantized(bits=4)),
     "a sketch and rows": (CountSketch(3), RowWise()),
 }
 #: Of many tasks that sum up columns; of rows of several chunks, with a tail; of two long rows; of sketches in strips.
@@ -59,7 +60,8 @@ def spoiled(values: Tensor, bad: Tensor) -> Tensor:
 def without(of: Part, values: Tensor, bad: Tensor) -> None:
     """A step without what is not finite: of zeros there, after which parameter and own states are put back."""
     rows = bad.any(dim=1)
-    if isinstance(of.tensors.get("exp_avg_sq_dim1"), Tensor):  # zeros have a say in the maxima of SM3
+    # Zeros have a say in the maxima of SM3, and in the codes of a quantized row.
+    if of.tensors.keys() & {"exp_avg_sq_dim1", "exp_avg_sq_codes"}:
         of.step(values[~rows], (~rows).nonzero().flatten(), leave_out=False)
         return
     where = bad if of.bound.unit[1] else rows[:, None]

@@ -18,7 +18,19 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Policy,
+    Quantized,
+    RowWise,
+    Rule,
+    compress,
+)
 from tests.deepspeed_tools import engine
 
 ROWS, DIM, STEPS = 37, 12, 4
@@ -32,6 +44,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "rounded": {"exp_avg": BFloat16(), "exp_avg_sq": BFloat16()},
     "sm3": {"exp_avg": Keep(), "exp_avg_sq": SM3()},
     "factored": {"exp_avg": BFloat16(), "exp_avg_sq": Factored()},
+    "quantized": {"exp_avg": Quantized(bits=4, block=16), "exp_avg_sq": Quantized()},
 }
 POLICY = Policy([Rule(name=f"{name}.*", **codecs) for name, codecs in TABLES.items()])
 

@@ -93,7 +93,9 @@ class Part:
     def same_order(self) -> bool:
         """Whether steps of all rows and of their ids compute in the same order. So do fused kernels (of few rows)."""
         states = self.bound.states.values()
-        summed = any(isinstance(state, ScaledState) and (state.elementwise or "col" in vars(state)) for state in states)
+        summed = any(
+            isinstance(state, ScaledState) and (state.elementwise or hasattr(state, "col")) for state in states
+        )
         return not summed or self.fused
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules import run
 from tests.kernels.fused_cases import by_reference
@@ -36,6 +36,8 @@ SECOND: dict[str, Codec] = {
     "CountSketch exact, lazy": CountSketch(width=1000, lazy=True),
     "BFloat16": BFloat16(),
     "BFloat16 to nearest": BFloat16(stochastic=False),
+    "Quantized": Quantized(),
+    "Quantized to 4 bits": Quantized(bits=4, block=16),
 }
 FIRST: dict[str, Codec] = {
     "Drop": Drop(),
@@ -43,12 +45,22 @@ FIRST: dict[str, Codec] = {
     "CountSketch": CountSketch(compression=4),
     "CountSketch exact": CountSketch(width=1000),
     "Keep": Keep(),
+    "Quantized": Quantized(),
 }
 ENGINES: dict[str, Callable[[], Any]] = {"compiled": contextlib.nullcontext, "reference": by_reference}
 
 
 #: Codecs beside which every codec of a first moment is tested.
-BESIDE_ALL = ("RowWise", "RowWise sketched", "SM3", "Factored", "CountSketch", "BFloat16", "CountSketch of the paper")
+BESIDE_ALL = (
+    "RowWise",
+    "RowWise sketched",
+    "SM3",
+    "Factored",
+    "CountSketch",
+    "BFloat16",
+    "CountSketch of the paper",
+    "Quantized",
+)
 
 
 def _cases() -> list[Any]:
@@ -108,7 +120,7 @@ def test_a_row_that_is_not_finite_is_absent(rule: str, second: str, first: str, 
 
 
 @engines
-@pytest.mark.parametrize("shard", SHARDS.keys() - {"whole"})
+@pytest.mark.parametrize("shard", sorted(SHARDS.keys() - {"whole"}))
 @pytest.mark.parametrize("second", SECOND)
 def test_wherever_a_layer_is_cut(second: str, shard: str, engine: str) -> None:
     with ENGINES[engine]():

@@ -31,7 +31,7 @@ EXPORT int lightning_sketch_isa() {
 }
 
 // Of this interface: Python refuses a library that was compiled for another.
-EXPORT int lightning_sketch_version() { return 4; }
+EXPORT int lightning_sketch_version() { return 5; }
 
 // To be compared with what Python believes.
 EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }

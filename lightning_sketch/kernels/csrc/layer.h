@@ -15,6 +15,9 @@ enum Kind : int32_t {
     SM3 = 6,         // data: float [param rows], true value / scale; columns: float [columns] or null
     FACTORED = 7,    // data: float [param rows], columns: float [columns], both true value / scale
     SKETCH = 8,      // data: float [depth, width, columns], true value / scale
+    // data: [param rows, bytes] of codes of `depth` bits in blocks of `width`, rounded stochastically; columns: float
+    // [param rows, blocks], the largest magnitude of each block
+    QUANTIZED = 9,
 };
 
 // s <- decay * s + weight * x. Where values are stored divided by `scale`, decay is in the scale and weight is
@@ -25,7 +28,7 @@ struct State {
     int32_t is_signed;
     int32_t depth;
     int64_t width;
-    uint64_t seed;  // of the row hashes (sketches) or of the rounding noise (STOCHASTIC)
+    uint64_t seed;  // of the row hashes (sketches) or of the rounding noise (STOCHASTIC, QUANTIZED)
     float decay;
     float weight;
     float column_weight;  // FACTORED

@@ -37,6 +37,8 @@ int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 bool uses(const Layer& layer, Kind kind) { return layer.second.kind == kind || layer.first.kind == kind; }
 
+bool rounds_by_noise(const State& state) { return state.kind == STOCHASTIC || state.kind == QUANTIZED; }
+
 int64_t apply_rows(const Layer& layer) {
     int64_t numel = std::clamp(layer.rows * layer.columns / LONG_TASKS, TASK_NUMEL, LONG_TASK);
     return std::max<int64_t>(1, numel / std::max<int64_t>(1, layer.columns));
@@ -191,7 +193,7 @@ struct Scratch {
             if (!strips) place_codes(layer, arena);
             orders.push_back(order);
             for (State* state : {&layer.second, &layer.first})
-                if (state->kind == STOCHASTIC) state->scratch = arena.take<uint32_t>(padded(layer.columns));
+                if (rounds_by_noise(*state)) state->scratch = arena.take<uint32_t>(padded(layer.columns));
             largest.push_back(most);
         }
         for (int i = 0; i < threads; i++) {

@@ -38,7 +38,7 @@ class Run {
         for (int64_t i = 0; i < count_; i++) {
             Layer& layer = layers_[i];
             for (State* state : {&layer.second, &layer.first})
-                if (state->kind == STOCHASTIC) {
+                if (rounds_by_noise(*state)) {
                     uint32_t* noise = static_cast<uint32_t*>(state->scratch);
                     std::fill(noise + layer.columns, noise + padded(layer.columns), 0u);
                     steps_.column_noise(layer, *state, noise);

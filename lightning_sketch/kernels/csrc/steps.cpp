@@ -26,6 +26,8 @@ INLINE void prefetch_row(const Layer& layer, int64_t row) {
             prefetch(element(state->data, state->dtype, row * columns), columns * (state->dtype == BFLOAT16 ? 2 : 4));
         else if (state->kind == ROW || state->kind == SM3 || state->kind == FACTORED)
             __builtin_prefetch((const float*)state->data + row, 1, 3);
+        else if (state->kind == QUANTIZED)
+            prefetch_quantized(layer, *state, row);
     }
 }
 

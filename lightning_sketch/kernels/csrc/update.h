@@ -1,6 +1,7 @@
 // The loop over elements: first and second state of each, and the update of the parameter.
 #pragma once
 
+#include "quantized.h"
 #include "sketch.h"
 
 namespace {
@@ -229,6 +230,7 @@ INLINE void with_state(const Layer& layer, const State& state, int64_t row, int6
 // A state's new values of `count` elements into a buffer.
 void fold(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
           float* to) {
+    if (state.kind == QUANTIZED) return fold_quantized(layer, state, row, c, count, x, square, to);
     int64_t ahead = layer.ids ? 0 : PREFETCH;
     with_state(layer, state, row, c, [&](const auto& values) {
         int64_t j = 0;

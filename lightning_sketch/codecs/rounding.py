@@ -1,0 +1,39 @@
+"""The noise of stochastic rounding: a hash of where a number is and of when, so that every replica makes the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs.base import StateSpec
+from lightning_sketch.kernels.reference import mix64
+from lightning_sketch.sharding import Block
+
+
+def noise_seed(spec: StateSpec, step: int) -> int:
+    """Seed of a state's noise in one step."""
+    # signed and unsigned states of a layer share the seed, so tell them apart: else m and v round alike
+    return spec.seed + step * 2 + spec.signed
+
+
+def rounding_noise(spec: StateSpec, seed: int, block: Block, device: torch.device) -> Tensor:
+    """16 uniform bits for every element of a block, by global row and column: int32 ``[k, row_numel]``.
+
+    Args:
+        seed: from `noise_seed`.
+    """
+    (rows,) = block.of_rows(("noise", seed), device, lambda ids: (mix64(ids, seed).to(torch.int32),))  # [k]
+
+    def of_columns() -> Tensor:
+        places = torch.arange(spec.shard.row_numel, device=device) + spec.shard.column_offset
+        return mix64(places, ~seed).to(torch.int32)
+
+    columns = of_columns() if block.whole is None else block.whole.memo(("columns", seed), of_columns)
+    return _noise16(rows[:, None] ^ columns[None, :])
+
+
+def _noise16(x: Tensor) -> Tensor:
+    """Mix int32 bits in place (multiplicative hashing, wrapping) into 16 uniform bits, int32 in [0, 2**16)."""
+    x = x.mul_(-1640531527)  # 2**32 / golden ratio, odd
+    x.bitwise_xor_(x >> 15).mul_(-2048144789)  # murmur3's first finaliser constant
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
