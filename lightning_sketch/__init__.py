@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_sketch.codecs import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise
+from lightning_sketch.codecs import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    ElementwiseCodec,
+    Factored,
+    Keep,
+    Quantized,
+    RowWise,
+)
 from lightning_sketch.convert import compress, decompress
 from lightning_sketch.dense import decompress_state_dict
 from lightning_sketch.engine import attach
@@ -30,6 +41,7 @@ __all__ = [
     "Codec",
     "CountSketch",
     "Drop",
+    "ElementwiseCodec",
     "Factored",
     "Keep",
     "Policy",

@@ -22,6 +22,7 @@ from lightning_sketch.codecs.bfloat16 import BFloat16
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import scale_tensor
 from lightning_sketch.codecs.drop import Drop
+from lightning_sketch.codecs.elementwise import ElementwiseCodec
 from lightning_sketch.codecs.factored import Factored
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.quantized import Quantized
@@ -35,6 +36,7 @@ __all__ = [
     "CodecState",
     "CountSketch",
     "Drop",
+    "ElementwiseCodec",
     "Factored",
     "Keep",
     "Quantized",
@@ -52,10 +54,6 @@ __all__ = [
     "scale_tensor",
 ]
 
-_CODECS: dict[str, type[Codec]] = {
-    c.__name__: c for c in (Keep, BFloat16, Drop, CountSketch, SM3, RowWise, Factored, Quantized)
-}
-
 
 def codec_from(value: Codec | str | Mapping[str, Any]) -> Codec:
     """A codec from its name or its dictionary, as YAML and checkpoints hold it.
@@ -70,9 +68,9 @@ def codec_from(value: Codec | str | Mapping[str, Any]) -> Codec:
         return value
     options = {"codec": value} if isinstance(value, str) else dict(value)
     name = options.pop("codec", None)
-    if name not in _CODECS:
-        raise ValueError(f"unknown codec {name!r}; known are {', '.join(_CODECS)}")
+    if name not in Codec.registry:
+        raise ValueError(f"unknown codec {name!r}; known are {', '.join(sorted(Codec.registry))}")
     try:
-        return _CODECS[name](**options)
+        return Codec.registry[name](**options)
     except TypeError as error:
         raise ValueError(f"codec {name}: {error}") from None

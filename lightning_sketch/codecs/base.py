@@ -146,7 +146,17 @@ class CodecState(ABC):
 
 
 class Codec(ABC):
-    """How one state of one layer is stored. Subclasses are frozen dataclasses of validated options."""
+    """How one state of one layer is stored. Subclasses are frozen dataclasses of validated options.
+
+    A subclass is known to policies and checkpoints by the name of its class, from its definition on. One defined again
+    in the same place, as in a notebook, takes the place of the former.
+
+    Raises:
+        TypeError: another class of this name is a codec already.
+    """
+
+    #: Every codec by its name.
+    registry: ClassVar[dict[str, type[Codec]]] = {}
 
     #: Why this codec cannot hold a signed (first) moment, or None when it can.
     refuses_signed: ClassVar[str | None] = None
@@ -157,6 +167,18 @@ class Codec(ABC):
     elementwise: ClassVar[bool] = False
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__name__.startswith("_") or cls.__name__ == "ElementwiseCodec":
+            return  # bases
+        other = Codec.registry.get(cls.__name__, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"a codec {cls.__name__} is defined in {other.__module__} already; checkpoints name codecs by their "
+                "class, so choose another name"
+            )
+        Codec.registry[cls.__name__] = cls
 
     def check(self, spec: StateSpec) -> None:
         """Raise ValueError, naming layer and state, if this codec cannot hold that state."""

@@ -31,6 +31,7 @@ from lightning_sketch import (
     Rule,
     compress,
 )
+from tests.codecs.halves import Halves
 from tests.deepspeed_tools import engine
 
 ROWS, DIM, STEPS = 37, 12, 4
@@ -45,6 +46,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "sm3": {"exp_avg": Keep(), "exp_avg_sq": SM3()},
     "factored": {"exp_avg": BFloat16(), "exp_avg_sq": Factored()},
     "quantized": {"exp_avg": Quantized(bits=4, block=16), "exp_avg_sq": Quantized()},
+    "not_ours": {"exp_avg": Halves(), "exp_avg_sq": Halves(relative=False)},
 }
 POLICY = Policy([Rule(name=f"{name}.*", **codecs) for name, codecs in TABLES.items()])
 
