@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 
 # Two workers of one thread each; a file to a worker, because the tests of a file share the processes they spawn.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed

@@ -137,6 +137,11 @@ class FlatTensors:
             here = {fqn: records[fqn] for fqn in names if fqn in records}
             self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else (), names)
 
+    @property
+    def divided(self) -> bool:
+        """Whether they are divided over ranks. FP16_UnfusedOptimizer, of stage 0, has all on each."""
+        return self.engine != "FP16_UnfusedOptimizer"
+
     def find(self, tensor: Tensor) -> FlatTensor | None:
         """The flat tensor that is `tensor`."""
         return self._by_id.get(id(tensor))

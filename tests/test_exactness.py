@@ -15,6 +15,7 @@ ORDER = list(WORDS)
 WHOLE_ROWS = {
     ("rows", "columns"),
     ("quantized", "columns"),
+    ("not_ours", "columns"),
     ("sm3", "columns"),
     ("factored", "columns"),
     ("sketched_rows", "columns"),

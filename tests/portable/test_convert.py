@@ -200,7 +200,7 @@ def test_restore_changes_nothing_when_it_refuses(tmp_path):
     foreign = compress(AdamW(other.parameters()), other, LOSSY)
     train(other, foreign, range(2))
     torch.save(foreign.state_dict(), tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign.pt: group 0 of the checkpoint has 3 parameters, not 10"):
+    with pytest.raises(ValueError, match=r"foreign.pt: group 0 of the checkpoint has 3 parameters, not 11"):
         restore(optimizer, tmp_path / "foreign.pt")
     with pytest.raises(TypeError, match="needs a converted optimizer"):
         restore(Adagrad(model.parameters()), tmp_path / "foreign.pt")
@@ -290,7 +290,7 @@ def test_every_optimizer_of_a_lightning_checkpoint_is_converted(tmp_path):
 
 def test_the_matrix_covers_every_kind_of_codec():
     assert {type(codec).__name__ for codecs in TABLES.values() for codec in codecs.values()} == {
-        "CountSketch", "Drop", "RowWise", "Keep", "BFloat16", "SM3", "Factored", "Quantized"
+        "CountSketch", "Drop", "RowWise", "Keep", "BFloat16", "SM3", "Factored", "Quantized", "Halves"
     }  # fmt: skip
     assert kinds(2) == ["rows", "columns", "zero1", "zero2", "zero3"]
     assert isinstance(POLICY.rules[0].codecs["exp_avg"], CountSketch)

@@ -90,11 +90,11 @@ def test_every_value_is_a_tensor(case, name, sparse):
     assert len(found) == sum(key.endswith(("_table", "_row", "_dim0")) for key in state)
     assert all((value.dtype, value.shape, value.device.type) == (torch.float64, (), "cpu") for value in found)
     before = snapshot(model, optimizer)
-    averages = {key: torch.zeros_like(value) for key, value in state.items()}
-    for key, value in state.items():
-        assert value.norm().isfinite()
+    for value in state.values():
         assert value.element_size() * value.nelement() == value.nbytes
-        averages[key].lerp_(value.detach().to("cpu").clone(), 0.5)
+        if value.is_floating_point():  # codes are not
+            assert value.norm().isfinite()
+            torch.zeros_like(value).lerp_(value.detach().to("cpu").clone(), 0.5)
     assert_same(snapshot(model, optimizer), before)
 
 

@@ -274,6 +274,6 @@ def apply(
         most = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
         tl.store(second + row, most * number(layer, OF_SCALE), mask=good)
     if LEAVE_OUT and not BY_ROWS:
-        count = tl.sum(tl.sum(bad_elements, axis=1), axis=0).to(tl.int64)
+        count = tl.sum(tl.sum(bad_elements, axis=0), axis=0).to(tl.int64)
         if count != 0:
             tl.atomic_add(left_out, count)
