@@ -28,10 +28,10 @@ POLICY = Policy(
 )
 
 
-def resumed(checkpoint: Path):
+def resumed(checkpoint: Path, **options):
     torch.manual_seed(0)
     model = Tiny()
-    optimizer = compress(AdamW(model.parameters(), lr=0.01), model, POLICY)
+    optimizer = compress(AdamW(model.parameters(), lr=0.01), model, POLICY, **options)
     done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint)
@@ -95,10 +95,27 @@ def test_a_step_that_raises_leaves_nothing_half_done(tmp_path):
     before = snapshot(model, optimizer)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    model.kept.bias.grad[0] = float("nan")
-    with pytest.raises(FloatingPointError):
+    model.kept.weight.grad = model.kept.weight.grad.to_sparse()  # the table comes before it
+    with pytest.raises(TypeError, match=r"kept.weight is sparse in 2 dimensions"):
         optimizer.step()
     assert_same(snapshot(model, optimizer), before)
+
+
+def test_a_step_that_raises_for_a_nan_is_a_whole_one(tmp_path):
+    found = []
+    for nonfinite in ("raise", "skip"):
+        model, optimizer, _ = resumed(tmp_path / "none", nonfinite=nonfinite)
+        train(model, optimizer, range(3))
+        for number, param in enumerate(model.parameters()):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(number))
+        model.table.weight.grad[0, 0] = float("nan")  # the first of three layers
+        before = model.table.weight[0].tolist()
+        with pytest.raises(FloatingPointError) if nonfinite == "raise" else pytest.warns(UserWarning, match="NaN"):
+            optimizer.step()
+        assert model.table.weight[0].tolist() == before
+        found.append(snapshot(model, optimizer))
+    assert_same(found[0], found[1])
+    assert float(found[0]["kept.bias.step"]) == 4
 
 
 def doomed(rank: int, world_size: int, kind: str, checkpoint: Path) -> None:

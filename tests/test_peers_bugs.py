@@ -339,14 +339,15 @@ def test_a_sparse_step_costs_the_same_in_a_table_a_hundred_times_larger(first, s
 
 
 @pytest.mark.parametrize(("first", "second"), [s for s in STEPS if not s[0].lazy], ids=repr)
-def test_a_dense_step_costs_a_number_for_each_row_at_most_in_a_table_twice_as_large(first, second):
+def test_a_dense_step_costs_a_number_and_a_byte_for_each_row_at_most_in_a_table_twice_as_large(first, second):
     means = 4 * 2**14 if isinstance(second, Factored) or getattr(second, "compression", 1) == 10 else 0
+    left_out = 2**14 if means or getattr(second, "update", "") == "linear" else 0  # a byte: whether a row is
     transients = []
     for rows in (2**14, 2**15):  # four and eight blocks
         w, optimizer = _optimizer(AdamW, (rows, 64), first, second)
         w.grad = torch.ones_like(w)
         transients.append(_measured_transient(optimizer))
-    assert transients[1] <= transients[0] + means + 4096
+    assert transients[1] <= transients[0] + means + left_out + 4096
 
 
 def _some_rows(w, count):

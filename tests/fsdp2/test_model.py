@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_sketch import BFloat16, CountSketch, Keep, Policy, RowWise, Rule, compress, decompress
 from lightning_sketch.sharding import local
-from tests.fsdp2.tools import COLUMNS, ROWS, held, loss_of, make_net, net_policy, train_as, train_net
+from tests.fsdp2.tools import COLUMNS, ROWS, held, loss_of, make_net, net_policy, tokens_of, train_as, train_net
 from tests.ranks import run_ranks
 from tests.tiny import assert_same
 
@@ -151,7 +151,7 @@ def replicated(rank, world_size):
     optimizer = compress(AdamW(model.parameters(), lr=0.02), model, net_policy())
     losses = train_net(model, optimizer, rank, range(STEPS))
     found = {"losses": losses, "held": held(model, optimizer)}
-    # one replica's NaN reaches the other through the gradients' all-reduce, and all skip or raise alike
+    # one replica's NaN reaches the other through the gradients' all-reduce, and all leave out the same and raise alike
     optimizer.zero_grad()
     loss = loss_of(model, rank, 0)
     (loss * (torch.nan if rank == 3 else 1.0)).backward()
@@ -160,9 +160,18 @@ def replicated(rank, world_size):
         found["nan"] = ""
     except FloatingPointError as error:
         found["nan"] = str(error)[:40]
-    after = held(model, optimizer)
-    before = {key: torch.as_tensor(value) for key, value in found["held"].items()}
-    found["nan changed"] = [key for key, value in after.items() if not torch.equal(torch.as_tensor(value), before[key])]
+    found["held after nan"] = after = held(model, optimizer)
+    found["nan rows"] = rows = {}
+    for name, param in model.named_parameters():
+        if name.endswith("bias") or name.startswith("head"):
+            continue  # kept
+        bad = ~local(param.grad).isfinite().all(dim=1)
+        same = (after[name] == found["held"][name]).all(dim=1)
+        rows[name] = {
+            "bad": bad.nonzero().flatten().tolist(),
+            "moved": (bad & ~same).any(),
+            "stuck": (~bad & same).all(),
+        }
     return found
 
 
@@ -248,7 +257,19 @@ def test_hybrid_shards_train_like_pure_ones():
     assert found == pytest.approx(losses, rel=0.02)
 
 
-def test_a_nan_in_one_replica_raises_everywhere_and_changes_no_compressed_layer():
+def test_a_nan_in_one_replica_raises_everywhere_and_its_rows_are_left_out_of_both():
+    theirs = sorted(set(tokens_of(3, 0).tolist()))
+    first, second, third, fourth = hybrid()
     for found in hybrid():
         assert found["nan"].startswith("NaN or inf in the gradient of")
-        assert found["nan changed"] == []
+        for name, rows in found["nan rows"].items():
+            assert rows["bad"] == theirs or not name.startswith("by_columns")
+            assert not rows["moved"], name
+            assert not rows["stuck"] or len(rows["bad"]) == len(found["held"][name]), name
+        for key, value in found["held after nan"].items():
+            if key.split(".weight")[0] in {name.split(".weight")[0] for name in found["nan rows"]}:
+                assert torch.as_tensor(value).isfinite().all(), key
+            if key.endswith(".step"):
+                assert float(value) == STEPS + 1
+    assert_same(third["held after nan"], first["held after nan"])
+    assert_same(fourth["held after nan"], second["held after nan"])
