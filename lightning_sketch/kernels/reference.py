@@ -31,9 +31,9 @@ def mix64(x: Tensor, seed: int) -> Tensor:
         int64 with all 64 bits mixed (so negative numbers occur).
     """
     # int64 multiplication wraps; `>>` is arithmetic, so the sign bits it drags in are masked off.
-    x = x + _signed(seed * 0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    x = x + signed(seed * 0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (1 << 33) - 1)
 
 
@@ -150,7 +150,7 @@ def over_rows(vector: Tensor, ndim: int) -> Tensor:
     return vector.view(-1, *[1] * (ndim - 1))
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """The 64-bit two's complement of `x`."""
     x &= (1 << 64) - 1
     return x - (1 << 64) if x >> 63 else x

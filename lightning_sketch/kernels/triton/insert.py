@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient, load, row_of
-from lightning_sketch.kernels.triton.jit import kernel
+from lightning_sketch.kernels.triton.jit import OPTIONS, kernel
 
 
 @kernel("rows", "row_offset", "level", "width", "seed")
@@ -101,7 +101,6 @@ def insert_rows(
 TILE = 1024  # elements of a tile
 TILE_COLUMNS = 128
 WAVE = 1 << 20  # rows sorted at once, so that temporaries do not grow with the table
-_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def insert(step: FusedStep, means: Tensor | None) -> None:
@@ -152,7 +151,7 @@ def _insert_wave(step: FusedStep, means: Tensor | None, second: Stored | None, f
     hashing = {"row_offset": step.row_offset, "width": sketch.width, "seed": signed(sketch.seed)}
     for level in range(sketch.depth):
         buckets = torch.empty(rows, dtype=torch.int32, device=step.grad.device)
-        hash_rows[(-(-rows // TILE),)](step.ids, buckets, rows=rows, level=level, **hashing, TILE=TILE, **_OPTIONS)
+        hash_rows[(-(-rows // TILE),)](step.ids, buckets, rows=rows, level=level, **hashing, TILE=TILE, **OPTIONS)
         buckets, order = buckets.sort(stable=True)
         begin, end = _slots(buckets, sketch.width)
         insert_rows[(-(-begin.numel() // tile_slots) * column_tiles,)](
@@ -178,7 +177,7 @@ def _insert_wave(step: FusedStep, means: Tensor | None, second: Stored | None, f
             DECAYED=step.weight_decay != 0,
             TILE_SLOTS=tile_slots,
             TILE_COLUMNS=tile_columns,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
 
@@ -204,9 +203,3 @@ def _hashing(stored: Stored) -> tuple[int, int, int]:
 def as_bits(tensor: Tensor) -> Tensor:
     """The tensor, but bfloat16 as int16."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def signed(seed: int) -> int:
-    """The 64-bit two's complement."""
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed

@@ -25,6 +25,9 @@ def kernel(*unspecialized: str) -> Callable[[Callable[..., Any]], Any]:
     return decorator
 
 
+#: As little fusing of multiplications and additions as in the reference; memory is what takes time.
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
 # Kernels see no other global values than these.
 NONE = tl.constexpr(int(Kind.NONE))
 STOCHASTIC = tl.constexpr(int(Kind.STOCHASTIC))

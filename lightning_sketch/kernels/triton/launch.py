@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
-from lightning_sketch.kernels.triton.insert import insert, signed
+from lightning_sketch.kernels.triton.insert import insert
+from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
     SPAN,
@@ -28,9 +30,6 @@ from lightning_sketch.kernels.triton.layout import (
 from lightning_sketch.kernels.triton.observe import observe
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
 from lightning_sketch.kernels.triton.table import COUNT, PADDING, ROW
-
-#: As little fusing of multiplications and additions as in the reference; memory is what takes time.
-_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def step(layers: Sequence[FusedStep]) -> Tensor:
@@ -210,7 +209,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             **common,
             TILE_ROWS=rows,
             TILE_COLUMNS=columns,
-            **(_OPTIONS | {"num_warps": 8}),
+            **(OPTIONS | {"num_warps": 8}),
         )
     if key.second == Kind.ROW_SKETCH:
         add_rows[(adding,)](
@@ -220,14 +219,14 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             SPARSE=key.sparse,
             SEARCH=search,
             TILE_ROWS=TILE_SKETCH,
-            **_OPTIONS,
+            **OPTIONS,
         )
-        fold_rows[(folding,)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **_OPTIONS)
+        fold_rows[(folding,)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
         reduce_columns[(reducing,)](
-            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **_OPTIONS
+            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
         )
-        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(_OPTIONS | {"num_warps": 8}))
+        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     if key.inserts:
         for step, means in group.inserted:
             insert(step, means if key.observed and key.leave_out else None)
@@ -253,10 +252,10 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         SPAN=SPAN if key.split else 0,
         TILE_ROWS=rows,
         TILE_COLUMNS=columns,
-        **(_OPTIONS | {"num_warps": key.apply_warps}),
+        **(OPTIONS | {"num_warps": key.apply_warps}),
     )
     if key.columns_used:
-        finish_sm3[(finishing,)](words, count, SEARCH=search, TILE=TILE_FINISH, **_OPTIONS)
+        finish_sm3[(finishing,)](words, count, SEARCH=search, TILE=TILE_FINISH, **OPTIONS)
 
 
 def _aligned(step: FusedStep) -> bool:

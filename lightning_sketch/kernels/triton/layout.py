@@ -106,7 +106,7 @@ class Key(NamedTuple):
     @property
     def rowless(self) -> bool:
         """Whether a layer is one long row."""
-        return not self.sparse and {self.second, self.first, self.momentum} <= {*_ROWLESS}
+        return _is_rowless(self.sparse, self.second, self.first, self.momentum)
 
 
 @dataclass(slots=True)
@@ -142,7 +142,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     second, first, momentum = step.second or NO_STATE, step.first or NO_STATE, step.momentum or NO_STATE
     rows, sparse = step.grad.shape[0], step.ids is not None
     columns = step.grad.numel() // rows
-    if not sparse and {second.kind, first.kind, momentum.kind} <= {*_ROWLESS}:
+    if _is_rowless(sparse, second.kind, first.kind, momentum.kind):
         rows, columns = 1, rows * columns
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
     key = Key(
@@ -192,6 +192,10 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         slots,
         zeros,
     )
+
+
+def _is_rowless(sparse: bool, *kinds: Kind) -> bool:
+    return not sparse and all(kind in _ROWLESS for kind in kinds)
 
 
 def ceil(number: int, divisor: int) -> int:
