@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.fake import is_fake_tensor
+from lightning_sketch.kernels.capture import capturing
 
 if TYPE_CHECKING:
     from lightning_sketch.optimizer import Compression
@@ -30,19 +31,46 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._late: deque[tuple[Tensor, Any, Sequence[Unit]]] = deque()
+        #: Of all replays of graphs since it was looked at last; and before anything is captured, where it will be.
+        self._totals: dict[tuple[Unit, ...], Tensor] = {}
+        self._captured = False
 
     @staticmethod
     def is_late(counts: Tensor) -> bool:
         """Whether to read them would be to wait."""
         return counts.device.type != "cpu"
 
-    def add(self, counts: Tensor, units: Sequence[Unit]) -> None:
+    def add(self, counts: Tensor, units: Sequence[Unit], *, capturable: bool = False) -> None:
         """Take the counts of a step, and begin to copy them to the host.
 
         Args:
             counts: of each layer, int64 ``[layers]``.
             units: for each layer.
+            capturable: whether such a step may be captured into a graph, which needs a place to count in.
         """
+        if capturable and (key := tuple(units)) not in self._totals:
+            self._totals[key] = torch.zeros_like(counts)
+        self._copy(counts, units)
+
+    def add_captured(self, counts: Tensor, units: Sequence[Unit]) -> None:
+        """Have every replay of the graph that is being captured add what it left out.
+
+        Args:
+            counts: of each layer, int64 ``[layers]``.
+            units: for each layer.
+
+        Raises:
+            RuntimeError: these layers were not stepped together outside of a graph before.
+        """
+        if (total := self._totals.get(tuple(units))) is None:
+            raise RuntimeError(
+                "a graph is captured of a step of other layers than were stepped before; make a few steps with the "
+                "same gradients on a side stream first, as torch's documentation of CUDA graphs says"
+            )
+        total.add_(counts)
+        self._captured = True
+
+    def _copy(self, counts: Tensor, units: Sequence[Unit]) -> None:
         # To pinned memory, which torch takes for such copies; where nothing says when one is done (MPS), it waits.
         says = hasattr(torch.get_device_module(counts.device), "current_stream")
         copied = counts.to("cpu", non_blocking=says)
@@ -58,6 +86,11 @@ class LeftOut:
         Raises:
             FloatingPointError: something was left out, and ``nonfinite="raise"``. It is judged then.
         """
+        if capturing():
+            return  # nothing can be asked meanwhile
+        for of_graph, total in self._totals.items() if self._captured else ():
+            self._copy(total.clone(), of_graph)
+            total.zero_()
         found: list[dict[str, list[int]]] = []
         while self._late:
             counts, event, units = self._late[0]

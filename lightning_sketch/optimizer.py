@@ -139,7 +139,7 @@ class CompressedOptimizer(Optimizer):
             if not self._bindings.kept_checked:
                 refuse_kept_sparse(self)
                 self._bindings.kept_checked = True
-            ours = own_tensors(self)
+            ours = own_tensors(self, compiling=torch.compiler.is_compiling())
             ready = to_be_stepped(self, ours)
             try:
                 for own in ours:

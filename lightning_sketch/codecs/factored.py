@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.fused import Kind, Stored
 from lightning_sketch.kernels.reference import over_rows, row_mean
@@ -46,12 +46,12 @@ class _Factored(ScaledState):
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * self.weight
-        self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
+        add_scaled(self.col, x.sum(dim=0), self.weight / max(1, self.spec.shard.global_rows))
 
     def fusable(self) -> bool:
         shard = self.spec.shard

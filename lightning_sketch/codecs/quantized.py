@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
 from lightning_sketch.kernels.fused import MOST_BLOCK, Kind, Stored
 from lightning_sketch.sharding import Block, Shard
@@ -90,9 +90,9 @@ class _Quantized(CodecState):
 
     codes = Entry("codes")  # rows: [local_rows, bytes]; vector: [bytes]
     absmax = Entry("absmax")  # rows: [local_rows, blocks]; vector: [blocks]
-    decay: float
-    weight: float
-    step: int
+    decay: Number
+    weight: Number
+    step: Count
 
     def __init__(self, spec: StateSpec, tensors: Tensors, codec: Quantized) -> None:
         super().__init__(spec, tensors)
@@ -100,7 +100,7 @@ class _Quantized(CodecState):
         levels = 1 << (codec.bits - spec.signed)
         self.largest = levels - 1 if spec.signed else levels  # C of the class above
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.decay, self.weight, self.step = decay, weight, step
 
     def read(self, block: Block, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient, load, row_of
 from lightning_sketch.kernels.triton.jit import OPTIONS, kernel
+from lightning_sketch.kernels.triton.table import FIRST, ROWS, SECOND, SIGN, WEIGHT, WEIGHT_DECAY, number
 
 
 @kernel("rows", "row_offset", "level", "width", "seed")
@@ -44,6 +45,7 @@ def insert_rows(
     second: tl.tensor,  # [width, columns], without signs, of squares; or None
     first: tl.tensor,  # [width, columns], with signs; or None
     means: tl.tensor,  # [rows], NaN of rows that are left out; or None if none are
+    layer: tl.tensor,  # the layer's words in the table
     slots: tl.int64,
     columns: tl.tensor,
     column_tiles: tl.int64,
@@ -51,10 +53,6 @@ def insert_rows(
     level: tl.int64,
     width: tl.int64,
     seed: tl.int64,
-    second_weight: tl.float32,
-    first_weight: tl.float32,
-    sign: tl.float32,
-    weight_decay: tl.float32,
     DECAYED: tl.constexpr,
     TILE_SLOTS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -65,6 +63,10 @@ def insert_rows(
     """
     column = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS).to(tl.int64)
     slot = (tl.program_id(0) // column_tiles) * TILE_SLOTS + tl.arange(0, TILE_SLOTS).to(tl.int64)
+    second_weight, first_weight = number(layer, SECOND + WEIGHT), number(layer, FIRST + WEIGHT)
+    sign, weight_decay = number(layer, SIGN), number(layer, WEIGHT_DECAY)
+    if tl.load(layer + ROWS) == 0:
+        slots = slots * 0  # a step that changes nothing
     start = tl.load(begin + slot, mask=slot < slots, other=0)
     count = tl.load(end + slot, mask=slot < slots, other=0) - start
     bucket = tl.load(buckets + start, mask=count > 0, other=0).to(tl.int64)
@@ -103,10 +105,11 @@ TILE_COLUMNS = 128
 WAVE = 1 << 20  # rows sorted at once, so that temporaries do not grow with the table
 
 
-def insert(step: FusedStep, means: Tensor | None) -> None:
+def insert(step: FusedStep, layer: Tensor, means: Tensor | None) -> None:
     """Insert the gradient into all sketches of the step (modified in place).
 
     Args:
+        layer: its words in the table.
         means: float32 ``[k]``, NaN of rows that are left out; ``None`` if none are.
     """
     second, first = step.second, step.first
@@ -121,12 +124,12 @@ def insert(step: FusedStep, means: Tensor | None) -> None:
         wave = _wave(step, start)
         of_wave = means if means is None else means[start : start + WAVE]
         if together:
-            _insert_wave(wave, of_wave, sketched_second, sketched_first)
+            _insert_wave(wave, layer, of_wave, sketched_second, sketched_first)
         else:
             if sketched_second is not None:
-                _insert_wave(wave, of_wave, sketched_second, None)
+                _insert_wave(wave, layer, of_wave, sketched_second, None)
             if sketched_first is not None:
-                _insert_wave(wave, of_wave, None, sketched_first)
+                _insert_wave(wave, layer, of_wave, None, sketched_first)
 
 
 def _wave(step: FusedStep, start: int) -> FusedStep:
@@ -139,7 +142,9 @@ def _wave(step: FusedStep, start: int) -> FusedStep:
     return replace(step, grad=step.grad[span], param=step.param[span], row_offset=step.row_offset + start)
 
 
-def _insert_wave(step: FusedStep, means: Tensor | None, second: Stored | None, first: Stored | None) -> None:
+def _insert_wave(
+    step: FusedStep, layer: Tensor, means: Tensor | None, second: Stored | None, first: Stored | None
+) -> None:
     """Insert rows, depth by depth."""
     sketch = second or first
     assert sketch is not None
@@ -165,15 +170,12 @@ def _insert_wave(step: FusedStep, means: Tensor | None, second: Stored | None, f
             None if second is None else second.data[level],
             None if first is None else first.data[level],
             means,
+            layer,
             slots=begin.numel(),
             columns=columns,
             column_tiles=column_tiles,
             level=level,
             **hashing,
-            second_weight=0.0 if second is None else second.weight,
-            first_weight=0.0 if first is None else first.weight,
-            sign=-1.0 if step.negate else 1.0,
-            weight_decay=step.weight_decay,
             DECAYED=step.weight_decay != 0,
             TILE_SLOTS=tile_slots,
             TILE_COLUMNS=tile_columns,

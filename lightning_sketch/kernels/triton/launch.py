@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
+from lightning_sketch.kernels.triton.device_numbers import device_words
 from lightning_sketch.kernels.triton.insert import insert
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.layout import (
@@ -60,13 +61,14 @@ class Group:
         begin: the first of them.
         count: how many.
         programs: of each kernel for all of them, in the order of `Laid.programs`.
-        inserted: those whose rows are inserted into sketches, with the means that `observe` stores.
+        inserted: those whose rows are inserted into sketches, with the means that `observe` stores, and which layer of
+            the table they are.
     """
 
     begin: int
     count: int
     programs: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
-    inserted: list[tuple[FusedStep, Tensor]] = field(default_factory=list)
+    inserted: list[tuple[FusedStep, Tensor, int]] = field(default_factory=list)
 
 
 class Table:
@@ -93,9 +95,12 @@ class Table:
         self.zeros = torch.zeros(zeros, dtype=torch.int64, device=device)
         self.left_out = self.zeros[: len(layers)]
         self.groups: dict[Key, Group] = {}
-        address, zero = self.scratch.data_ptr(), self.zeros.data_ptr()
+        on_device = layers[0].on_device is not None  # of all, or of none
+        # Tables that stay where they are hold distances from the beginning of both.
+        address, zero = (0, 0) if on_device else (self.scratch.data_ptr(), self.zeros.data_ptr())
         at, at_zero, begin = address, zero + 8 * len(layers), 0
         words: list[bytes] = []
+        order: list[FusedStep] = []
         for key, members in by_key.items():
             group = self.groups[key] = Group(begin, len(members))
             observe = add = fold = reduce = finish = apply = 0
@@ -108,15 +113,19 @@ class Table:
                 exponents = at_zero + 8 * laid.sums
                 scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
+                order.append(step)
                 words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply)))
                 more = laid.programs
                 observe, add, fold = observe + more[0], add + more[1], fold + more[2]
                 reduce, finish, apply = reduce + more[3], finish + more[4], apply + more[5]
                 if key.inserts:
                     first = (means - address) // 4
-                    group.inserted.append((step, self.scratch[first : first + laid.rows]))
+                    group.inserted.append((step, self.scratch[first : first + laid.rows], len(words) - 1))
             group.programs = observe, add, fold, reduce, finish, apply
             begin += len(members)
+        if on_device and order:
+            self.words = device_words(order, words, self.scratch, self.zeros)
+            return
         host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
         # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
         self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
@@ -125,19 +134,22 @@ class Table:
 def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple[int, ...]) -> bytes:
     """The words of a layer, named in table.py."""
     second, first, momentum = step.second, step.first, step.momentum
+    on_device = step.on_device is not None
+    if on_device:  # what may change from step to step is written there
+        step = replace(step, lr=0.0, shrink=0.0, eps=0.0, correction=0.0)
     return (
         ROW.pack(
             step.param.data_ptr(),
-            step.grad.data_ptr(),
+            0 if on_device else step.grad.data_ptr(),
             0 if step.ids is None else step.ids.data_ptr(),
             laid.rows,
             laid.columns,
             step.row_offset,
             step.column_offset,
             step.ids is None or len(step.ids) == len(step.param),
-            *(_NOTHING if second is None else _state(second)),
-            *(_NOTHING if first is None else _state(first)),
-            *(_NOTHING if momentum is None else _state(momentum)),
+            *(_NOTHING if second is None else _state(second, on_device)),
+            *(_NOTHING if first is None else _state(first, on_device)),
+            *(_NOTHING if momentum is None else _state(momentum, on_device)),
             step.lr,
             step.shrink,
             step.eps,
@@ -147,7 +159,7 @@ def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple
             step.nesterov,
             -1.0 if step.negate else 1.0,
             1.0 / laid.columns,
-            1.0 if second is None else 1.0 / second.scale,
+            1.0 if second is None else 1.0 / float(second.scale),
             *scratch,
             *programs,
             laid.splits,
@@ -160,17 +172,14 @@ def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple
 _NOTHING = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
-def _state(stored: Stored) -> tuple[int | float, ...]:
+def _state(stored: Stored, on_device: bool) -> tuple[int | float, ...]:
     return (
         stored.data.data_ptr(),
         0 if stored.columns is None else stored.columns.data_ptr(),
         stored.width,
         signed(stored.seed),
-        stored.decay,
-        stored.weight,
-        stored.column_weight,
-        stored.scale,
-    )
+        *((0.0, 0.0, 0.0, 0.0) if on_device else (stored.decay, stored.weight, stored.column_weight, stored.scale)),
+    )  # type: ignore[return-value]  # numbers, where they are not on the device
 
 
 def _laid(step: FusedStep) -> Laid:
@@ -228,8 +237,9 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         )
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     if key.inserts:
-        for step, means in group.inserted:
-            insert(step, means if key.observed and key.leave_out else None)
+        for step, means, number in group.inserted:
+            layer = table.words[number * COUNT :]
+            insert(step, layer, means if key.observed and key.leave_out else None)
     rows, columns = key.apply_tile
     apply[(applying,)](
         words,
