@@ -22,6 +22,7 @@ from lightning_sketch.guard import refuse_zero_redundancy
 from lightning_sketch.layer import RECORDS, LayerShard
 from lightning_sketch.lossy import warn_of_lossy
 from lightning_sketch.masked_rows import warn_of_masked_rows
+from lightning_sketch.on_device import scaler_on_device
 from lightning_sketch.optimizer import CompressedOptimizer, Compression, NonFinite
 from lightning_sketch.plan import Plan, as_policy, make_plan, refuse_replaced
 from lightning_sketch.policy import Policy
@@ -171,7 +172,10 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
     compression.describe(made)
     compression.remember_plain(inner.param_groups)
     inner._compression = compression  # type: ignore[attr-defined]
+    reads_scaler = hasattr(inner, "_step_supports_amp_scaling") and scaler_on_device(made, inner.param_groups)
     _swap_class(inner, compressed_class(inner))
+    if reads_scaler:
+        inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     _announce(made, inner, model)
@@ -235,7 +239,7 @@ def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
         scheduled = False
     optimizer.__class__ = cls
     optimizer._patch_step_function()  # step hooks live in a wrapper around the class's step
-    # fused=True makes GradScaler leave unscaling to torch's fused kernel, which does not see compressed layers.
+    # fused=True makes GradScaler leave unscaling to the step; compressed layers do it where numbers stay on the device.
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)
     if scheduled:
         _wrap_for_scheduler(optimizer)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 if TYPE_CHECKING:
     from lightning_sketch.layer import LayerShard
+    from lightning_sketch.plan import Plan
     from lightning_sketch.rules import UpdateRule
 
 #: Kinds of devices on which numbers may stay: torch's list for ``capturable``.
@@ -26,6 +27,15 @@ DEVICES: tuple[str, ...] = tuple(_get_capturable_supported_devices())
 def stay_on_device(group: Mapping[str, Any], param: Tensor, parts: Iterable[LayerShard]) -> bool:
     """Whether the numbers of a tensor's parts stay on its device."""
     return asked(group)[1] and param.device.type in DEVICES and not any(map(_reads, parts))
+
+
+def scaler_on_device(made: Plan, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step can take from the device what a gradient scaler found: all layers are there, and fused."""
+    return all(
+        group.get("fused") and param.device.type in DEVICES and planned.layer.stock_count is None
+        for group, plans in zip(groups, made.groups, strict=True)
+        for param, planned in zip(group["params"], plans, strict=True)
+    )
 
 
 def asked(group: Mapping[str, Any]) -> tuple[bool, bool]:

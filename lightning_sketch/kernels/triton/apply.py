@@ -132,7 +132,6 @@ def apply(
     first_weight, first_scale = number(layer, FIRST + WEIGHT), number(layer, FIRST + SCALE)
     momentum_scale = number(layer, MOMENTUM + SCALE)
     column_offset = tl.load(layer + COLUMN_OFFSET)
-    column_decay = number(layer, SECOND + COLUMN_WEIGHT)  # SM3
 
     # Of each row: whether it is stepped, and what its second moment is.
     good = present
@@ -215,7 +214,9 @@ def apply(
             elif SECOND_KIND == SM3:
                 v = of_row
                 if COLUMNS_USED:
-                    other = tl.broadcast_to((load(held, column, inside) * column_decay)[None, :], g.shape)
+                    # Read here, not before: a register more would be spilled.
+                    kept = load(held, column, inside) * number(layer, SECOND + COLUMN_WEIGHT)
+                    other = tl.broadcast_to(kept[None, :], g.shape)
                     v = lesser(tl.broadcast_to(v, g.shape), other)
                 # Beyond the tensor v is 0, as it is nowhere less.
                 v = tl.where(mask, v + g * g * second_weight, 0.0)
