@@ -137,7 +137,7 @@ def _capture(
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """A graph of one step after steps on a side stream, and where its gradients are to be put."""
     static = [torch.zeros_like(param) for param in model.parameters()]
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for grads in warm_up:
@@ -248,7 +248,7 @@ def _compiled(policy: Policy, device: torch.device, kernels: str) -> Row:
         plain = _optimizer("AdamW", eager, policy, False, device)
         optimizer = _optimizer("AdamW", compiled, policy, cuda, device)
         step = torch.compile(optimizer.step, backend="inductor" if cuda else "eager")
-        for number, grads in enumerate(gradients):
+        for grads in gradients:
             for model in (eager, compiled):
                 for param, grad in zip(model.parameters(), grads, strict=True):
                     param.grad = grad.clone()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.fake import is_fake_tensor
 from lightning_sketch.kernels.capture import capturing
@@ -77,6 +78,7 @@ class LeftOut:
         if not is_fake_tensor(copied):
             self._late.append((copied, _event(counts.device) if says else None, units))
 
+    @_disable_dynamo  # nothing of it can be compiled
     def judge(self, compression: Compression, *, wait: bool) -> None:
         """Raise, or warn and count, for what earlier steps left out and was not judged yet.
 

@@ -208,15 +208,12 @@ def _resident(steps: Sequence[FusedStep], words: bytes, recipes: bytes, device: 
             )
         both = _there(host, device)
         split = len(words) // 8
-        held = Resident(host, addresses, both[:split], both[split:], _there(_packed(addresses), device))
+        # By a kernel, which is compiled and loaded then: neither can be done while a graph is captured.
+        held = Resident(host, addresses, both[:split], both[split:], _put(addresses, device))
     elif held.addresses != addresses:
-        if capturing():  # what the host holds may be gone when a graph is replayed; arguments of launches stay
-            gradients = torch.empty(-(-len(steps) // _ADDRESSES) * _ADDRESSES, dtype=torch.int64, device=device)
-            padded = addresses + (0,) * (len(gradients) - len(addresses))
-            for start in range(0, len(gradients), _ADDRESSES):
-                put_addresses[(1,)](gradients[start:], *padded[start : start + _ADDRESSES], **OPTIONS)
-        else:
-            gradients = _there(_packed(addresses), device)
+        # What the host holds may be gone when a graph is replayed; arguments of launches stay.
+        packed = struct.pack(f"<{len(addresses)}q", *addresses)
+        gradients = _put(addresses, device) if capturing() else _there(packed, device)
         held = Resident(host, addresses, held.static, held.recipes, gradients)
     if capturing():
         _captured.append((held.static, held.recipes, held.gradients))
@@ -225,8 +222,13 @@ def _resident(steps: Sequence[FusedStep], words: bytes, recipes: bytes, device: 
     return held
 
 
-def _packed(addresses: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(addresses)}q", *addresses)
+def _put(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses, and some zeros, in a tensor that launches write."""
+    padded = addresses + (0,) * (-len(addresses) % _ADDRESSES)
+    held = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for start in range(0, len(padded), _ADDRESSES):
+        put_addresses[(1,)](held[start:], *padded[start : start + _ADDRESSES], **OPTIONS)
+    return held
 
 
 def _there(host: bytes, device: torch.device) -> Tensor:
@@ -241,7 +243,7 @@ def _float64(word: tl.tensor) -> tl.tensor:
 
 
 @inlined
-def _put(row: tl.tensor, lane: tl.tensor, WORD: tl.constexpr, x: tl.tensor) -> tl.tensor:
+def _with(row: tl.tensor, lane: tl.tensor, WORD: tl.constexpr, x: tl.tensor) -> tl.tensor:
     """The words with a float64 as the float32 of one of them."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(lane == WORD, bits, row)
@@ -285,12 +287,12 @@ def _write_state(
     weight = _number(values, recipe + _WEIGHT_AT) / divisor
     column_weight = _float64(tl.load(recipe + _COLUMN_WEIGHT)) / divisor
     column_weight = tl.where(found == 0, column_weight, 1.0)  # SM3's factor
-    row = _put(row, lane, BASE + DECAY, tl.where(has_scale, 1.0, decay))
-    row = _put(row, lane, BASE + WEIGHT, weight)
-    row = _put(row, lane, BASE + COLUMN_WEIGHT, column_weight)
-    row = _put(row, lane, BASE + SCALE, scale)
+    row = _with(row, lane, BASE + DECAY, tl.where(has_scale, 1.0, decay))
+    row = _with(row, lane, BASE + WEIGHT, weight)
+    row = _with(row, lane, BASE + COLUMN_WEIGHT, column_weight)
+    row = _with(row, lane, BASE + SCALE, scale)
     if BASE == SECOND:
-        row = _put(row, lane, OF_SCALE, 1.0 / scale)
+        row = _with(row, lane, OF_SCALE, 1.0 / scale)
     counted = tl.load(recipe + _COUNTED) * step.to(tl.int64) * 2
     return tl.where(lane == BASE + SEED, row + counted, row)
 
@@ -330,10 +332,10 @@ def write_words(
         scale = tl.zeros([LANES], tl.float32) + tl.load(grad_scale).to(tl.float32)
         signs = tl.div_rn(row.to(tl.int32).to(tl.float32, bitcast=True), scale)
         row = tl.where((lane == SIGN) & (amp != 0), signs.to(tl.int32, bitcast=True).to(tl.int64), row)
-    row = _put(row, lane, LR, _number(values, recipe + _RATES))
-    row = _put(row, lane, SHRINK, _number(values, recipe + _RATES + 2))
-    row = _put(row, lane, EPS, _number(values, recipe + _RATES + 4))
-    row = _put(row, lane, CORRECTION, _number(values, recipe + _RATES + 6))
+    row = _with(row, lane, LR, _number(values, recipe + _RATES))
+    row = _with(row, lane, SHRINK, _number(values, recipe + _RATES + 2))
+    row = _with(row, lane, EPS, _number(values, recipe + _RATES + 4))
+    row = _with(row, lane, CORRECTION, _number(values, recipe + _RATES + 6))
     of_state = recipe + _OF_STATES
     factor = factors + number * 3
     row = _write_state(row, lane, of_state, values, step, found, factor, SECOND)
