@@ -70,6 +70,8 @@ def scale_tensor(value: Any = 1.0, name: str = "the scale", device: torch.device
         )
     if isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float64 and value.device == device:
         return value
+    if device.type != "cpu":
+        return torch.full((), number, dtype=torch.float64, device=device)  # copies nothing there
     return torch.tensor(number, dtype=torch.float64, device=device)
 
 

@@ -40,10 +40,9 @@ class DenseState(CodecState):
     dense = Entry("")  # [local_rows, *row_shape], or a scalar's own shape
     decay: Number
     weight: Number
-    step: Count
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
-        self.decay, self.weight, self.step = decay, weight, step
+        self.decay, self.weight = decay, weight
 
     def add(self, block: Block, x: Tensor) -> None:
         dense = self.spec.shard.as_rows(self.dense)

@@ -92,7 +92,7 @@ class _Quantized(CodecState):
     absmax = Entry("absmax")  # rows: [local_rows, blocks]; vector: [blocks]
     decay: Number
     weight: Number
-    step: Count
+    seed: Any  # of the step's noise
 
     def __init__(self, spec: StateSpec, tensors: Tensors, codec: Quantized) -> None:
         super().__init__(spec, tensors)
@@ -101,7 +101,7 @@ class _Quantized(CodecState):
         self.largest = levels - 1 if spec.signed else levels  # C of the class above
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
-        self.decay, self.weight, self.step = decay, weight, step
+        self.decay, self.weight, self.seed = decay, weight, noise_seed(self.spec, step)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         before = self.estimate(block)
@@ -117,7 +117,7 @@ class _Quantized(CodecState):
 
     def noise(self, block: Block) -> Tensor:
         """``[k, row_numel]``, as `rounding_noise`."""
-        return rounding_noise(self.spec, noise_seed(self.spec, self.step), block, self.codes.device)
+        return rounding_noise(self.spec, self.seed, block, self.codes.device)
 
     def quantize(self, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, a byte each, and largest magnitudes of values side by side.
@@ -204,7 +204,7 @@ class _Rows(_Quantized):
         )
 
     def stored(self) -> Stored:
-        codec, seed = self.codec, noise_seed(self.spec, self.step)
+        codec = self.codec
         # by position: half as long
         return Stored(
             Kind.QUANTIZED,
@@ -217,7 +217,7 @@ class _Rows(_Quantized):
             self.spec.signed,
             codec.bits,
             codec.block,
-            seed,
+            self.seed,
         )
 
     def store(self, block: Block, values: Tensor) -> None:

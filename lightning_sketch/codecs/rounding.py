@@ -30,7 +30,7 @@ def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.devic
 
     def of_columns() -> Tensor:
         places = torch.arange(spec.shard.row_numel, device=device) + spec.shard.column_offset
-        return mix64(places, ~seed).to(torch.int32)
+        return mix64(places, -1 - seed).to(torch.int32)  # ~seed, of a tensor, too
 
     columns = of_columns() if block.whole is None else block.whole.memo(("columns", seed), of_columns)
     return _noise16(rows[:, None] ^ columns[None, :])
