@@ -239,7 +239,7 @@ def _numbers(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> list[_Nu
         if found_inf is None:
             torch._foreach_add_(counts, 1)
         else:
-            torch._foreach_add_(counts, (found_inf != 1).to(counts[0].dtype))
+            torch._foreach_add_(counts, [(found_inf != 1).to(counts[0].dtype)] * len(counts))
         steps = torch.stack(counts).to(torch.float64)
         negate = bool(group.get("maximize", False))
         for i, of_step, step in zip(members, numbers_of(rule, group, steps), steps.unbind(), strict=True):

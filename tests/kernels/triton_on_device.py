@@ -13,9 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Policy,
+    RowWise,
+    Rule,
+    compress,
+    on_device,
+)
 from lightning_sketch import kernels as package_kernels
-from lightning_sketch import on_device
 from lightning_sketch.codecs import decay
 from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.kernels.triton import device_numbers, launch
@@ -179,7 +191,7 @@ def test_the_host_reads_nothing_and_the_table_stays(monkeypatch: pytest.MonkeyPa
     there = device_numbers._there
     monkeypatch.setattr(device_numbers, "_there", lambda host, device: copied.append(len(host)) or there(host, device))
     with NothingIsRead():
-        for step in range(3):
+        for _ in range(3):
             for param in model.parameters():
                 param.grad.normal_()
             optimizer.step()
