@@ -24,6 +24,7 @@ from lightning_sketch.fake import is_fake_tensor
 from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels.fused import DeviceNumbers, Kept
 from lightning_sketch.layer import Layer, LayerShard, compute_dtype, part_of
+from lightning_sketch.on_device import stay_on_device
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding import is_dtensor, local
 
@@ -164,16 +165,14 @@ class Bindings:
         needed: Collection[str],
         group: Mapping[str, Any],
         tensors: dict[str, Any],
-        *,
-        on_device: bool = False,
     ) -> list[BoundPart]:
         """Bind the parts of `param` to it and to its states.
 
         Args:
             needed: the states that hyperparameters ask for, which all parts have.
             tensors: ``optimizer.state[param]``.
-            on_device: as in `BoundPart.bind`.
         """
+        on_device = stay_on_device(group, param, parts)
         bound = [BoundPart.bind(part, param, group, tensors, on_device=on_device) for part in parts]
         if param.device.type == "cpu":
             for tensor in (*(part.param for part in bound), *tensors.values()):

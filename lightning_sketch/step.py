@@ -179,9 +179,7 @@ def step_compressed(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> N
         if own.bound is None:
             if not own.state:
                 _allocate(optimizer, own)
-            own.bound = optimizer._bindings.bind(
-                own.param, own.parts, own.needed, own.group, own.state, on_device=own.on_device
-            )
+            own.bound = optimizer._bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
             if own.param.device.type != "cpu":
                 _prove(rule, own)
         if not own.on_device:
