@@ -32,7 +32,8 @@ def in_graphs(policies: Mapping[str, Policy], device: torch.device) -> Iterator[
     """What is to be tried, in words, and how; a row with an ``error`` is a failure."""
     if device.type != "cuda":
         yield "capturable=True without a graph", partial(_refused, next(iter(policies.values())), device)
-    for kernels, words in kernels_on(device).items() if device.type == "cuda" else ():
+    by_kernels = dict(reversed(kernels_on(device).items()))  # Triton's first
+    for kernels, words in by_kernels.items() if device.type == "cuda" else ():
         for name in policies:
             yield f"AdamW, {name}, {words}: a graph", partial(_graph, "AdamW", name, policies, device, kernels)
         for rule, name in (("RMSprop", "Drop + Factored"), ("SGD", "BFloat16 + Factored")):
@@ -44,13 +45,13 @@ def in_graphs(policies: Mapping[str, Policy], device: torch.device) -> Iterator[
             f"{words}: a graph without a step before",
             partial(_unprepared, policies["Drop + Factored"], device, kernels),
         )
-    for kernels, words in kernels_on(device).items():
+    for kernels, words in by_kernels.items():
         yield f"{words}: torch.compile", partial(_compiled, policies["BFloat16 + Factored"], device, kernels)
 
 
 def scaled(policies: Mapping[str, Policy], device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Six steps under a GradScaler, with an infinity in the third, for each policy and kind of kernels."""
-    for kernels, words in kernels_on(device).items():
+    for kernels, words in reversed(kernels_on(device).items()):
         for name, policy in policies.items():
             yield f"GradScaler, {name}, {words}", partial(_scaled, name, policy, device, kernels)
 

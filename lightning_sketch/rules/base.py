@@ -87,10 +87,11 @@ class LayerStep:
     def begin_state(self, state: CodecState, decay: float, weight: float | Tensor) -> None:
         """Begin the step of one of the states."""
         rows, device = self.gradient.rows, self.on_device
-        state.deferred = self.fused and device is not None
         if device is None:
             state.begin(decay=decay, weight=weight, step=self.step, rows=rows)
-        elif self.fused:  # kernels know the step's number, and whether there is a step
+            return
+        state.deferred = self.fused
+        if self.fused:  # kernels know the step's number, and whether there is a step
             state.begin(decay=decay, weight=weight, step=0, rows=rows)
         else:
             kept = decay if self.skipped is None else torch.ones_like(device.step).where(self.skipped, decay)
