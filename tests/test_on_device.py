@@ -28,6 +28,8 @@ from lightning_sketch import (
     report,
 )
 from lightning_sketch.bound import Bindings
+from lightning_sketch.codecs import scale_tensor
+from lightning_sketch.counter import counter
 from lightning_sketch.nonfinite import LeftOut
 from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, assert_same, give_gradients, on_table, snapshot, train
 
@@ -339,3 +341,34 @@ def test_numbers_of_other_groups_are_on_the_host(cuda: CountLaunches) -> None:
         optimizer.step()
     state = optimizer.state[model.weight]
     assert {state[key].device.type for key in ("step", "exp_avg_sq_scale")} == {"cpu"}
+
+
+def test_numbers_that_were_loaded_or_moved_to_the_host_go_back() -> None:
+    with counting() as mode:
+        model, optimizer = _on(mode, CUDA["AdamW, capturable"], second_moment=Factored())
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        state["step"], state["exp_avg_sq_scale"] = counter(3.0), scale_tensor(0.5)
+        assert {state[key].device.type for key in ("step", "exp_avg_sq_scale")} == {"cpu"}
+        optimizer.step()
+        assert {state[key].device.type for key in ("step", "exp_avg_sq_scale")} == {"cuda"}
+
+
+@pytest.mark.parametrize("codecs", ["sketch", "factored", "SM3", "bfloat16"])
+def test_training_goes_on_from_a_checkpoint(codecs: str, here: None) -> None:
+    def made(model: Tiny) -> Any:
+        return _table(model, AdamW, on_table(**CODECS[codecs]), lr=torch.tensor(0.1), capturable=True)
+
+    torch.manual_seed(0)
+    model = Tiny()
+    optimizer = made(model)
+    train(model, optimizer, range(2))
+    resumed = copy.deepcopy(model)
+    other = made(resumed)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert isinstance(saved["state"][0]["step"], Tensor)
+    other.load_state_dict(saved)
+    for one, its in ((model, optimizer), (resumed, other)):
+        train(one, its, [2, 3])
+    assert_same(snapshot(resumed.table, other), snapshot(model.table, optimizer))
+    assert decompress(other).state[resumed.table.weight]["step"] == 4
