@@ -29,19 +29,16 @@ from lightning_sketch.kernels.triton.table import (
     EXPONENTS,
     FIRST,
     GRAD,
-    GROUPS,
     LARGEST,
     LEFT_OUT,
     LR,
-    MEANS,
     MOMENTUM,
     OF_SCALE,
-    PARTIALS,
     ROWS,
     SCALE,
+    SCRATCH_WORDS,
     SECOND,
     SEED,
-    SHAPE,
     SHRINK,
     SIGN,
     STATE_COLUMNS,
@@ -318,9 +315,9 @@ def write_words(
     lane = tl.arange(0, LANES)
     row = tl.load(static + number * WORDS + lane, mask=lane < WORDS, other=0)
     recipe = recipes + number * RECIPE
-    in_scratch = (lane == MEANS) | (lane == PARTIALS) | (lane == GROUPS) | (lane == SHAPE)
     in_zeros = (lane == LEFT_OUT) | (lane == LARGEST) | (lane == SUMS) | (lane == EXPONENTS)
-    row += tl.where(in_scratch, scratch, 0) + tl.where(in_zeros, zeros, 0)
+    in_either = (lane >= LEFT_OUT) & (lane < LEFT_OUT + SCRATCH_WORDS)
+    row += tl.where(in_zeros, zeros, tl.where(in_either, scratch, 0))
     row = tl.where(lane == GRAD, tl.load(gradients + number), row)
     step = tl.load(values + tl.load(recipe + _STEP))
     amp = tl.load(recipe + _AMP)

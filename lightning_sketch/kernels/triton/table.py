@@ -40,6 +40,7 @@ def _word(name: str) -> tl.constexpr:
 
 
 WORDS = tl.constexpr(COUNT)
+SCRATCH_WORDS = tl.constexpr(len(_SCRATCH))  # from LEFT_OUT on
 PARAM, GRAD, IDS, ROWS, COLUMNS = map(_word, ("param", "grad", "ids", "rows", "columns"))
 ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset", "all_rows"))
 SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
