@@ -32,9 +32,10 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._late: deque[tuple[Tensor, Any, Sequence[Unit]]] = deque()
-        #: Of all replays of graphs since it was looked at last; and before anything is captured, where it will be.
-        self._totals: dict[tuple[Unit, ...], Tensor] = {}
-        self._captured = False
+        #: Where a graph of the layers that were stepped last would count; and what graphs have counted since it was
+        #: looked at last.
+        self._place: tuple[Sequence[Unit], Tensor] | None = None
+        self._captured: list[tuple[Sequence[Unit], Tensor]] = []
 
     @staticmethod
     def is_late(counts: Tensor) -> bool:
@@ -49,8 +50,8 @@ class LeftOut:
             units: for each layer.
             capturable: whether such a step may be captured into a graph, which needs a place to count in.
         """
-        if capturable and (key := tuple(units)) not in self._totals:
-            self._totals[key] = torch.zeros_like(counts)
+        if capturable and (self._place is None or self._place[0] != units):
+            self._place = units, torch.zeros_like(counts)
         self._copy(counts, units)
 
     def add_captured(self, counts: Tensor, units: Sequence[Unit]) -> None:
@@ -63,13 +64,14 @@ class LeftOut:
         Raises:
             RuntimeError: these layers were not stepped together outside of a graph before.
         """
-        if (total := self._totals.get(tuple(units))) is None:
+        if self._place is None or self._place[0] != units:
             raise RuntimeError(
                 "a graph is captured of a step of other layers than were stepped before; make a few steps with the "
                 "same gradients on a side stream first, as torch's documentation of CUDA graphs says"
             )
-        total.add_(counts)
-        self._captured = True
+        self._place[1].add_(counts)
+        if all(place is not self._place for place in self._captured):
+            self._captured.append(self._place)
 
     def _copy(self, counts: Tensor, units: Sequence[Unit]) -> None:
         # To pinned memory, which torch takes for such copies; where nothing says when one is done (MPS), it waits.
@@ -90,8 +92,8 @@ class LeftOut:
         """
         if capturing():
             return  # nothing can be asked meanwhile
-        for of_graph, total in self._totals.items() if self._captured else ():
-            self._copy(total.clone(), of_graph)
+        for units, total in self._captured:
+            self._copy(total.clone(), units)
             total.zero_()
         found: list[dict[str, list[int]]] = []
         while self._late:

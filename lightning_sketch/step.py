@@ -217,7 +217,7 @@ _Numbers = tuple[Any, int | Tensor, bool, DeviceNumbers | None]
 
 
 def _numbers(optimizer: CompressedOptimizer, ready: list[OwnTensor]) -> list[_Numbers]:
-    """The numbers of all tensors' steps. Counts on devices are raised, those on the host are not yet."""
+    """The numbers of all tensors' steps. Counts on devices go up by one, those on the host do not yet."""
     rule = optimizer.rule
     known: dict[tuple[int, int], _Numbers] = {}  # by group and step
     apart: dict[tuple[int, torch.device], list[int]] = {}  # by group and device
