@@ -372,3 +372,11 @@ def test_training_goes_on_from_a_checkpoint(codecs: str, here: None) -> None:
         train(one, its, [2, 3])
     assert_same(snapshot(resumed.table, other), snapshot(model.table, optimizer))
     assert decompress(other).state[resumed.table.weight]["step"] == 4
+
+
+def test_of_hyperparameters_only_the_learning_rate_may_be_on_the_device(cuda: CountLaunches) -> None:
+    _, optimizer = _on(cuda, CUDA["AdamW, capturable"], second_moment=Factored())
+    optimizer.param_groups[0]["betas"] = (0.9, torch.full((), 0.99, device="cuda"))
+    with pytest.raises(ValueError, match="betas is a tensor on a device, and weight is compressed"):
+        optimizer.step()
+    assert not optimizer.state
