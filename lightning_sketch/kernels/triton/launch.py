@@ -209,7 +209,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             **common,
             TILE_ROWS=rows,
             TILE_COLUMNS=columns,
-            **(OPTIONS | {"num_warps": 8}),
+            **(OPTIONS | {"num_warps": key.observe_warps}),
         )
     if key.second == Kind.ROW_SKETCH:
         add_rows[(adding,)](

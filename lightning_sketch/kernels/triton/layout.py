@@ -83,6 +83,11 @@ class Key(NamedTuple):
         return max(self.observed_rows, 2048 // columns), columns
 
     @property
+    def observe_warps(self) -> int:
+        """Warps of a program of `observe`."""
+        return 8
+
+    @property
     def apply_tile(self) -> tuple[int, int]:
         """Rows and columns of a tile of `apply`."""
         tile, columns = TILE, min(self.width, TILE_COLUMNS)
