@@ -97,6 +97,10 @@ def apply(
         AT_ONCE: a row is no wider than TILE_COLUMNS.
         SPAN: 0 for all columns.
     """
+    BY_ELEMENTS: tl.constexpr = LEAVE_OUT and not BY_ROWS
+    KEPT: tl.constexpr = (
+        SECOND_KIND == ROW and AT_ONCE and not OBSERVED
+    )  # a program's gradient, between two looks at it
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
     if SPAN:
@@ -107,6 +111,8 @@ def apply(
     else:
         begin = 0
         end = columns
+        if KEPT:
+            end = TILE_COLUMNS  # known to be one tile, whose registers serve both
     i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     lane = tl.arange(0, TILE_COLUMNS)
@@ -135,6 +141,7 @@ def apply(
     # Of each row: whether it is stepped, and what its second moment is.
     good = present
     whole = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    whole_param = whole
     stored = tl.zeros([TILE_ROWS], tl.float32)
     means = stored
     if OBSERVED:
@@ -143,13 +150,14 @@ def apply(
             good = present & (means == means)
     elif SECOND_KIND == ROW:
         squares = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-        for start in range(0, columns, TILE_COLUMNS):
+        for start in range(begin, end, TILE_COLUMNS):
             mask = present[:, None] & ((start + lane) < columns)[None, :]
             at_grad = (i * columns + start)[:, None] + lane[None, :]
             at = (row * columns + start)[:, None] + lane[None, :]
             g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
-            if AT_ONCE:
+            if KEPT:
                 whole = g
+                whole_param = load(param, at, mask)  # on its way while the squares are summed
             squares += g * g
         sums = tl.sum(squares, axis=1)
         means = sums * number(layer, OF_COLUMN)
@@ -167,6 +175,7 @@ def apply(
             tl.atomic_add(left_out, count)
     if SECOND_KIND == ROW or SECOND_KIND == FACTORED:
         stored = load(second, row, good) + means * second_weight
+        tl.debug_barrier()  # fewer rows than threads: several read the same one, and all are to have read the old value
         tl.store(second + row, stored, mask=good)
     elif SECOND_KIND == SM3:
         stored = load(second, row, good)
@@ -186,11 +195,13 @@ def apply(
         mask = good[:, None] & inside[None, :]
         at_grad = (i * columns + start)[:, None] + lane[None, :]
         at = (row * columns + start)[:, None] + lane[None, :]
-        if LEAVE_OUT and not BY_ROWS:
-            bad = not_finite(grad, at_grad, mask)
-            bad_elements += bad.to(tl.int32)
-            mask = mask & (bad == 0)
-        if SECOND_KIND == ROW and AT_ONCE and not OBSERVED:
+        # Elements are written back, not masked: a mask that changes from one to the next would leave nothing to be read
+        # or written 16 bytes at a time.
+        stays = mask
+        if BY_ELEMENTS:
+            stays = not_finite(grad, at_grad, mask)
+            bad_elements += (stays & mask).to(tl.int32)
+        if KEPT:
             g = whole
         else:
             g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
@@ -200,7 +211,19 @@ def apply(
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
         elif FIRST_KIND != NONE:
             m = advance(
-                first, at, mask, g, row_id, column_id, first_decay, first_weight, first_scale, first_seed, FIRST_KIND
+                first,
+                at,
+                mask,
+                stays,
+                g,
+                row_id,
+                column_id,
+                first_decay,
+                first_weight,
+                first_scale,
+                first_seed,
+                FIRST_KIND,
+                BY_ELEMENTS,
             )
 
         if SECOND_KIND == NONE:
@@ -220,8 +243,10 @@ def apply(
                 row_largest = greater(row_largest, v)
                 if COLUMNS_USED:
                     # Integers order non-negative floats, NaN last; a maximum does not depend on the order of programs.
-                    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                    tl.atomic_max(largest + column, tl.max(bits, axis=0), mask=inside)
+                    bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+                    # Few programs find a larger one than those before them; what is read late costs an atomic only.
+                    before = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
+                    tl.atomic_max(largest + column, bits, mask=inside & (bits > before))
             elif SECOND_KIND == FACTORED:
                 v = of_row * load(shape, column, inside)[None, :]
             elif SECOND_KIND == SKETCH:
@@ -242,6 +267,7 @@ def apply(
                     second,
                     at,
                     mask,
+                    stays,
                     g * g,
                     row_id,
                     column_id,
@@ -250,6 +276,7 @@ def apply(
                     second_scale,
                     second_seed,
                     SECOND_KIND,
+                    BY_ELEMENTS,
                 )
             update = _preconditioned(m, v, eps, correction, bound, BOUNDED)
 
@@ -258,6 +285,7 @@ def apply(
                 momentum,
                 at,
                 mask,
+                stays,
                 update,
                 row_id,
                 column_id,
@@ -266,14 +294,23 @@ def apply(
                 momentum_scale,
                 momentum_seed,
                 MOMENTUM_KIND,
+                BY_ELEMENTS,
             )
-        store(param, at, load(param, at, mask) * shrink - update * lr, mask)
+        if KEPT:
+            p = whole_param
+        else:
+            p = load(param, at, mask)
+        new = p * shrink - update * lr
+        if BY_ELEMENTS:
+            new = tl.where(stays, p, new)
+        store(param, at, new, mask)
 
     if SECOND_KIND == SM3:
         bits = row_largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         most = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+        tl.debug_barrier()  # as above
         tl.store(second + row, most * number(layer, OF_SCALE), mask=good)
-    if LEAVE_OUT and not BY_ROWS:
+    if BY_ELEMENTS:
         count = tl.sum(tl.sum(bad_elements, axis=0), axis=0).to(tl.int64)
         if count != 0:
             tl.atomic_add(left_out, count)

@@ -58,8 +58,8 @@ def narrow_stochastically(x: tl.tensor, noise: tl.tensor) -> tl.tensor:
     """
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = (_sum(bits, noise) >> 16).to(tl.int16)
-    return tl.where(finite, rounded, narrow(x))
+    rounded = _sum(bits, tl.where(finite, noise, 0)) >> 16
+    return tl.where(x == x, rounded, rounded | 0x40).to(tl.int16)  # NaN stays NaN
 
 
 @inlined

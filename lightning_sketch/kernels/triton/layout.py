@@ -105,8 +105,10 @@ class Key(NamedTuple):
     def apply_warps(self) -> int:
         """Warps of a program of `apply`."""
         rows, columns = self.apply_tile
-        # Maxima both ways take registers.
-        return 8 if self.second == Kind.SM3 else min(16, max(4, rows * columns // 512))
+        if self.second == Kind.SM3:
+            return 8  # maxima both ways take registers
+        # Whole rows lie in registers twice, gradient and parameter.
+        return min(16, max(4, rows * columns // (256 if self.second == Kind.ROW else 512)))
 
     @property
     def rowless(self) -> bool:
