@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.fused import MOST_BLOCK, Kind, Stored
+from lightning_sketch.kernels.schema import MOST_BLOCK, Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 

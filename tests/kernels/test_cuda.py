@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch import kernels as package_kernels
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from tests.kernels.fused_cases import FIRST, PAIRS, QUANTIZED, RULES, SECOND, Case, check, gradient, start, train
 
 pytestmark = pytest.mark.cuda

@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise, kernels
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
 from lightning_sketch.kernels.triton import insert, launch, observe, row_sketch
 from tests.kernels.fused_cases import Case, train

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch import kernels as package_kernels
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import launch
 
 ROWS, COLUMNS = 40, 21

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.insert import insert

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 
 #: Elements of a tile: 8 for each thread of four warps.
 TILE = 1024
