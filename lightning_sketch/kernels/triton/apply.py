@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
-from lightning_sketch.kernels.triton.jit import FACTORED, NONE, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.quantized import decode, encode, four_each, hash_mixed, hashes_of
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
 from lightning_sketch.kernels.triton.table import (
@@ -72,6 +73,8 @@ def apply(
     MOMENTUM_HALF: tl.constexpr,
     SECOND_DEPTH: tl.constexpr,
     FIRST_DEPTH: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
     SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -90,6 +93,8 @@ def apply(
     """Update parameter and states: TILE_ROWS rows a program, all of their columns or SPAN of them.
 
     Args:
+        SECOND_DEPTH, FIRST_DEPTH: of sketches; bits (QUANTIZED).
+        SECOND_BLOCK, FIRST_BLOCK: elements of a block (QUANTIZED).
         COLUMNS_USED: whether SM3 has accumulators of columns.
         LEAVE_OUT: what is not finite in the gradient changes nothing.
         OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
@@ -110,6 +115,8 @@ def apply(
     i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     lane = tl.arange(0, TILE_COLUMNS)
+    if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
+        lane = four_each(TILE_COLUMNS)
 
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     first = values(layer, FIRST, FIRST_HALF, ALIGNED)
@@ -131,6 +138,12 @@ def apply(
     first_weight, first_scale = number(layer, FIRST + WEIGHT), number(layer, FIRST + SCALE)
     momentum_scale = number(layer, MOMENTUM + SCALE)
     column_offset = tl.load(layer + COLUMN_OFFSET)
+
+    # QUANTIZED
+    first_codes, first_absmax = tl.load(layer + FIRST), tl.load(layer + FIRST + STATE_COLUMNS)
+    second_codes, second_absmax = tl.load(layer + SECOND), tl.load(layer + SECOND + STATE_COLUMNS)
+    first_noise, second_noise = hash_mixed(row_id, first_seed), hash_mixed(row_id, second_seed)
+    second_hashes, first_hashes = hashes_of(layer, False), hashes_of(layer, SECOND_KIND == QUANTIZED)
 
     # Of each row: whether it is stepped, and what its second moment is.
     good = present
@@ -190,6 +203,42 @@ def apply(
             bad = not_finite(grad, at_grad, mask)
             bad_elements += bad.to(tl.int32)
             mask = mask & (bad == 0)
+        if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
+            # Everything is read before anything is stored: no load waits for another.
+            before = load(param, at, mask)
+            of_columns = (row * 0)[:, None] + (start + lane)[None, :]
+            if FIRST_KIND == QUANTIZED:
+                first_columns = tl.load(first_hashes + of_columns, mask=mask, other=0).to(tl.uint32, bitcast=True)
+                first_before = decode(
+                    first_codes,
+                    first_absmax,
+                    row,
+                    start,
+                    columns,
+                    good,
+                    FIRST_DEPTH,
+                    FIRST_BLOCK,
+                    True,
+                    ALIGNED,
+                    TILE_ROWS,
+                    TILE_COLUMNS,
+                )
+            if SECOND_KIND == QUANTIZED:
+                second_columns = tl.load(second_hashes + of_columns, mask=mask, other=0).to(tl.uint32, bitcast=True)
+                second_before = decode(
+                    second_codes,
+                    second_absmax,
+                    row,
+                    start,
+                    columns,
+                    good,
+                    SECOND_DEPTH,
+                    SECOND_BLOCK,
+                    False,
+                    ALIGNED,
+                    TILE_ROWS,
+                    TILE_COLUMNS,
+                )
         if SECOND_KIND == ROW and AT_ONCE and not OBSERVED:
             g = whole
         else:
@@ -198,6 +247,25 @@ def apply(
         m = g
         if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
+        elif FIRST_KIND == QUANTIZED:
+            m = tl.where(mask, first_before * first_decay + g * first_weight, 0.0)
+            encode(
+                first_codes,
+                first_absmax,
+                row,
+                start,
+                columns,
+                good,
+                m,
+                first_noise,
+                first_columns,
+                FIRST_DEPTH,
+                FIRST_BLOCK,
+                True,
+                ALIGNED,
+                TILE_ROWS,
+                TILE_COLUMNS,
+            )
         elif FIRST_KIND != NONE:
             m = advance(
                 first, at, mask, g, row_id, column_id, first_decay, first_weight, first_scale, first_seed, FIRST_KIND
@@ -237,6 +305,25 @@ def apply(
                     SECOND_DEPTH,
                     False,
                 )
+            elif SECOND_KIND == QUANTIZED:
+                v = tl.where(mask, second_before * second_decay + (g * g) * second_weight, 0.0)
+                encode(
+                    second_codes,
+                    second_absmax,
+                    row,
+                    start,
+                    columns,
+                    good,
+                    v,
+                    second_noise,
+                    second_columns,
+                    SECOND_DEPTH,
+                    SECOND_BLOCK,
+                    False,
+                    ALIGNED,
+                    TILE_ROWS,
+                    TILE_COLUMNS,
+                )
             else:
                 v = advance(
                     second,
@@ -267,7 +354,9 @@ def apply(
                 momentum_seed,
                 MOMENTUM_KIND,
             )
-        store(param, at, load(param, at, mask) * shrink - update * lr, mask)
+        if not (FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED):
+            before = load(param, at, mask)
+        store(param, at, before * shrink - update * lr, mask)
 
     if SECOND_KIND == SM3:
         bits = row_largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF
