@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
 from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
-from lightning_sketch.kernels.triton.quantized import decode, encode, four_each, hash_mixed, hashes_of
+from lightning_sketch.kernels.triton.quantized import decode, encode, four_each, hash_mixed, hashes_of, inside_row
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
 from lightning_sketch.kernels.triton.table import (
@@ -49,14 +49,25 @@ from lightning_sketch.kernels.triton.table import (
 
 @inlined
 def _preconditioned(
-    m: tl.tensor, v: tl.tensor, eps: tl.tensor, correction: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr
+    m: tl.tensor, v: tl.tensor, eps: tl.tensor, correction: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr, FAST: tl.constexpr
 ) -> tl.tensor:
-    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only."""
-    root = tl.sqrt_rn(v)
+    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only.
+
+    Args:
+        FAST: up to two units in the last place off, where arithmetic and not memory takes the time.
+    """
+    if FAST:
+        root = tl.sqrt(v)
+    else:
+        root = tl.sqrt_rn(v)
     if BOUNDED:
         limit = root * bound
         m = tl.where(m > limit, limit, tl.where(m < -limit, -limit, m))  # NaN stays NaN
-    update = tl.div_rn(m, tl.broadcast_to(root * correction + eps, m.shape))
+    divisor = tl.broadcast_to(root * correction + eps, m.shape)
+    if FAST:
+        update = m / divisor
+    else:
+        update = tl.div_rn(m, divisor)
     return tl.where(v == 0.0, 0.0, update)
 
 
@@ -195,6 +206,8 @@ def apply(
     for start in range(begin, end, TILE_COLUMNS):
         column = start + lane
         inside = column < columns
+        if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
+            inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
         column_id = (column + column_offset).to(tl.uint64)
         mask = good[:, None] & inside[None, :]
         at_grad = (i * columns + start)[:, None] + lane[None, :]
@@ -248,7 +261,7 @@ def apply(
         if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
         elif FIRST_KIND == QUANTIZED:
-            m = tl.where(mask, first_before * first_decay + g * first_weight, 0.0)
+            m = first_before * first_decay + g * first_weight
             encode(
                 first_codes,
                 first_absmax,
@@ -306,7 +319,8 @@ def apply(
                     False,
                 )
             elif SECOND_KIND == QUANTIZED:
-                v = tl.where(mask, second_before * second_decay + (g * g) * second_weight, 0.0)
+                v = second_before * second_decay + (g * g) * second_weight
+                v = tl.where(mask, v, 0.0)  # beyond the columns, too, codes mean something else
                 encode(
                     second_codes,
                     second_absmax,
@@ -338,7 +352,7 @@ def apply(
                     second_seed,
                     SECOND_KIND,
                 )
-            update = _preconditioned(m, v, eps, correction, bound, BOUNDED)
+            update = _preconditioned(m, v, eps, correction, bound, BOUNDED, FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED)
 
         if MOMENTUM_KIND != NONE:
             update = advance(

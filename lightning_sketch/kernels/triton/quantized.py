@@ -92,12 +92,12 @@ def decode(
     SIGN: tl.constexpr = 1 << (BITS - 1)
     if SIGNED:
         c = (codes & (SIGN - 1)).to(tl.float32)
-        value = c * c * (1.0 / (SIGN - 1) ** 2) * _over_blocks(largest, TILE_ROWS, TILE_COLUMNS)
+        value = c * c * (1.0 / (SIGN - 1) ** 2) * _over(largest, TILE_ROWS, TILE_COLUMNS)
         negative = (codes & SIGN) << (32 - BITS)
         value = (value.to(tl.int32, bitcast=True) | negative).to(tl.float32, bitcast=True)
     else:
-        c = codes.to(tl.float32) + 1.0
-        value = c * c * (1.0 / (4 * SIGN**2)) * _over_blocks(largest, TILE_ROWS, TILE_COLUMNS)
+        c = tl.fma(codes.to(tl.float32), 0.5 / SIGN, 0.5 / SIGN)  # exact, as its square
+        value = c * c * _over(largest, TILE_ROWS, TILE_COLUMNS)
     return value
 
 
@@ -136,29 +136,28 @@ def encode(
     usable = finite & (largest >= 0x00800000)
     # One that is not finite would leave nothing of the others in its block.
     kept = tl.where(usable, largest, tl.where(finite, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
-    at, mask = _blocks(row, start, columns, good, BLOCK, TILE_COLUMNS)
-    tl.store(absmax.to(tl.pointer_type(tl.float32)) + at, kept, mask=mask)
+    _store_largest(absmax, row, start, columns, good, kept, BLOCK, TILE_ROWS, TILE_COLUMNS)
     inverse = tl.where(usable, tl.div_rn(tl.full(kept.shape, 1.0, tl.float32), tl.where(usable, kept, 1.0)), 0.0)
-    inverse = _over_blocks(inverse, TILE_ROWS, TILE_COLUMNS)
+    inverse = _over(inverse, TILE_ROWS, TILE_COLUMNS)
 
-    ratio = magnitude.to(tl.float32, bitcast=True) * inverse * SQUARE
-    if not SIGNED:
-        ratio = tl.maximum(ratio, 1.0)
+    # Negative, because Triton's minus sign is a subtraction.
+    ratio = magnitude.to(tl.float32, bitcast=True) * inverse * -SQUARE
+    # What is less would not be rounded up, either. NaN becomes the least.
+    ratio = tl.minimum(ratio, -(0.5**20) if SIGNED else -1.0)
     # The root's integer part c. Where that is one off, at numbers beside squares, the other choice rounds to the same
     # code: noise has 13 bits, coarser than errors of the root. From 1.5 * 2**23 on, floats are integers.
-    whole = (tl.sqrt(ratio) - 0.5) + 12582912.0
+    whole = (tl.sqrt(tl.abs(ratio)) - 0.5) + 12582912.0
     lower = whole - 12582912.0
     # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1). Products and sums are
     # exact but for the last, of which the sign counts: fused they are the same.
     chance = _chance(row_noise[:, None], column_noise)
-    beyond = tl.fma(chance, tl.fma(lower, 2.0, 1.0), -tl.fma(-lower, lower, ratio))
+    beyond = tl.fma(chance, tl.fma(lower, 2.0, 1.0), tl.fma(lower, lower, ratio))
     up = (beyond.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     code = (whole.to(tl.int32, bitcast=True) & 0x1FF) + up
     if SIGNED:
         code |= (code + (SIGN - 1)) & (bits >> (32 - BITS)) & SIGN  # 0 has no sign
     else:
         code -= 1
-    code = tl.where(_over_blocks(usable.to(tl.int32), TILE_ROWS, TILE_COLUMNS) != 0, code, 0)
     if BITS == 4:
         low, high = tl.split(tl.reshape(code, [TILE_ROWS, TILE_COLUMNS // 2, 2]))
         code = low | (high << 4)
@@ -193,9 +192,8 @@ def _places(
 ) -> tl.tuple:
     """Where the bytes of a tile's codes are, and which of them exist: ``[TILE_ROWS, TILE_COLUMNS * BITS // 8]``."""
     if BITS == 8:
-        lane = four_each(TILE_COLUMNS)
-        at = (row * columns + start)[:, None] + lane[None, :]
-        inside = start + lane < columns
+        at = (row * columns + start)[:, None] + four_each(TILE_COLUMNS)[None, :]
+        inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
     else:
         lane = tl.max_contiguous(tl.arange(0, TILE_COLUMNS // 2), 2)
         if ALIGNED:
@@ -203,7 +201,7 @@ def _places(
         else:
             length = (columns + 1) // 2
         at = (row * length + start // 2)[:, None] + lane[None, :]
-        inside = start // 2 + lane < length
+        inside = lane < (length - start // 2).to(tl.int32)
     return at, good[:, None] & inside[None, :]
 
 
@@ -211,6 +209,17 @@ def _places(
 def four_each(TILE_COLUMNS: tl.constexpr) -> tl.tensor:
     """Lanes of a tile of which every thread has four side by side, for floats and codes alike: nothing is exchanged."""
     return tl.max_contiguous(tl.arange(0, TILE_COLUMNS), 4)
+
+
+@inlined
+def inside_row(
+    start: tl.tensor, columns: tl.tensor, ALIGNED: tl.constexpr, TILE_COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """Which of a tile's columns exist, in comparisons of 32 bits."""
+    lane = tl.arange(0, TILE_COLUMNS)
+    if ALIGNED:
+        lane = lane // 4 * 4  # one comparison for four
+    return lane < (columns - start).to(tl.int32)
 
 
 @inlined
@@ -225,13 +234,36 @@ def _blocks(
     """Where the largest magnitudes of a tile's blocks are, and which of them exist: ``[TILE_ROWS, blocks]``."""
     COUNT: tl.constexpr = TILE_COLUMNS // BLOCK if BLOCK < TILE_COLUMNS else 1
     blocks = (columns + BLOCK - 1) // BLOCK
-    block = start // BLOCK + tl.arange(0, COUNT)
-    return (row * blocks)[:, None] + block[None, :], good[:, None] & (block < blocks)[None, :]
+    first, lane = start // BLOCK, tl.arange(0, COUNT)
+    inside = lane < (blocks - first).to(tl.int32)
+    return (row * blocks + first)[:, None] + lane[None, :], good[:, None] & inside[None, :]
 
 
 @inlined
-def _over_blocks(x: tl.tensor, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr) -> tl.tensor:
-    """``[TILE_ROWS, blocks]``, each for all elements of its block."""
+def _store_largest(
+    absmax: tl.tensor,
+    row: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    good: tl.tensor,
+    largest: tl.tensor,
+    BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+) -> None:
+    """Store ``[TILE_ROWS, blocks]``, each by the thread that has its block's first four elements, as it is there."""
+    WORDS: tl.constexpr = TILE_COLUMNS // 4
+    lane = tl.arange(0, WORDS) * 4
+    first = (lane % BLOCK == 0) & (lane < (columns - start).to(tl.int32))
+    blocks = (columns + BLOCK - 1) // BLOCK
+    at = (row * blocks + start // BLOCK)[:, None] + (lane // BLOCK)[None, :]
+    spread = _over(largest, TILE_ROWS, WORDS)
+    tl.store(absmax.to(tl.pointer_type(tl.float32)) + at, spread, mask=good[:, None] & first[None, :])
+
+
+@inlined
+def _over(x: tl.tensor, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr) -> tl.tensor:
+    """``[TILE_ROWS, blocks]``, each for all of its block."""
     WIDTH: tl.constexpr = TILE_COLUMNS // x.shape[1]
     spread = tl.broadcast_to(tl.expand_dims(x, 2), [TILE_ROWS, x.shape[1], WIDTH])
     return tl.reshape(spread, [TILE_ROWS, TILE_COLUMNS])
