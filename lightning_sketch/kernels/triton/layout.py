@@ -95,7 +95,9 @@ class Key(NamedTuple):
     def apply_tile(self) -> tuple[int, int]:
         """Rows and columns of a tile of `apply`."""
         tile, columns = TILE, min(self.width, TILE_COLUMNS)
-        if max(0 if self.second_block else self.second_depth, 0 if self.first_block else self.first_depth) > 4:
+        if self.quantized:  # what is encoded takes registers; beside SM3 there are more warps
+            tile = tile if self.second == Kind.SM3 else tile // 2
+        elif max(self.second_depth, self.first_depth) > 4:
             tile //= 2  # a median of many takes registers
         if self.second == Kind.ROW and not self.observed:
             columns = min(self.width, WIDEST_ROW)
@@ -105,7 +107,7 @@ class Key(NamedTuple):
             columns = min(self.width, TILE)
         elif self.quantized:
             # Longer parts of wider rows: few rows at a time, because they are read twice, the second time from a cache.
-            columns = max(columns, min(self.width // QUANTIZED_PARTS, TILE))
+            columns = max(columns, min(self.width // QUANTIZED_PARTS, tile))
         if self.quantized:  # whole blocks, and four lanes for a thread
             columns = max(columns, min(self.width, max(self.second_block, self.first_block)), 4)
         return max(1, tile // columns), columns
@@ -115,7 +117,7 @@ class Key(NamedTuple):
         """Warps of a program of `apply`."""
         rows, columns = self.apply_tile
         # Maxima both ways take registers.
-        return 8 if self.second == Kind.SM3 else min(16, max(4, rows * columns // 512))
+        return 8 if self.second == Kind.SM3 else min(16, max(4, rows * columns // (256 if self.quantized else 512)))
 
     @property
     def rowless(self) -> bool:
