@@ -142,8 +142,10 @@ def encode(
 
     # Negative, because Triton's minus sign is a subtraction.
     ratio = magnitude.to(tl.float32, bitcast=True) * inverse * -SQUARE
-    # What is less would not be rounded up, either. NaN becomes the least.
-    ratio = tl.minimum(ratio, -(0.5**20) if SIGNED else -1.0)
+    # What is less would not be rounded up, either. NaN becomes the least: written so, because Triton's interpreter has
+    # a minimum of NaN be NaN, as devices have not; they have one instruction for this.
+    LEAST: tl.constexpr = -(0.5**20) if SIGNED else -1.0
+    ratio = tl.where(ratio < LEAST, ratio, LEAST)
     # The root's integer part c. Where that is one off, at numbers beside squares, the other choice rounds to the same
     # code: noise has 13 bits, coarser than errors of the root. From 1.5 * 2**23 on, floats are integers.
     whole = (tl.sqrt(tl.abs(ratio)) - 0.5) + 12582912.0
