@@ -60,15 +60,20 @@ def check_bits(case: Case) -> None:
 
 
 #: Second and first moment.
-BOTH = [(Quantized(), Quantized()), (FOUR, FOUR), (Quantized(block=1024), Quantized(bits=4, block=16)), (FOUR, Quantized())]
+BOTH = [
+    (Quantized(), Quantized()),
+    (FOUR, FOUR),
+    (Quantized(block=1024), Quantized(bits=4, block=16)),
+    (FOUR, Quantized()),
+]
 
 
-@pytest.mark.parametrize("columns", [1, 15, 128, 205])
+@pytest.mark.parametrize("columns", [1, 15, 136])
 @pytest.mark.parametrize(("second", "first"), BOTH, ids=repr)
 def test_states_are_the_references_bit_for_bit(
     second: Codec, first: Codec, columns: int, fused: list[FusedStep]
 ) -> None:
-    sparse, dtype = columns % 3 == 1, torch.bfloat16 if columns % 2 else torch.float32
+    sparse, dtype = columns == 15, torch.float32 if columns == 1 else torch.bfloat16
     check_bits(Case("adamw", second, first, rows=11, columns=columns, sparse=sparse, dtype=dtype, steps=2))
     check_bits(Case("adamw", second, first, rows=5, columns=columns, sparse=not sparse, dtype=torch.float32, steps=1))
     assert len(fused) == 3
@@ -76,27 +81,35 @@ def test_states_are_the_references_bit_for_bit(
 
 @pytest.mark.parametrize("columns", [1500, 4104])
 def test_blocks_of_rows_wider_than_a_tile(columns: int) -> None:
-    check_bits(Case("adamw", Quantized(), FOUR, rows=3, columns=columns, steps=2))
-    check(Case("adamw", RowWise(), Quantized(block=1024), rows=3, columns=columns, steps=1))
+    check_bits(Case("adamw", Quantized(), FOUR, rows=2, columns=columns, steps=2))
+    check(Case("adamw", RowWise(), Quantized(block=1024), rows=2, columns=columns, steps=1))
 
 
-@pytest.mark.parametrize(
-    "second",
-    [RowWise(), RowWise(compression=4), RowWise(lazy=True), SM3(), SM3(momentum=0.5), Factored(), CountSketch(4), Keep(),
-     BFloat16(), BFloat16(stochastic=False)],
-    ids=repr,
-)  # fmt: skip
-@pytest.mark.parametrize("first", [Quantized(), FOUR], ids=repr)
-def test_a_first_moment_beside_every_other_second(second: Codec, first: Codec, fused: list[FusedStep]) -> None:
-    sparse = first is FOUR
-    check(Case("adagrad" if second == SM3(momentum=0.5) else "adamw", second, first, 13, 37, sparse, steps=2))
+OTHER_SECOND: list[Codec] = [
+    RowWise(),
+    RowWise(compression=4),
+    RowWise(lazy=True),
+    SM3(),
+    Factored(),
+    CountSketch(4),
+    Keep(),
+    BFloat16(),
+    BFloat16(stochastic=False),
+]
+OTHER_FIRST: list[Codec] = [Drop(), Keep(), BFloat16(), CountSketch(4), CountSketch(4, depth=5)]
+
+
+@pytest.mark.parametrize("turn", range(len(OTHER_SECOND)), ids=lambda turn: repr(OTHER_SECOND[turn]))
+def test_a_first_moment_beside_every_other_second(turn: int, fused: list[FusedStep]) -> None:
+    """By turns of 8 and 4 bits, under dense and sparse gradients."""
+    first, sparse = (Quantized(), FOUR)[turn % 2], turn % 4 in (2, 3)
+    check(Case("adamw", OTHER_SECOND[turn], first, 13, 37, sparse, steps=2))
     assert len(fused) == 2
 
 
-@pytest.mark.parametrize("first", [Drop(), Keep(), BFloat16(), CountSketch(4), CountSketch(4, depth=5)], ids=repr)
-@pytest.mark.parametrize("second", [Quantized(), FOUR], ids=repr)
-def test_a_second_moment_beside_every_other_first(second: Codec, first: Codec, fused: list[FusedStep]) -> None:
-    check(Case("adamw", second, first, 13, 40, sparse=second is FOUR, steps=2))
+@pytest.mark.parametrize("turn", range(len(OTHER_FIRST)), ids=lambda turn: repr(OTHER_FIRST[turn]))
+def test_a_second_moment_beside_every_other_first(turn: int, fused: list[FusedStep]) -> None:
+    check(Case("adamw", (FOUR, Quantized())[turn % 2], OTHER_FIRST[turn], 13, 40, sparse=turn % 4 in (1, 2), steps=2))
     assert len(fused) == 2
 
 
@@ -106,7 +119,7 @@ def test_every_rule(rule: str, fused: list[FusedStep]) -> None:
     assert len(fused) == 2
 
 
-@pytest.mark.parametrize("second", [Quantized(block=16), RowWise(), SM3(), Factored()], ids=repr)
+@pytest.mark.parametrize("second", [Quantized(block=16), RowWise()], ids=repr)
 def test_parts_of_large_layers(second: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this small layer were large: rows wider than a tile, several programs."""
     small = {"TILE": 64, "TILE_COLUMNS": 16, "LINE_BYTES": 64, "WIDEST_ROW": 16, "TILE_HASH": 16}
@@ -114,10 +127,10 @@ def test_parts_of_large_layers(second: Codec, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(layout, name, value)
     for name in ("TILE_COLUMNS", "TILE_HASH"):
         monkeypatch.setattr(launch, name, small[name])
-    check(Case("adamw", second, Quantized(bits=4, block=16), rows=19, columns=37, steps=2))
+    check(Case("adamw", second, Quantized(bits=4, block=16), rows=9, columns=37, steps=2))
 
 
-@pytest.mark.parametrize("shard", ["row shard", "column shard", "a row cut by ZeRO"])
+@pytest.mark.parametrize("shard", ["row shard", "column shard"])
 def test_noise_goes_by_the_place_in_the_whole_parameter(shard: str, fused: list[FusedStep]) -> None:
     values = values_like(SHARDS[shard], 1)
     found, expected = (Part.make("adamw", Quantized(), FOUR, SHARDS[shard]) for _ in range(2))
@@ -131,7 +144,9 @@ def test_noise_goes_by_the_place_in_the_whole_parameter(shard: str, fused: list[
 def test_layers_of_one_launch(fused: list[FusedStep]) -> None:
     def run() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in ((9, 40), (1, 33), (30, 64)) * 3)
+        model = nn.ModuleList(
+            nn.Linear(columns, rows, bias=False) for rows, columns in ((9, 40), (1, 33), (20, 64), (2, 33))
+        )
         policy = Policy([Rule(name="*", first_moment=Quantized(), second_moment=FOUR)])
         optimizer = compress(torch.optim.AdamW(model.parameters()), model, policy)
         for _ in range(2):
@@ -142,7 +157,7 @@ def test_layers_of_one_launch(fused: list[FusedStep]) -> None:
         return {f"{number}.{name}": value for number, state in states for name, value in state.items()}
 
     found = run()
-    assert len(fused) == 18
+    assert len(fused) == 8
     with by_reference():
         assert_same(found, run())
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
 from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
-from lightning_sketch.kernels.triton.quantized import decode, encode, four_each, hash_mixed, hashes_of, inside_row
+from lightning_sketch.kernels.triton.quantized import codes_before, encode, four_each, hash_mixed, hashes_of, inside_row
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
 from lightning_sketch.kernels.triton.table import (
@@ -49,7 +49,13 @@ from lightning_sketch.kernels.triton.table import (
 
 @inlined
 def _preconditioned(
-    m: tl.tensor, v: tl.tensor, eps: tl.tensor, correction: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr, FAST: tl.constexpr
+    m: tl.tensor,
+    v: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
+    bound: tl.tensor,
+    BOUNDED: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> tl.tensor:
     """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only.
 
@@ -126,7 +132,8 @@ def apply(
     i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     lane = tl.arange(0, TILE_COLUMNS)
-    if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
+    CODED: tl.constexpr = FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED
+    if CODED:
         lane = four_each(TILE_COLUMNS)
 
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
@@ -206,7 +213,7 @@ def apply(
     for start in range(begin, end, TILE_COLUMNS):
         column = start + lane
         inside = column < columns
-        if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
+        if CODED:
             inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
         column_id = (column + column_offset).to(tl.uint64)
         mask = good[:, None] & inside[None, :]
@@ -216,42 +223,41 @@ def apply(
             bad = not_finite(grad, at_grad, mask)
             bad_elements += bad.to(tl.int32)
             mask = mask & (bad == 0)
-        if FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED:
-            # Everything is read before anything is stored: no load waits for another.
-            before = load(param, at, mask)
-            of_columns = (row * 0)[:, None] + (start + lane)[None, :]
-            if FIRST_KIND == QUANTIZED:
-                first_columns = tl.load(first_hashes + of_columns, mask=mask, other=0).to(tl.uint32, bitcast=True)
-                first_before = decode(
-                    first_codes,
-                    first_absmax,
-                    row,
-                    start,
-                    columns,
-                    good,
-                    FIRST_DEPTH,
-                    FIRST_BLOCK,
-                    True,
-                    ALIGNED,
-                    TILE_ROWS,
-                    TILE_COLUMNS,
-                )
-            if SECOND_KIND == QUANTIZED:
-                second_columns = tl.load(second_hashes + of_columns, mask=mask, other=0).to(tl.uint32, bitcast=True)
-                second_before = decode(
-                    second_codes,
-                    second_absmax,
-                    row,
-                    start,
-                    columns,
-                    good,
-                    SECOND_DEPTH,
-                    SECOND_BLOCK,
-                    False,
-                    ALIGNED,
-                    TILE_ROWS,
-                    TILE_COLUMNS,
-                )
+        before = row_largest
+        if CODED:
+            before = load(param, at, mask)  # all is read before anything is stored: no load waits for another
+        first_before, first_columns = codes_before(
+            first_codes,
+            first_absmax,
+            first_hashes,
+            row,
+            start,
+            columns,
+            good,
+            FIRST_KIND,
+            FIRST_DEPTH,
+            FIRST_BLOCK,
+            True,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
+        second_before, second_columns = codes_before(
+            second_codes,
+            second_absmax,
+            second_hashes,
+            row,
+            start,
+            columns,
+            good,
+            SECOND_KIND,
+            SECOND_DEPTH,
+            SECOND_BLOCK,
+            False,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
         if SECOND_KIND == ROW and AT_ONCE and not OBSERVED:
             g = whole
         else:
@@ -352,7 +358,7 @@ def apply(
                     second_seed,
                     SECOND_KIND,
                 )
-            update = _preconditioned(m, v, eps, correction, bound, BOUNDED, FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED)
+            update = _preconditioned(m, v, eps, correction, bound, BOUNDED, CODED)
 
         if MOMENTUM_KIND != NONE:
             update = advance(
@@ -368,7 +374,7 @@ def apply(
                 momentum_seed,
                 MOMENTUM_KIND,
             )
-        if not (FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED):
+        if not CODED:
             before = load(param, at, mask)
         store(param, at, before * shrink - update * lr, mask)
 

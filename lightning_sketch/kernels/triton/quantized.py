@@ -60,7 +60,44 @@ def hashes_of(layer: tl.tensor, BEFORE: tl.constexpr) -> tl.tensor:
 
 
 @inlined
-def decode(
+def codes_before(
+    data: tl.tensor,
+    absmax: tl.tensor,
+    hashes: tl.tensor,
+    row: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    good: tl.tensor,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+) -> tl.tuple:
+    """What a tile's codes mean, and the noise of its columns: float32 and uint32 ``[TILE_ROWS, TILE_COLUMNS]``.
+
+    Zeros of a state without codes.
+
+    Args:
+        hashes: where those of columns are, from `hashes_of`.
+        others: as of `_decode`.
+    """
+    if KIND == QUANTIZED:
+        inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
+        # Of every row anew: as a vector they would be exchanged between threads.
+        at = (row * 0)[:, None] + (start + four_each(TILE_COLUMNS))[None, :]
+        noise = tl.load(hashes + at, mask=good[:, None] & inside[None, :], other=0).to(tl.uint32, bitcast=True)
+        value = _decode(data, absmax, row, start, columns, good, BITS, BLOCK, SIGNED, ALIGNED, TILE_ROWS, TILE_COLUMNS)
+    else:
+        noise = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint32)
+        value = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    return value, noise
+
+
+@inlined
+def _decode(
     data: tl.tensor,
     absmax: tl.tensor,
     row: tl.tensor,
@@ -124,7 +161,7 @@ def encode(
     Args:
         value: float32 ``[TILE_ROWS, TILE_COLUMNS]``, 0 beyond the columns.
         row_noise, column_noise: uint32 ``[TILE_ROWS]`` and ``[TILE_ROWS, TILE_COLUMNS]``.
-        others: as of `decode`.
+        others: as of `_decode`.
     """
     SIGN: tl.constexpr = 1 << (BITS - 1)
     SQUARE: tl.constexpr = float((SIGN - 1) ** 2 if SIGNED else 4 * SIGN**2)
@@ -214,9 +251,7 @@ def four_each(TILE_COLUMNS: tl.constexpr) -> tl.tensor:
 
 
 @inlined
-def inside_row(
-    start: tl.tensor, columns: tl.tensor, ALIGNED: tl.constexpr, TILE_COLUMNS: tl.constexpr
-) -> tl.tensor:
+def inside_row(start: tl.tensor, columns: tl.tensor, ALIGNED: tl.constexpr, TILE_COLUMNS: tl.constexpr) -> tl.tensor:
     """Which of a tile's columns exist, in comparisons of 32 bits."""
     lane = tl.arange(0, TILE_COLUMNS)
     if ALIGNED:
