@@ -164,7 +164,7 @@ def encode(
         others: as of `_decode`.
     """
     SIGN: tl.constexpr = 1 << (BITS - 1)
-    SQUARE: tl.constexpr = float((SIGN - 1) ** 2 if SIGNED else 4 * SIGN**2)
+    SQUARE: tl.constexpr = (SIGN - 1) ** 2 if SIGNED else 4 * SIGN**2
     WIDTH: tl.constexpr = BLOCK if BLOCK < TILE_COLUMNS else TILE_COLUMNS
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF  # these order as integers, what is not finite last
@@ -178,7 +178,7 @@ def encode(
     inverse = _over(inverse, TILE_ROWS, TILE_COLUMNS)
 
     # Negative, because Triton's minus sign is a subtraction.
-    ratio = magnitude.to(tl.float32, bitcast=True) * inverse * -SQUARE
+    ratio = magnitude.to(tl.float32, bitcast=True) * inverse * (-1.0 * SQUARE)
     # What is less would not be rounded up, either. NaN becomes the least: written so, because Triton's interpreter has
     # a minimum of NaN be NaN, as devices have not; they have one instruction for this.
     LEAST: tl.constexpr = -(0.5**20) if SIGNED else -1.0
