@@ -17,7 +17,7 @@ TILE_COLUMNS = 128
 LINE_BYTES = 512
 #: Columns up to which a tile holds whole rows where their means are taken on the way.
 WIDEST_ROW = 4096
-#: Parts of a row of quantized states that a program steps one after the other, at least; fewer of narrow ones.
+#: Into how many tiles, one after the other, a program cuts wide rows of quantized states.
 QUANTIZED_PARTS = 8
 #: Columns of a program that need not have whole rows.
 SPAN = 4096
@@ -72,7 +72,7 @@ class Key(NamedTuple):
 
     @property
     def quantized(self) -> bool:
-        """Whether a state has codes of 8 or 4 bits, which then is its depth."""
+        """Whether a state is stored as codes; its depth is then the number of their bits."""
         return self.second_block + self.first_block > 0
 
     @property
@@ -106,7 +106,7 @@ class Key(NamedTuple):
         elif self.rowless:
             columns = min(self.width, TILE)
         elif self.quantized:
-            # Longer parts of wider rows: few rows at a time, because they are read twice, the second time from a cache.
+            # Few of the wider rows at a time: they are looked through first, and should still be in a cache after.
             columns = max(columns, min(self.width // QUANTIZED_PARTS, tile))
         if self.quantized:  # whole blocks, and four lanes for a thread
             columns = max(columns, min(self.width, max(self.second_block, self.first_block)), 4)
