@@ -28,6 +28,9 @@ MANY_ROWS, MORE_ROWS, SOME_ROWS, MANY_COLUMNS = 16_384, 16_387, 40, 4_104
 #: Largest difference, of the largest element: float32 sums in another order, after which a state in bfloat16 rounds to
 #: its other neighbour.
 CLOSE, CLOSE_BFLOAT16 = 2.0**-18, 2.0**-6
+#: Of states in codes, and with them of all else, this part may differ, and one number: a gradient with coupled weight
+#: decay, or a parameter, may be a rounding apart, and where that lies beside a threshold of the noise, so is a code.
+OTHER_CODES = 1e-4
 STEPS = 2
 PARAMETER = "the parameter"
 
@@ -90,13 +93,16 @@ def _problem(
             expected = _stepped(rule, of_case, param.dtype, torch.device("cpu"), group, sparse, None)
             found = _stepped(rule, of_case, param.dtype, param.device, group, sparse, kernel)
             start = _start(of_case, param.dtype)
-            halves = torch.bfloat16 in (param.dtype, *(value.dtype for value in expected.values()))
+            dtypes = {value.dtype for value in expected.values()}
+            halves = torch.bfloat16 in (param.dtype, *dtypes)
             for name, value in expected.items():
                 half = torch.bfloat16 in (param.dtype, value.dtype)
                 reach = float(value.abs().max()) * (CLOSE_BFLOAT16 if half else CLOSE)
                 if name == PARAMETER and halves:
                     reach += float((value - start).abs().max()) * CLOSE_BFLOAT16  # by other roundings of the moments
-                if not torch.allclose(found[name].cpu(), value, rtol=0, atol=reach):
+                allowed = max(1.0, OTHER_CODES * value.numel()) if torch.uint8 in dtypes else 0.0
+                near = torch.isclose(found[name].cpu(), value, rtol=0, atol=reach)
+                if near.logical_not().count_nonzero() > allowed:
                     return f"{name} is not the reference's in a case of {list(shape)}"
     except Exception as error:  # whatever compilers and drivers raise
         return f"{type(error).__name__}: {error}"[:300]

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, RowWise, kernels
+from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise, kernels
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
-from lightning_sketch.kernels.triton import insert, launch, observe, row_sketch
+from lightning_sketch.kernels.triton import insert, launch, observe, quantized, row_sketch
 from tests.kernels.fused_cases import Case, train
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -52,6 +52,9 @@ CODECS: list[tuple[Codec, Codec]] = [
     (CountSketch(compression=4), Drop()),
     (CountSketch(compression=4), CountSketch(compression=4)),
     (BFloat16(), BFloat16()),
+    (Quantized(), Quantized()),
+    (Quantized(bits=4), Quantized(bits=4)),
+    (Factored(), Quantized()),
     (RowWise(), Keep()),
 ]
 
@@ -64,6 +67,7 @@ KERNELS = (
     insert.hash_rows,
     insert.insert_rows,
     observe.observe,
+    quantized.hash_columns,
     row_sketch.add_rows,
     row_sketch.fold_rows,
 )
@@ -131,6 +135,8 @@ def test_no_kernel_spills(
         train(Case("adamw", RowWise(), BFloat16(), rows=256, columns=columns, steps=1))
     train(Case("adam", CountSketch(compression=4, depth=8), CountSketch(compression=4, depth=8), 256, 512, steps=1))
     train(Case("nesterov", Drop(), BFloat16(), 256, 512, steps=1))
+    for second in (RowWise(), SM3(), Quantized(bits=4, block=1024)):  # with the most registers
+        train(Case("adamw", second, Quantized(bits=4, block=16), 256, 4096, steps=1))
     train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
 
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}

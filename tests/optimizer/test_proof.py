@@ -24,6 +24,7 @@ CODECS = {
     "sm3": {"exp_avg": ls.Drop(), "exp_avg_sq": ls.SM3()},
     "sketches": {"exp_avg": ls.CountSketch(), "exp_avg_sq": ls.CountSketch()},
     "lazy": {"exp_avg": ls.Drop(), "exp_avg_sq": ls.RowWise(lazy=True)},
+    "quantized": {"exp_avg": ls.Quantized(), "exp_avg_sq": ls.Quantized(bits=4)},
 }
 
 
@@ -80,6 +81,18 @@ def test_right_kernels_are_proved(name: str, sparse: bool) -> None:
 def test_for_any_shape(shape: tuple[int, ...]) -> None:
     assert is_proved(cpu.step, shape=shape)
     assert not is_proved(wrong, shape=shape)
+
+
+@pytest.mark.parametrize(("rows", "right"), [(1, True), (40, False)])
+def test_a_code_may_round_otherwise_but_no_whole_column(rows: int, right: bool) -> None:
+    def other_codes(steps: Sequence[FusedStep]) -> Tensor:
+        counts = cpu.step(steps)
+        for step in steps:
+            assert step.first is not None
+            step.first.data[:rows, -1] ^= 1
+        return counts
+
+    assert is_proved(other_codes, "quantized", shape=(50, 4104)) == right
 
 
 @pytest.mark.parametrize("kernel", [wrong, broken])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
-from lightning_sketch.kernels.triton.jit import FACTORED, NONE, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.quantized import codes_before, encode, four_each, hash_mixed, hashes_of, inside_row
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
 from lightning_sketch.kernels.triton.table import (
@@ -48,14 +49,31 @@ from lightning_sketch.kernels.triton.table import (
 
 @inlined
 def _preconditioned(
-    m: tl.tensor, v: tl.tensor, eps: tl.tensor, correction: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr
+    m: tl.tensor,
+    v: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
+    bound: tl.tensor,
+    BOUNDED: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> tl.tensor:
-    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only."""
-    root = tl.sqrt_rn(v)
+    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only.
+
+    Args:
+        FAST: up to two units in the last place off, where arithmetic and not memory takes the time.
+    """
+    if FAST:
+        root = tl.sqrt(v)
+    else:
+        root = tl.sqrt_rn(v)
     if BOUNDED:
         limit = root * bound
         m = tl.where(m > limit, limit, tl.where(m < -limit, -limit, m))  # NaN stays NaN
-    update = tl.div_rn(m, tl.broadcast_to(root * correction + eps, m.shape))
+    divisor = tl.broadcast_to(root * correction + eps, m.shape)
+    if FAST:
+        update = m / divisor
+    else:
+        update = tl.div_rn(m, divisor)
     return tl.where(v == 0.0, 0.0, update)
 
 
@@ -72,6 +90,8 @@ def apply(
     MOMENTUM_HALF: tl.constexpr,
     SECOND_DEPTH: tl.constexpr,
     FIRST_DEPTH: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
     SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -90,6 +110,8 @@ def apply(
     """Update parameter and states: TILE_ROWS rows a program, all of their columns or SPAN of them.
 
     Args:
+        SECOND_DEPTH, FIRST_DEPTH: of sketches; bits (QUANTIZED).
+        SECOND_BLOCK, FIRST_BLOCK: elements of a block (QUANTIZED).
         COLUMNS_USED: whether SM3 has accumulators of columns.
         LEAVE_OUT: what is not finite in the gradient changes nothing.
         OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
@@ -116,6 +138,9 @@ def apply(
     i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     lane = tl.arange(0, TILE_COLUMNS)
+    CODED: tl.constexpr = FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED
+    if CODED:
+        lane = four_each(TILE_COLUMNS)
 
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     first = values(layer, FIRST, FIRST_HALF, ALIGNED)
@@ -137,6 +162,12 @@ def apply(
     first_weight, first_scale = number(layer, FIRST + WEIGHT), number(layer, FIRST + SCALE)
     momentum_scale = number(layer, MOMENTUM + SCALE)
     column_offset = tl.load(layer + COLUMN_OFFSET)
+
+    # QUANTIZED
+    first_codes, first_absmax = tl.load(layer + FIRST), tl.load(layer + FIRST + STATE_COLUMNS)
+    second_codes, second_absmax = tl.load(layer + SECOND), tl.load(layer + SECOND + STATE_COLUMNS)
+    first_noise, second_noise = hash_mixed(row_id, first_seed), hash_mixed(row_id, second_seed)
+    second_hashes, first_hashes = hashes_of(layer, False), hashes_of(layer, SECOND_KIND == QUANTIZED)
 
     # Of each row: whether it is stepped, and what its second moment is.
     good = present
@@ -191,6 +222,8 @@ def apply(
     for start in range(begin, end, TILE_COLUMNS):
         column = start + lane
         inside = column < columns
+        if CODED:
+            inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
         column_id = (column + column_offset).to(tl.uint64)
         mask = good[:, None] & inside[None, :]
         at_grad = (i * columns + start)[:, None] + lane[None, :]
@@ -201,6 +234,41 @@ def apply(
         if BY_ELEMENTS:
             stays = not_finite(grad, at_grad, mask)
             bad_elements += (stays & mask).to(tl.int32)
+        before = row_largest
+        if CODED:
+            before = load(param, at, mask)  # all is read before anything is stored: no load waits for another
+        first_before, first_columns = codes_before(
+            first_codes,
+            first_absmax,
+            first_hashes,
+            row,
+            start,
+            columns,
+            good,
+            FIRST_KIND,
+            FIRST_DEPTH,
+            FIRST_BLOCK,
+            True,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
+        second_before, second_columns = codes_before(
+            second_codes,
+            second_absmax,
+            second_hashes,
+            row,
+            start,
+            columns,
+            good,
+            SECOND_KIND,
+            SECOND_DEPTH,
+            SECOND_BLOCK,
+            False,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
         if KEPT:
             g = whole
         else:
@@ -209,6 +277,25 @@ def apply(
         m = g
         if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
+        elif FIRST_KIND == QUANTIZED:
+            m = first_before * first_decay + g * first_weight
+            encode(
+                first_codes,
+                first_absmax,
+                row,
+                start,
+                columns,
+                good,
+                m,
+                first_noise,
+                first_columns,
+                FIRST_DEPTH,
+                FIRST_BLOCK,
+                True,
+                ALIGNED,
+                TILE_ROWS,
+                TILE_COLUMNS,
+            )
         elif FIRST_KIND != NONE:
             m = advance(
                 first,
@@ -262,6 +349,26 @@ def apply(
                     SECOND_DEPTH,
                     False,
                 )
+            elif SECOND_KIND == QUANTIZED:
+                v = second_before * second_decay + (g * g) * second_weight
+                v = tl.where(mask, v, 0.0)  # beyond the columns, too, codes mean something else
+                encode(
+                    second_codes,
+                    second_absmax,
+                    row,
+                    start,
+                    columns,
+                    good,
+                    v,
+                    second_noise,
+                    second_columns,
+                    SECOND_DEPTH,
+                    SECOND_BLOCK,
+                    False,
+                    ALIGNED,
+                    TILE_ROWS,
+                    TILE_COLUMNS,
+                )
             else:
                 v = advance(
                     second,
@@ -278,7 +385,7 @@ def apply(
                     SECOND_KIND,
                     BY_ELEMENTS,
                 )
-            update = _preconditioned(m, v, eps, correction, bound, BOUNDED)
+            update = _preconditioned(m, v, eps, correction, bound, BOUNDED, CODED)
 
         if MOMENTUM_KIND != NONE:
             update = advance(
@@ -297,12 +404,12 @@ def apply(
                 BY_ELEMENTS,
             )
         if KEPT:
-            p = whole_param
-        else:
-            p = load(param, at, mask)
-        new = p * shrink - update * lr
+            before = whole_param
+        elif not CODED:
+            before = load(param, at, mask)
+        new = before * shrink - update * lr
         if BY_ELEMENTS:
-            new = tl.where(stays, p, new)
+            new = tl.where(stays, before, new)
         store(param, at, new, mask)
 
     if SECOND_KIND == SM3:

@@ -22,12 +22,14 @@ from lightning_sketch.kernels.triton.layout import (
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
+    TILE_HASH,
     TILE_SKETCH,
     Key,
     Laid,
     lay_out,
 )
 from lightning_sketch.kernels.triton.observe import observe
+from lightning_sketch.kernels.triton.quantized import hash_columns
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
 from lightning_sketch.kernels.triton.table import COUNT, PADDING, ROW
 
@@ -65,7 +67,7 @@ class Group:
 
     begin: int
     count: int
-    programs: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    programs: tuple[int, int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0, 0)
     inserted: list[tuple[FusedStep, Tensor]] = field(default_factory=list)
 
 
@@ -98,24 +100,26 @@ class Table:
         words: list[bytes] = []
         for key, members in by_key.items():
             group = self.groups[key] = Group(begin, len(members))
-            observe = add = fold = reduce = finish = apply = 0
+            observe = add = fold = reduce = finish = apply = hashing = 0
             for number, step, laid in members:
                 means = at
                 partials = means + 4 * laid.floats[0]
                 groups = partials + 4 * laid.floats[1]
                 shape = groups + 4 * laid.floats[2]
-                at = shape + 4 * laid.floats[3]
+                hashes = shape + 4 * laid.floats[3]
+                at = hashes + 4 * laid.floats[4]
                 exponents = at_zero + 8 * laid.sums
-                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents)
+                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents, hashes)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
-                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply)))
+                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply, hashing)))
                 more = laid.programs
                 observe, add, fold = observe + more[0], add + more[1], fold + more[2]
                 reduce, finish, apply = reduce + more[3], finish + more[4], apply + more[5]
+                hashing += more[6]
                 if key.inserts:
                     first = (means - address) // 4
                     group.inserted.append((step, self.scratch[first : first + laid.rows]))
-            group.programs = observe, add, fold, reduce, finish, apply
+            group.programs = observe, add, fold, reduce, finish, apply, hashing
             begin += len(members)
         host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
         # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
@@ -190,7 +194,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     """All launches of the layers with one key."""
     count = group.count
     words = table.words[group.begin * COUNT :]
-    observing, adding, folding, reducing, finishing, applying = group.programs
+    observing, adding, folding, reducing, finishing, applying, hashing = group.programs
     search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
     common: dict[str, Any] = {
         "HALF": key.half,
@@ -230,6 +234,16 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     if key.inserts:
         for step, means in group.inserted:
             insert(step, means if key.observed and key.leave_out else None)
+    if key.quantized:
+        hash_columns[(hashing,)](
+            words,
+            count,
+            SECOND_KIND=int(key.second),
+            FIRST_KIND=int(key.first),
+            SEARCH=search,
+            TILE=TILE_HASH,
+            **OPTIONS,
+        )
     rows, columns = key.apply_tile
     apply[(applying,)](
         words,
@@ -242,6 +256,8 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         MOMENTUM_HALF=key.momentum_half,
         SECOND_DEPTH=key.second_depth,
         FIRST_DEPTH=key.first_depth,
+        SECOND_BLOCK=key.second_block,
+        FIRST_BLOCK=key.first_block,
         **common,
         BOUNDED=key.bounded,
         NESTEROV_USED=key.nesterov,
