@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch import huge_pages
-from lightning_sketch.fake import is_fake
-from lightning_sketch.kernels.fused import Stored
+from lightning_sketch.kernels import huge_pages
+from lightning_sketch.kernels.schema import Stored
 from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.fake import is_fake
 
 #: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
 Number = float | Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -64,7 +64,7 @@ FIRST: dict[str, Codec] = {
 }
 
 
-#: What only the CPU's kernels take, of either moment.
+#: Of either moment; tested with Triton's kernels by triton_quantized.py.
 QUANTIZED: dict[str, Codec] = {"Quantized": Quantized(), "Quantized, 4 bits": Quantized(bits=4, block=32)}
 
 
@@ -93,6 +93,7 @@ class Case:
     sparse: bool = False
     dtype: torch.dtype = torch.float32
     steps: int = 3
+    device: str = "cpu"
 
 
 def start(case: Case) -> tuple[nn.Embedding, Any, torch.Generator]:
@@ -101,6 +102,7 @@ def start(case: Case) -> tuple[nn.Embedding, Any, torch.Generator]:
     layer = nn.Embedding(case.rows, case.columns, sparse=case.sparse, dtype=case.dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    layer.to(case.device)
     cls, options = RULES[case.rule]
     optimizer = cls(layer.parameters(), **options)
     moments = {"first_moment": case.first} if case.rule in ("sgd", "nesterov") else _moments(case)
@@ -111,7 +113,7 @@ def train(case: Case) -> dict[str, Tensor | float]:
     """The parameter after training, and its states."""
     layer, optimizer, generator = start(case)
     for _ in range(case.steps):
-        layer.weight.grad = _gradient(case, generator)
+        layer.weight.grad = gradient(case, generator)
         optimizer.step()
     return {"weight": layer.weight.detach()} | dict(optimizer.state[layer.weight])
 
@@ -119,7 +121,7 @@ def train(case: Case) -> dict[str, Tensor | float]:
 def unraised(case: Case) -> list[str]:
     """What autograd is not told of when a step changes it: names of the parameter and states, after the first step."""
     layer, optimizer, generator = start(case)
-    layer.weight.grad = _gradient(case, generator)
+    layer.weight.grad = gradient(case, generator)
     optimizer.step()
     tensors = {"weight": layer.weight} | {k: v for k, v in optimizer.state[layer.weight].items() if torch.is_tensor(v)}
     before = {name: (tensor._version, tensor.clone()) for name, tensor in tensors.items()}
@@ -136,12 +138,14 @@ def _moments(case: Case) -> dict[str, Codec]:
     )
 
 
-def _gradient(case: Case, generator: torch.Generator) -> Tensor:
+def gradient(case: Case, generator: torch.Generator) -> Tensor:
+    """The next one."""
     if not case.sparse:
-        return torch.randn(case.rows, case.columns, generator=generator).to(case.dtype)
+        return torch.randn(case.rows, case.columns, generator=generator).to(case.device, case.dtype)
     touched = torch.randint(0, case.rows, (max(1, case.rows // 2),), generator=generator)
     values = torch.randn(len(touched), case.columns, generator=generator).to(case.dtype)
-    return torch.sparse_coo_tensor(touched[None], values, (case.rows, case.columns), check_invariants=True)
+    found = torch.sparse_coo_tensor(touched[None], values, (case.rows, case.columns), check_invariants=True)
+    return found.to(case.device)
 
 
 @contextmanager
@@ -179,9 +183,9 @@ def threads(count: int) -> Any:
 
 def check(case: Case) -> None:
     """Parameter and states are those of the reference."""
-    found = train(case)
+    found = {key: value.cpu() if torch.is_tensor(value) else value for key, value in train(case).items()}
     with by_reference():
-        expected = train(case)
+        expected = train(replace(case, device="cpu"))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if not isinstance(value, Tensor) or value.ndim == 0:

@@ -25,12 +25,12 @@ from lightning_sketch import (
     RowWise,
     Rule,
     compress,
-    on_device,
 )
 from lightning_sketch import kernels as package_kernels
 from lightning_sketch.codecs import decay
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import device_numbers, launch
+from lightning_sketch.optimizer import on_device
 from tests.kernels.fused_cases import RULES, Case, start
 
 PAIRS: list[tuple[Codec, Codec]] = [

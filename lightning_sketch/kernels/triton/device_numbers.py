@@ -15,9 +15,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_sketch.codecs.decay import MIN_SCALE
 from lightning_sketch.kernels.capture import capturing
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import MIN_SCALE, FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.jit import OPTIONS, inlined, kernel
 from lightning_sketch.kernels.triton.table import (
     ALL_ROWS,

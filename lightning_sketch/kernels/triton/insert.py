@@ -8,8 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient, load, row_of
 from lightning_sketch.kernels.triton.jit import OPTIONS, kernel
 from lightning_sketch.kernels.triton.table import FIRST, ROWS, SECOND, SIGN, WEIGHT, WEIGHT_DECAY, number

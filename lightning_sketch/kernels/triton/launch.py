@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.device_numbers import device_words
@@ -23,12 +23,14 @@ from lightning_sketch.kernels.triton.layout import (
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
+    TILE_HASH,
     TILE_SKETCH,
     Key,
     Laid,
     lay_out,
 )
 from lightning_sketch.kernels.triton.observe import observe
+from lightning_sketch.kernels.triton.quantized import hash_columns
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
 from lightning_sketch.kernels.triton.table import COUNT, PADDING, ROW
 
@@ -67,7 +69,7 @@ class Group:
 
     begin: int
     count: int
-    programs: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    programs: tuple[int, int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0, 0)
     inserted: list[tuple[FusedStep, Tensor, int]] = field(default_factory=list)
 
 
@@ -103,25 +105,27 @@ class Table:
         order: list[FusedStep] = []
         for key, members in by_key.items():
             group = self.groups[key] = Group(begin, len(members))
-            observe = add = fold = reduce = finish = apply = 0
+            observe = add = fold = reduce = finish = apply = hashing = 0
             for number, step, laid in members:
                 means = at
                 partials = means + 4 * laid.floats[0]
                 groups = partials + 4 * laid.floats[1]
                 shape = groups + 4 * laid.floats[2]
-                at = shape + 4 * laid.floats[3]
+                hashes = shape + 4 * laid.floats[3]
+                at = hashes + 4 * laid.floats[4]
                 exponents = at_zero + 8 * laid.sums
-                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents)
+                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents, hashes)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
                 order.append(step)
-                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply)))
+                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply, hashing)))
                 more = laid.programs
                 observe, add, fold = observe + more[0], add + more[1], fold + more[2]
                 reduce, finish, apply = reduce + more[3], finish + more[4], apply + more[5]
+                hashing += more[6]
                 if key.inserts:
                     first = (means - address) // 4
                     group.inserted.append((step, self.scratch[first : first + laid.rows], len(words) - 1))
-            group.programs = observe, add, fold, reduce, finish, apply
+            group.programs = observe, add, fold, reduce, finish, apply, hashing
             begin += len(members)
         if on_device and order:
             self.words = device_words(order, words, self.scratch, self.zeros)
@@ -199,7 +203,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     """All launches of the layers with one key."""
     count = group.count
     words = table.words[group.begin * COUNT :]
-    observing, adding, folding, reducing, finishing, applying = group.programs
+    observing, adding, folding, reducing, finishing, applying, hashing = group.programs
     search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
     common: dict[str, Any] = {
         "HALF": key.half,
@@ -218,7 +222,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             **common,
             TILE_ROWS=rows,
             TILE_COLUMNS=columns,
-            **(OPTIONS | {"num_warps": 8}),
+            **(OPTIONS | {"num_warps": key.observe_warps}),
         )
     if key.second == Kind.ROW_SKETCH:
         add_rows[(adding,)](
@@ -240,6 +244,16 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         for step, means, number in group.inserted:
             layer = table.words[number * COUNT :]
             insert(step, layer, means if key.observed and key.leave_out else None)
+    if key.quantized:
+        hash_columns[(hashing,)](
+            words,
+            count,
+            SECOND_KIND=int(key.second),
+            FIRST_KIND=int(key.first),
+            SEARCH=search,
+            TILE=TILE_HASH,
+            **OPTIONS,
+        )
     rows, columns = key.apply_tile
     apply[(applying,)](
         words,
@@ -252,6 +266,8 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         MOMENTUM_HALF=key.momentum_half,
         SECOND_DEPTH=key.second_depth,
         FIRST_DEPTH=key.first_depth,
+        SECOND_BLOCK=key.second_block,
+        FIRST_BLOCK=key.first_block,
         **common,
         BOUNDED=key.bounded,
         NESTEROV_USED=key.nesterov,

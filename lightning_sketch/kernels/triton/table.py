@@ -17,8 +17,8 @@ _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight"
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
-_SCRATCH = ("count", "means", "partials", "groups", "shape", "largest", "sums", "exponents")
-_PROGRAMS = ("observe", "add", "fold", "reduce", "finish", "apply")
+_SCRATCH = ("count", "means", "partials", "groups", "shape", "largest", "sums", "exponents", "hashes")
+_PROGRAMS = ("observe", "add", "fold", "reduce", "finish", "apply", "hash")
 NAMES = (
     *_HEAD,
     *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
@@ -52,8 +52,8 @@ CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov
 # One over the number of columns, and over the second state's scale.
 OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
 LEFT_OUT, MEANS, PARTIALS, GROUPS = map(_word, ("count", "means", "partials", "groups"))
-SHAPE, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "largest", "sums", "exponents"))
-OBSERVE, ADD, FOLD, REDUCE, FINISH, APPLY = (_word(f"{kernel}_program") for kernel in _PROGRAMS)
+SHAPE, LARGEST, SUMS, EXPONENTS, HASHES = map(_word, ("shape", "largest", "sums", "exponents", "hashes"))
+OBSERVE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH = (_word(f"{kernel}_program") for kernel in _PROGRAMS)
 
 
 @inlined

@@ -1,0 +1,164 @@
+"""What a fused kernel sees of one step of one layer: the states as they are stored, and the rule as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kind(IntEnum):
+    """How a state is stored. Below, `true` is what the state means; x is the gradient or its square."""
+
+    NONE = 0
+    DENSE = 1  # true, shaped like the parameter
+    STOCHASTIC = 2  # the same in bfloat16, rounded stochastically
+    SCALED = 3  # true / scale, shaped like the parameter
+    ROW = 4  # true / scale of each row
+    ROW_SKETCH = 5  # true / scale, [depth, width] row scalars
+    SM3 = 6  # rows: true / scale; columns: true
+    FACTORED = 7  # rows and columns: true / scale
+    SKETCH = 8  # true / scale, [depth, width, *row_shape]
+    QUANTIZED = 9  # codes of 8 or 4 bits, rounded stochastically; columns: the largest magnitude of every block
+
+
+@dataclass(slots=True)  # not frozen: that triples what making one costs, and every step makes them
+class Stored:
+    """A codec state after ``begin``: ``s <- decay * s + weight * x``.
+
+    Args:
+        kind: how it is stored.
+        data: the tensor that `kind` says.
+        columns: column accumulators, ``row_shape`` (SM3, FACTORED); ``[rows, blocks]`` (QUANTIZED).
+        decay: factor of what is stored; 1 where the scale has decayed already.
+        weight: factor of x, divided by the scale already where values are stored so (but for SM3).
+        column_weight: the same of the column sums (FACTORED); factor of the columns (SM3), 1 if they decayed already.
+        scale: true value = stored value * scale.
+        signed: whether a sketch or codes have signs.
+        depth, width: of a sketch; bits and block (QUANTIZED).
+        seed: of a sketch's hashes, or of the rounding noise.
+        scale_at: where the numbers of steps stay on the device, the scale, 0-d float64; ``None`` if there is none.
+            Nothing has decayed then, and weights are not divided yet.
+        scale_decay: by which that scale is to decay.
+    """
+
+    kind: Kind
+    data: Tensor
+    columns: Tensor | None = None
+    decay: float | Tensor = 1.0
+    weight: float | Tensor = 1.0
+    column_weight: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
+    signed: bool = False
+    depth: int = 0
+    width: int = 0
+    seed: int = 0
+    scale_at: Tensor | None = None
+    scale_decay: float = 1.0
+
+
+@dataclass(slots=True)
+class DeviceNumbers:
+    """What a step of a layer takes from the device; 0-d tensors there.
+
+    Args:
+        step: number of this step, float64.
+        found_inf: 1 where nothing is to change, as a gradient scaler says; ``None`` for never.
+        grad_scale: what the gradient is to be divided by; ``None`` for nothing.
+    """
+
+    step: Tensor
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Kept:
+    """What is found out once about a layer's steps, for as long as its parameter and states are laid out the same.
+
+    Args:
+        fusable: whether kernels take its states; ``None`` before that was asked.
+        packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
+            the first.
+        laid: how Triton's kernels are launched for such a step, and what of it that depends on.
+        resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
+    """
+
+    fusable: bool | None = None
+    packed: bytearray | None = None
+    laid: tuple[tuple[bool, ...], Any] | None = None
+    resident: Any = None
+
+
+@dataclass(slots=True)
+class FusedStep:
+    r"""One step of one layer, in the form that all rules share.
+
+    With g the gradient (negated and with coupled weight decay as asked), m the first state (g itself if there is none)
+    and v the second:
+
+    .. math::
+        u = \frac{m}{c \sqrt v + \epsilon} \text{ (0 where v is 0)}, \quad
+        \theta \leftarrow \text{shrink} \cdot \theta - \text{lr} \cdot u
+
+    Without a second state u is m, or with Nesterov's momentum :math:`g + \text{nesterov} \cdot m`.
+
+    Args:
+        param: rows of the parameter, ``[local_rows, *row_shape]``, contiguous (modified in place).
+        grad: ``[k, *row_shape]``, contiguous, the parameter's dtype.
+        ids: local row ids, int64 ``[k]``; ``None`` for all rows in order.
+        row_offset: global id of local row 0.
+        column_offset: of the elements held here within the flattened row.
+        second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
+        lr, shrink, eps, weight_decay: as above; weight_decay is the coupled one.
+        correction: c above.
+        bound: clamp m to ``bound * sqrt(v)``, where m is sketched; ``None`` for no clamp.
+        nesterov: factor of Nesterov's momentum; 0 for none.
+        negate: maximize.
+        kept: of the layer's earlier steps; ``None`` if nothing is to be kept.
+        leave_out: whether rows of `grad` that are not finite are left out; where both states are element-wise or
+            absent (NONE, DENSE, STOCHASTIC, SCALED), elements. A row left out is one that is absent from a sparse
+            gradient: nothing of it changes, and it enters no sum and no maximum that it shares with other rows.
+        on_device: where the numbers of steps stay on the device, what the step takes from there: then lr, shrink, eps,
+            correction and weights of states may be 0-d float64 tensors, scales are at `Stored.scale_at`, and seeds of
+            rounding noise are those of step 0.
+    """
+
+    param: Tensor
+    grad: Tensor
+    ids: Tensor | None
+    row_offset: int
+    column_offset: int
+    second: Stored | None
+    first: Stored | None
+    momentum: Stored | None
+    lr: float | Tensor
+    shrink: float | Tensor = 1.0
+    eps: float | Tensor = 0.0
+    weight_decay: float = 0.0
+    correction: float | Tensor = 1.0
+    bound: float | None = None
+    nesterov: float = 0.0
+    negate: bool = False
+    kept: Kept | None = None
+    leave_out: bool = False
+    on_device: DeviceNumbers | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that the step changes but the parameter."""
+        stored = [state for state in (self.second, self.first, self.momentum) if state is not None]
+        return [t for state in stored for t in (state.data, state.columns, state.scale_at) if t is not None]
+
+
+#: dtypes of parameters and gradients that fused kernels take.
+DTYPES = (torch.float32, torch.bfloat16)
+#: Hash functions of a sketch that fused kernels take.
+MOST_DEPTH = 8
+#: Elements of a block of quantized states that fused kernels take.
+MOST_BLOCK = 1024
+#: Renormalise when the scale falls below this. Far from float32's smallest number, so that even tiny second moments keep
+#: their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
+MIN_SCALE = 2.0**-32
