@@ -159,6 +159,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_DEPTH = 8
 #: Elements of a block of quantized states that fused kernels take.
 MOST_BLOCK = 1024
-#: Renormalise when the scale falls below this. Far from float32's smallest number, so that even tiny second moments keep
-#: their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
+
+#: Scales below this are multiplied into what they scale. Far from float32's smallest number, so that even tiny second
+#: moments keep their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
 MIN_SCALE = 2.0**-32

@@ -203,7 +203,7 @@ def test_the_host_reads_nothing_and_the_table_stays(monkeypatch: pytest.MonkeyPa
 
 
 def _as_captured(monkeypatch: pytest.MonkeyPatch, now: bool) -> None:
-    for module in ("step", "nonfinite", "kernels.triton.device_numbers"):
+    for module in ("optimizer.step", "optimizer.nonfinite", "kernels.triton.device_numbers"):
         monkeypatch.setattr(f"lightning_sketch.{module}.capturing", lambda: now)
 
 

@@ -48,7 +48,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have steps believe that they are captured."""
 
     def now(value: bool) -> None:
-        for module in ("step", "nonfinite", "stock.optimizer"):
+        for module in ("optimizer.step", "optimizer.nonfinite", "optimizer.stock"):
             monkeypatch.setattr(f"lightning_sketch.{module}.capturing", lambda: value)
 
     return now

@@ -335,8 +335,8 @@ def apply(
                     # Integers order non-negative floats, NaN last; a maximum does not depend on the order of programs.
                     bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
                     # Few programs find a larger one than those before them; what is read late costs an atomic only.
-                    before = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
-                    tl.atomic_max(largest + column, bits, mask=inside & (bits > before))
+                    known = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
+                    tl.atomic_max(largest + column, bits, mask=inside & (bits > known))
             elif SECOND_KIND == FACTORED:
                 v = of_row * load(shape, column, inside)[None, :]
             elif SECOND_KIND == SKETCH:
