@@ -180,8 +180,16 @@ class Codec(ABC):
     #: Whether every element is stored by itself, or beside its neighbours alone: then any optimizer's state can be
     #: decoded, stepped by the optimizer itself, and encoded again.
     elementwise: ClassVar[bool] = False
+    #: Whether the state is kept as torch keeps it.
+    exact: ClassVar[bool] = False
+    #: Whether there is no state at all.
+    drops: ClassVar[bool] = False
+    #: Whether the tensor ``table`` is linear in the state, and has its columns: then parts of it can be put together.
+    joins_columns: ClassVar[bool] = False
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
+    #: beta of a momentum of the update, kept beside this state; 0 for none.
+    momentum: float = 0.0
 
     @property
     def needs_host(self) -> str | None:
@@ -224,6 +232,28 @@ class Codec(ABC):
         Args:
             ndim: number of dimensions of the parameter, a scalar counting as one row.
         """
+
+    def table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        """``(depth, width)`` of the sketch of whole rows that this codec keeps; ``None`` if it keeps none."""
+        return None
+
+    def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        """``(depth, width)`` of the sketch of a number for each row; ``None`` if there is none."""
+        return None
+
+    def shares_buckets(self, shard: Shard) -> bool:
+        """Whether rows, or a number of each, lie in fewer buckets than there are rows."""
+        shape = self.table_shape(shard) or self.row_table_shape(shard)
+        return shape is not None and shape[1] < shard.table_rows
+
+    def scratch_per_row(self, shard: Shard) -> int:
+        """Bytes for each row that the CPU's kernels ask for in a step."""
+        # The mean square of each, and whether it is left out.
+        return 5 if self.row_table_shape(shard) else 1 if self.table_shape(shard) else 0
+
+    def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
+        """The momentum of the update that is kept beside this state, if `momentum`."""
+        return None
 
     def nbytes(self, spec: StateSpec) -> int:
         """Bytes of the stored tensors. Nothing is allocated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class CountSketch(Codec):
             raise ValueError(f"CountSketch(cleaning_interval={self.cleaning_interval}): must be >= 0")
         if not 0 < self.cleaning_factor <= 1:
             raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
+
+    joins_columns: ClassVar[bool] = True
 
     def table_shape(self, shard: Shard) -> tuple[int, int]:
         """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`."""

@@ -11,7 +11,7 @@ from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import Kind, Stored
-from lightning_sketch.sharding import Block
+from lightning_sketch.sharding import Block, Shard
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Factored(Codec):
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         row, col = spec.zeros(spec.shard.local_rows), spec.zeros(*spec.shard.row_shape)
         return {"row": row, "col": col, "scale": scale_tensor()}
+
+    def scratch_per_row(self, shard: Shard) -> int:
+        return 5  # the mean square of each, and whether it is left out
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"row": (0,), "col": tuple(range(1, ndim))}

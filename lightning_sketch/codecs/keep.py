@@ -21,6 +21,7 @@ class Keep(Codec):
     rows decay, as in ``torch.optim.SparseAdam``.
     """
 
+    exact: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

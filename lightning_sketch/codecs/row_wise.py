@@ -58,6 +58,9 @@ class RowWise(Codec):
         except ValueError as error:
             raise ValueError(str(error).replace("CountSketch", "RowWise")) from None
 
+    def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        return self.sketch().table_shape(shard) if self.compression > 1 else None
+
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         if self.compression > 1:
             return self.sketch().allocate(_row_scalars(spec))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import SM3, CodecState
+from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels import huge_pages
 from lightning_sketch.kernels.schema import DeviceNumbers, Kept
 from lightning_sketch.layers.record import Layer, LayerShard, compute_dtype, part_of
@@ -77,7 +77,7 @@ class BoundPart:
             if on_device:
                 spec = replace(spec, on_device=True)
             states[state] = codec.bind(spec, tensors)
-            if isinstance(codec, SM3):
+            if codec.momentum:
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
         lazy, dtype = part.layer.lazy, compute_dtype(param)
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.layers.counter import read_step
 from lightning_sketch.layers.record import RECORDS, LayerShard
 from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
@@ -357,11 +356,6 @@ def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> N
 
 def _sketches_some_rows(part: LayerShard) -> bool:
     """Whether a layer has several rows to a bucket, and not all of its rows here."""
-    rows = part.shard.table_rows
-    sketches = [
-        codec.sketch() if isinstance(codec, RowWise) and codec.compression > 1 else codec
-        for codec in part.layer.codecs.values()
-    ]
-    return rows < part.shard.global_rows and any(
-        isinstance(codec, CountSketch) and codec.table_shape(part.shard)[1] < rows for codec in sketches
+    return part.shard.table_rows < part.shard.global_rows and any(
+        codec.shares_buckets(part.shard) for codec in part.layer.codecs.values()
     )
