@@ -61,8 +61,9 @@ KERNELS = (
     of_columns.finish_sm3,
     of_columns.reduce_columns,
     insert.hash_rows,
-    insert.insert_rows,
+    insert.insert,
     observe.observe,
+    observe.settle,
     row_sketch.add_rows,
     row_sketch.fold_rows,
 )

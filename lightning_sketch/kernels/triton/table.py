@@ -17,14 +17,19 @@ _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight"
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
-_SCRATCH = ("count", "means", "partials", "groups", "shape", "largest", "sums", "exponents")
-_PROGRAMS = ("observe", "add", "fold", "reduce", "finish", "apply")
+_SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "largest", "sums", "exponents")
+# Rows by bucket of a sketch: `orders.Order`.
+_SORTED = tuple(f"{state}_{word}" for state in ("second", "first") for word in ("order", "edges", "keys", "entry", "key"))
+#: Kernels whose programs are numbered through all layers.
+PROGRAMS = ("observe", "settle", "add", "fold", "reduce", "finish", "apply")
+PROGRAMS += ("hash_second", "hash_first", "insert_second", "insert_first")
 NAMES = (
     *_HEAD,
     *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
     *_RULE,
     *_SCRATCH,
-    *(f"{kernel}_program" for kernel in _PROGRAMS),
+    *_SORTED,
+    *(f"{kernel}_program" for kernel in PROGRAMS),
     "splits",
     "chunks",
 )
@@ -50,9 +55,14 @@ LR, SHRINK, EPS, WEIGHT_DECAY = map(_word, ("lr", "shrink", "eps", "weight_decay
 CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov", "sign"))
 # One over the number of columns, and over the second state's scale.
 OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
-LEFT_OUT, MEANS, PARTIALS, GROUPS = map(_word, ("count", "means", "partials", "groups"))
+LEFT_OUT, MEANS, ROW_SUMS, PARTIALS, GROUPS = map(_word, ("count", "means", "row_sums", "partials", "groups"))
 SHAPE, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "largest", "sums", "exponents"))
-OBSERVE, ADD, FOLD, REDUCE, FINISH, APPLY = (_word(f"{kernel}_program") for kernel in _PROGRAMS)
+SECOND_SORTED, FIRST_SORTED = map(_word, ("second_order", "first_order"))
+# Of rows by bucket, from their first word.
+EDGES, KEYS, ENTRY, KEY = map(tl.constexpr, range(1, 5))
+OBSERVE, SETTLE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH_SECOND, HASH_FIRST, INSERT_SECOND, INSERT_FIRST = (
+    _word(f"{kernel}_program") for kernel in PROGRAMS
+)
 
 
 @inlined
