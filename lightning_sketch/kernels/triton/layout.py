@@ -25,6 +25,8 @@ OBSERVED_ROWS, FEWER_OBSERVED_ROWS, ENOUGH_PROGRAMS = 128, 32, 1024
 OBSERVING_WARPS, LOADS = 8, 4
 #: Rows of a tile of `observe` at most, where they are narrow.
 MOST_OBSERVED = 256
+#: Columns up to which `observe` does what `settle` does: one launch less. With more that would take registers.
+SETTLED_AT_ONCE = 256
 #: Columns of a program of `insert`, and its buckets at most.
 INSERTED_COLUMNS, INSERTED_SLOTS = 128, 256
 #: Rows, times hash functions, that are sorted at once, so that temporaries do not grow with the table: 28 bytes each.
@@ -98,9 +100,9 @@ class Key(NamedTuple):
 
     @property
     def one_chunk(self) -> bool:
-        """Whether a program of `observe` has whole rows."""
+        """Whether a program of `observe` has whole rows, and settles them, too."""
         parts, _, part = self.observe_tile
-        return self.width <= parts * part
+        return self.at_once and self.width <= min(SETTLED_AT_ONCE, parts * part)
 
     @property
     def insertions(self) -> list[tuple[bool, bool, int]]:
@@ -184,6 +186,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     parts, _, part = _observe_tile(width, step.param.element_size())
     chunks = ceil(columns, parts * part)
     sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
+    is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH)
     key = Key(
         second.kind,
         first.kind,
@@ -204,7 +207,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         columns <= WIDEST_ROW,
         columns > SPAN and second.kind not in _OWN_ROWS,
         width,
-        OBSERVED_ROWS if rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
+        OBSERVED_ROWS if is_summed and rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
         not sparse or any(rows >= sketch.width or rows * sketch.depth > WAVE for sketch in sketches),
         first.kind == second.kind == Kind.SKETCH and hashing(second) == hashing(first),
     )

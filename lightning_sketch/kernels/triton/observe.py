@@ -68,8 +68,14 @@ def _stream(
     column = chunk * (PARTS * PART) + within
     inside = column < columns
     total = tl.zeros([PARTS, TILE_ROWS, PART], tl.float32)
-    for step in range(BLOCK_ROWS // TILE_ROWS):
-        i, row, present = rows_of_tile(layer, block * (BLOCK_ROWS // TILE_ROWS) + step, SPARSE, TILE_ROWS)
+    STEPS: tl.constexpr = BLOCK_ROWS // TILE_ROWS
+    # Lanes of a warp that read a row; its sum stays in LEFT pieces, so that a lane holds one piece of one step.
+    LANES: tl.constexpr = min(32, max(1, PART // (8 if HALF else 4)))
+    LEFT: tl.constexpr = max(1, LANES // STEPS)
+    steps = tl.arange(0, STEPS)
+    sums = tl.zeros([TILE_ROWS, STEPS, LEFT], tl.float32)
+    for step in range(STEPS):
+        i, row, present = rows_of_tile(layer, block * STEPS + step, SPARSE, TILE_ROWS)
         here = present
         if AGAIN:
             means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
@@ -82,7 +88,12 @@ def _stream(
         if KIND == FACTORED:
             total += squares
         if not AGAIN:
-            tl.store(row_sums + i, tl.sum(tl.sum(squares, axis=0), axis=1), mask=present)
+            pieces = tl.sum(tl.reshape(tl.sum(squares, axis=0), [TILE_ROWS, LEFT, PART // LEFT]), axis=2)
+            sums = tl.where((steps == step)[None, :, None], pieces[:, None, :], sums)
+    if not AGAIN:
+        # Not in the loop: other threads store than those that add up, so all warps wait for one another.
+        i = block * BLOCK_ROWS + steps[None, :] * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+        tl.store(row_sums + i, tl.sum(sums, axis=2), mask=i < rows)
     if KIND == FACTORED:
         tl.store(unaligned(layer, PARTIALS) + block * columns + column, tl.sum(total, axis=1), mask=inside)
 
@@ -118,7 +129,10 @@ def _settle(
         # A finite sum has finite terms only. One that is not may just have overflowed.
         doubtful = present & ((sums < float("inf")) == 0)
         if tl.max(doubtful.to(tl.int32), axis=0) != 0:
-            bad = bad_rows(values(layer, GRAD, HALF, ALIGNED), i, doubtful, columns, BLOCK_ROWS, PART)
+            # A narrow tile, whose registers do not matter to what is done every time.
+            bad = bad_rows(
+                values(layer, GRAD, HALF, ALIGNED), i, doubtful, columns, BLOCK_ROWS, max(1, 2048 // BLOCK_ROWS)
+            )
             good = present & (bad == 0)
             means = tl.where(bad, float("nan"), means)
             tl.atomic_add(

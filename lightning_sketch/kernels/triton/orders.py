@@ -51,9 +51,7 @@ class Batch:
                 "LIGHTNING_SKETCH_KERNELS=reference."
             )
         self.order = torch.empty(self.entries, dtype=torch.int32, device=device)
-        self.edges = torch.empty(
-            self.buckets + 1 if self.by_bucket else self.entries, dtype=torch.int32, device=device
-        )
+        self.edges = torch.empty(self.buckets + 1 if self.by_bucket else self.entries, dtype=torch.int32, device=device)
         self.keys = None if self.by_bucket else torch.empty_like(self.order)
 
     def sort(self) -> None:

@@ -19,16 +19,18 @@ _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
 _SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
-_SORTED = tuple(f"{state}_{word}" for state in ("second", "first") for word in ("order", "edges", "keys", "entry", "key"))
+_ORDER = ("order", "edges", "keys", "entry", "key")
 #: Kernels whose programs are numbered through all layers.
-PROGRAMS = ("observe", "settle", "add", "fold", "reduce", "finish", "apply")
-PROGRAMS += ("hash_second", "hash_first", "insert_second", "insert_first")
+PROGRAMS = (
+    *("observe", "settle", "add", "fold", "reduce", "finish", "apply"),
+    *("hash_second", "hash_first", "insert_second", "insert_first"),
+)
 NAMES = (
     *_HEAD,
     *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
     *_RULE,
     *_SCRATCH,
-    *_SORTED,
+    *(f"{state}_{word}" for state in ("second", "first") for word in _ORDER),
     *(f"{kernel}_program" for kernel in PROGRAMS),
     "splits",
     "chunks",
