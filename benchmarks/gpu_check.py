@@ -42,6 +42,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "BFloat16, both": {"first_moment": ls.BFloat16(), "second_moment": ls.BFloat16()},
     "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
     "Quantized, both": {"first_moment": ls.Quantized(), "second_moment": ls.Quantized()},
+    "Quantized + Factored": {"first_moment": ls.Quantized(), "second_moment": ls.Factored()},
 }
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.01}),

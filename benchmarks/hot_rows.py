@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sketch import codecs
 from lightning_sketch.codecs import Codec, CodecState, CountSketch, StateSpec, Tensors
 from lightning_sketch.codecs.decay import decayed
 from lightning_sketch.sharding import Block
@@ -77,6 +76,3 @@ class _HotRows(CodecState):
         assert isinstance(block.index, Tensor)
         n = int((block.index < self.hot.shape[0]).sum())
         return block.index[:n], n, replace(block, index=block.index[n:], span=slice(0, block.size - n), _memo={})
-
-
-codecs._CODECS["HotRows"] = HotRows  # so that a policy's record can name it

@@ -159,7 +159,7 @@ def counting(device: str = "cuda") -> Iterator[CountLaunches]:
     # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
     with (
         mock.patch.dict(os.environ, {native.VARIABLE: "reference"}),  # kernels take addresses, which fake tensors lack
-        mock.patch("lightning_sketch.fake.readable", True),
+        mock.patch("lightning_sketch.sharding.fake.readable", True),
         FakeTensorMode(),
         IndexByOperators(),
         CountLaunches(device) as mode,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_sketch.checkpoints import restore
 from lightning_sketch.codecs import (
     SM3,
     BFloat16,
@@ -20,15 +21,14 @@ from lightning_sketch.codecs import (
     Quantized,
     RowWise,
 )
-from lightning_sketch.convert import compress, decompress
-from lightning_sketch.dense import decompress_state_dict
-from lightning_sketch.engine import attach
+from lightning_sketch.integrations.deepspeed import attach
+from lightning_sketch.layers.transcode import decompress_state_dict
 from lightning_sketch.memory import report
-from lightning_sketch.plan import plan
-from lightning_sketch.policy import Policy, Rule, default_policy
-from lightning_sketch.portable import restore
-from lightning_sketch.reset import reset_states
-from lightning_sketch.resize import resize_states
+from lightning_sketch.optimizer.convert import compress, decompress
+from lightning_sketch.optimizer.reset import reset_states
+from lightning_sketch.optimizer.resize import resize_states
+from lightning_sketch.policy.policy import Policy, default_policy, plan
+from lightning_sketch.policy.rule import Rule
 
 if TYPE_CHECKING:
     from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression

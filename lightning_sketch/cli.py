@@ -1,18 +1,19 @@
-"""``lightning-sketch``: convert checkpoints on the command line."""
+"""``lightning-sketch``: convert checkpoints, and list presets, on the command line."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from lightning_sketch.policy import Policy
-from lightning_sketch.portable.convert import Conversion, convert_checkpoint
-from lightning_sketch.tables import conversion_table
+from lightning_sketch.checkpoints.rewrite import Conversion, convert_checkpoint
+from lightning_sketch.policy.policy import Policy
+from lightning_sketch.policy.presets import PRESETS
+from lightning_sketch.text import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,14 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     convert.add_argument("--world-size", type=int, default=1, help="FSDP2 ranks that will load it (default 1)")
     convert.add_argument("--dtype", default="float32", help="of the parameters, for plain states (default float32)")
+    commands.add_parser("presets", help="list the policies that have a name (Policy.preset)")
     options = parser.parse_args(arguments)
+    if options.command == "presets":
+        print(
+            table("presets", ("name", "what it keeps"), [(name, _first_line(make)) for name, make in PRESETS.items()])
+        )
+        return 0
     try:
         done = _convert(options)
     except (OSError, ValueError) as error:
         print(f"lightning-sketch: {error}", file=sys.stderr)
         return 1
-    print(conversion_table(done))
+    print(done)
     return 0
+
+
+def _first_line(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
 
 
 def _convert(options: argparse.Namespace) -> Conversion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_sketch.classes import unwrap
 from lightning_sketch.codecs import CountSketch, Factored, RowWise, allocate
-from lightning_sketch.dtensor_state import of_others
 from lightning_sketch.kernels import describe, fused_kernel
-from lightning_sketch.kernels.fused import DTYPES
-from lightning_sketch.layer import LayerShard, compute_dtype
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.kernels.schema import DTYPES
+from lightning_sketch.layers.dtensor_states import of_others
+from lightning_sketch.layers.record import LayerShard, compute_dtype
+from lightning_sketch.optimizer.base import CompressedOptimizer
+from lightning_sketch.optimizer.stock import StockOptimizer
+from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
 from lightning_sketch.rules import UpdateRule
+from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import block_numel
-from lightning_sketch.stock.optimizer import StockOptimizer
-from lightning_sketch.stock.step import most_decoded_bytes
+from lightning_sketch.text import human_bytes, table
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
@@ -79,9 +80,27 @@ class MemoryReport:
         return {f"optimizer_state/{k}": v for k, v in figures.items()}
 
     def __str__(self) -> str:
-        from lightning_sketch.tables import memory_table  # rich is slow to import
+        """Parameters, gradients, states by codec, the step's temporaries, and the whole process."""
+        return table("memory of training", ("what", ">bytes", ""), self._rows())
 
-        return memory_table(self)
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        yield "parameters", human_bytes(self.parameters), ""
+        yield "gradients", human_bytes(self.gradients), ""
+        ratio = f"{self.dense_state / self.state:.1f}x less than dense" if self.state else "none yet"
+        yield "optimizer state", human_bytes(self.state), ratio
+        for codec, count in sorted(self.state_by_codec.items()):
+            yield f"  {codec}", human_bytes(count), ""
+        yield "step temporaries, at most", human_bytes(self.transient), "compressed layers"
+        yield "kernels", "", self.kernels
+        if self.process is not None:
+            yield "process", human_bytes(self.process), f"peak {human_bytes(self.process_peak or 0)}"
+        if self.cuda_peak:
+            yield "CUDA peak", human_bytes(self.cuda_peak), ""
+        for fqn, errors in self.conversion_errors.items():
+            text = ", ".join(f"{state} {error:.3g}" for state, error in errors.items())
+            yield f"conversion error of {fqn}", "", text
+        for fqn, left_out in self.skipped.items():
+            yield f"steps without rows of {fqn}", "", f"{left_out} (non-finite gradient)"
 
 
 def report(optimizer: Any) -> MemoryReport:
@@ -95,7 +114,7 @@ def report(optimizer: Any) -> MemoryReport:
     """
     inner = unwrap(optimizer)
     if isinstance(inner, CompressedOptimizer):
-        inner._left_out.judge(inner._compression, wait=True)
+        inner.compression.judge_left_out(wait=True)
     by_codec: dict[str, int] = {}
     dense_state = blocks = together = parameters = gradients = 0
     if isinstance(inner, CompressedOptimizer):
@@ -135,7 +154,7 @@ def report(optimizer: Any) -> MemoryReport:
             by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
     used = ", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"])
     if isinstance(inner, StockOptimizer):
-        together += most_decoded_bytes(inner)
+        together += most_decoded_bytes(inner, inner.steps_apart)
         used = "the optimizer's own step"
     return MemoryReport(
         parameters=parameters,
@@ -143,8 +162,8 @@ def report(optimizer: Any) -> MemoryReport:
         state_by_codec=by_codec,
         dense_state=dense_state,
         transient=blocks + together,
-        conversion_errors=inner._compression.errors if isinstance(inner, CompressedOptimizer) else {},
-        skipped=dict(inner._compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
+        conversion_errors=inner.compression.errors if isinstance(inner, CompressedOptimizer) else {},
+        skipped=dict(inner.compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
         kernels=used,
         process=resident,
         process_peak=max(_peak(), resident or 0),  # the system brings the peak up to date now and then only

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.checkpoints.engines import TABLES
 from tests.deepspeed_tools import init_deepspeed
 from tests.demo_training import ENGINES, Case, Parameters, distance, loss_of, train
 from tests.exactness import LABELS
-from tests.portable.engines import TABLES
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3, 4)

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_sketch import Policy, Rule, compress
 from lightning_sketch.sharding import local
+from tests.checkpoints.engines import POLICY, TABLES, make
 from tests.deepspeed_tools import engine, init_deepspeed
-from tests.portable.engines import POLICY, TABLES, make
 from tests.ranks import run_ranks
 
 STEPS = 200

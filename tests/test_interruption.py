@@ -14,8 +14,8 @@ from torch.optim import AdamW
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, restore
 from tests import forked
+from tests.checkpoints.engines import make
 from tests.deepspeed_tools import init_deepspeed
-from tests.portable.engines import make
 from tests.tiny import Tiny, assert_same, snapshot, train
 
 STEPS = 30

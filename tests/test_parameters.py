@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, decompress, report
-from lightning_sketch.layer import Layer
+from lightning_sketch.layers.record import Layer
 from tests.tiny import ADAMW, CASES, CODECS, EXACTLY, FOR_SGD, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
 TOKENS = torch.tensor([[1, 2, 2], [5, 2, 7]])

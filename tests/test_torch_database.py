@@ -10,7 +10,7 @@ import torch
 from torch.testing._internal.common_optimizers import _get_optim_inputs_including_global_cliquey_kwargs, optim_db
 
 from lightning_sketch import compress, decompress, decompress_state_dict
-from lightning_sketch.classes import COMPRESSED
+from lightning_sketch.optimizer.classes import COMPRESSED
 from tests.tiny import EXACTLY, LOSSY, Tiny, assert_same, give_gradients, snapshot, train
 
 INFOS = {info.optim_cls: info for info in optim_db if info.optim_cls in COMPRESSED}

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch import huge_pages
-from lightning_sketch.fake import is_fake
-from lightning_sketch.kernels.fused import Stored
+from lightning_sketch.kernels import huge_pages
+from lightning_sketch.kernels.schema import Stored
 from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.fake import is_fake
 
 #: What lies in ``optimizer.state[param]``: tensors only, because training code moves and measures all of its values as
 #: such. Scalars that the host reads every step are 0-d and on the CPU, as torch's ``step`` is.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.fused import Kind, Stored
+from lightning_sketch.kernels.schema import Kind, Stored
 from lightning_sketch.sharding import Block
 
 

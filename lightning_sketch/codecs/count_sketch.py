@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
-from lightning_sketch.kernels.fused import MOST_DEPTH, Kind, Stored
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
+from lightning_sketch.kernels.schema import MOST_DEPTH, Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 
 

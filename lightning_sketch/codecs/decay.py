@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import CodecState, StateSpec, Tensors, key_of
-from lightning_sketch.fake import is_fake
+from lightning_sketch.sharding.fake import is_fake
 
 # Renormalise when the scale falls below this. Far from float32's smallest number, so that even tiny second moments keep
 # their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
-from lightning_sketch.kernels.fused import DTYPES, Kind, Stored
+from lightning_sketch.kernels.schema import DTYPES, Kind, Stored
 from lightning_sketch.sharding import Block
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.fused import MOST_BLOCK, Kind, Stored
+from lightning_sketch.kernels.schema import MOST_BLOCK, Kind, Stored
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
@@ -196,8 +196,7 @@ class _Rows(_Quantized):
         columns = shard.row_numel
         blocks = -(-columns // codec.block)
         return (
-            self.codes.device.type in ("cpu", "meta")  # meta: a report's question
-            and codec.block <= MOST_BLOCK
+            codec.block <= MOST_BLOCK
             and shard.table_columns == columns  # else there is a gap after each row
             and self.plain(self.codes, shard.local_rows * codec.bytes_of(columns), torch.uint8)
             and self.plain(self.absmax, shard.local_rows * blocks)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors, key_of
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
-from lightning_sketch.kernels.fused import Kind, Stored
+from lightning_sketch.kernels.schema import Kind, Stored
 from lightning_sketch.sharding import Block
 
 

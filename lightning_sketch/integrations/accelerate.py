@@ -13,7 +13,7 @@ def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:
 
     Accelerate reads into tensors of the live optimizer's names and shapes. A checkpoint that was written before the
     optimizer was converted, or on another number of processes, has others. Then Accelerate is shown no optimizer and
-    loads all the rest, and `lightning_sketch.portable.restore` loads the states. Every process calls it.
+    loads all the rest, and `lightning_sketch.checkpoints.restore` loads the states. Every process calls it.
 
     Args:
         accelerator: an ``accelerate.Accelerator``, after ``prepare``.

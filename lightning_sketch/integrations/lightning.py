@@ -13,19 +13,21 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sketch.classes import COMPRESSED, unwrap
-from lightning_sketch.convert import compress_all
-from lightning_sketch.engine import attach
+from lightning_sketch.integrations.deepspeed import attach
 from lightning_sketch.integrations.lightning_load import MovingLoad
-from lightning_sketch.layer import Layer
+from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.memory import report
-from lightning_sketch.optimizer import CompressedOptimizer, NonFinite
-from lightning_sketch.plan import LayerPlan, as_policy, plan
-from lightning_sketch.policy import Policy
-from lightning_sketch.recorded_policy import policy_hint
-from lightning_sketch.roles import named_layers
+from lightning_sketch.optimizer.base import CompressedOptimizer
+from lightning_sketch.optimizer.classes import COMPRESSED
+from lightning_sketch.optimizer.convert import compress_all
+from lightning_sketch.optimizer.nonfinite import NonFinite
+from lightning_sketch.policy.plan import LayerPlan
+from lightning_sketch.policy.policy import Policy, as_policy, plan
+from lightning_sketch.policy.recorded import policy_hint
+from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import is_dtensor, local
-from lightning_sketch.tables import human_bytes
+from lightning_sketch.text import human_bytes
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 #: Strategies under which the optimizer's parameters cannot be told apart.
@@ -143,7 +145,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             if isinstance(optimizer, CompressedOptimizer) and not any(map(optimizer.is_flat, optimizer.param_groups)):
                 planned = plan(pl_module, optimizer, self.policy).layers
                 shown = [group for group in optimizer.param_groups if group["params"]]  # ZeRO-3 hides them
-                records = [record for group in shown for record in optimizer._records(group)]
+                records = [record for group in shown for record in optimizer.records(group)]
                 pairs = zip(planned, records, strict=True)
                 wrong += [x.layer.fqn for x, record in pairs if not _is_as_planned(x, record)]
                 decided += [x.layer for x in planned if x.layer.compressed]

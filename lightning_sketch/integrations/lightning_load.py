@@ -13,7 +13,7 @@ class MovingLoad:
     """Stands in for ``ModelParallelStrategy.load_checkpoint``, for one call.
 
     Lightning loads model and optimizers in that one method, after ``on_fit_start``. Where states have to be moved, it
-    is shown no optimizer and loads the model alone, and `lightning_sketch.portable.restore` loads the states.
+    is shown no optimizer and loads the model alone, and `lightning_sketch.checkpoints.restore` loads the states.
 
     Args:
         strategy: the strategy, patched at once.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sketch.classes import unwrap
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.optimizer.base import CompressedOptimizer
+from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding.agree import any_of_all
 
 #: Where an optimizer was saved: the path, and its number there.
@@ -33,7 +33,7 @@ def must_move(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
 
 def move(optimizers: Sequence[Any], places: Sequence[Place]) -> None:
     """Load the states of these optimizers, from whatever layout they were saved in. Collective."""
-    from lightning_sketch.portable import restore  # slow to import
+    from lightning_sketch.checkpoints.restore import restore  # slow to import
 
     for optimizer, (path, number) in zip(optimizers, places, strict=True):
         restore(optimizer, path, optimizer=number)
@@ -49,10 +49,11 @@ def _must_move(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
     converted = [optimizer for optimizer in optimizers if isinstance(optimizer, CompressedOptimizer)]
     if len(converted) < len(optimizers) or not all(path.exists() for path, _ in places):
         return False
-    from lightning_sketch.portable import fit, read  # slow to import
+    from lightning_sketch.checkpoints.compatibility import must_move  # slow to import
+    from lightning_sketch.checkpoints.open import open_checkpoint
 
     moves = [
-        fit.must_move(optimizer, read.open_checkpoint(path, optimizer._compression.names, optimizer=number).saved)
+        must_move(optimizer, open_checkpoint(path, optimizer.compression.names, optimizer=number).saved)
         for optimizer, (path, number) in zip(converted, places, strict=True)
     ]
     return any(moves)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sketch.convert import compress
 from lightning_sketch.integrations.moving import accelerate_place, move, must_move
-from lightning_sketch.optimizer import NonFinite
-from lightning_sketch.policy import Policy
+from lightning_sketch.optimizer.convert import compress
+from lightning_sketch.optimizer.nonfinite import NonFinite
+from lightning_sketch.policy.policy import Policy
 
 
 class CompressedOptimizerFactory:

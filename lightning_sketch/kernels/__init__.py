@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.fused import DTYPES, FusedStep
+from lightning_sketch.kernels.schema import DTYPES, FusedStep
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.fused import DTYPES
+from lightning_sketch.kernels.schema import DTYPES
 
 
 def coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

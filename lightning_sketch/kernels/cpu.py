@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
 _STATE = struct.Struct("@ 4i q Q 4f 3q")

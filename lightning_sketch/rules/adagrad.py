@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.rules.base import (
     LayerStep,
     StateDef,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_sketch import kernels
 from lightning_sketch.codecs import Codec, CodecState
-from lightning_sketch.gradient import RowGradient, all_finite, finite_rows
-from lightning_sketch.kernels.fused import DTYPES, FusedStep, Kept, Stored
 from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.kernels.schema import DTYPES, FusedStep, Kept, Stored
 from lightning_sketch.sharding import Block
+from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
 #: How an optimizer keeps a layer's ``step``: as a tensor, as a Python number, or not at all.
 Count = Literal["tensor", "number", "none"]

@@ -1,1 +1,1 @@
-"""Optimizers without an update rule of ours: their states are decoded, stepped by their own step, and encoded again."""
+"""Where pickles of version 0.1 look for converted optimizers without an update rule."""

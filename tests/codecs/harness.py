@@ -20,8 +20,8 @@ from lightning_sketch.codecs import (
     allocate,
     decode,
 )
-from lightning_sketch.gradient import RowGradient
 from lightning_sketch.sharding import Shard
+from lightning_sketch.sharding.gradient import RowGradient
 
 #: Every codec that stores anything, in each of its algorithms.
 STORING: tuple[Codec, ...] = (

@@ -1,6 +1,6 @@
 """A codec of somebody else's, written in a test module alone, does what the package's own do.
 
-Under FSDP2, ZeRO and in conversions it is one of the tables of tests/portable/engines.py.
+Under FSDP2, ZeRO and in conversions it is one of the tables of tests/checkpoints/engines.py.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Policy, Rule, compress
-from lightning_sketch.bound import BoundPart
-from lightning_sketch.gradient import RowGradient
-from lightning_sketch.layer import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.optimizer.bindings import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.dtensor import even_shard
+from lightning_sketch.sharding.gradient import RowGradient
 from tests.tiny import CODECS, FOR_SGD, Case
 
 #: Rows and columns that divide evenly among 2 or 3 ranks, and that do not; fewer rows than ranks, so that some hold

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
-from lightning_sketch.classes import CompressedAdamW
+from lightning_sketch.optimizer.classes import CompressedAdamW
 
 ROWS = 60
 POLICY = Policy(

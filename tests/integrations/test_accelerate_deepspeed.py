@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils._pytree import tree_map_only
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, Rule, compress, report
-from lightning_sketch.classes import unwrap
-from lightning_sketch.engine import attach
+from lightning_sketch.integrations.deepspeed import attach
+from lightning_sketch.rules.inside import unwrap
 from tests.deepspeed_tools import config, init_deepspeed
 from tests.ranks import run_ranks_in
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, decompress, plan, report
-from lightning_sketch.classes import CompressedAdamW, unwrap
-from lightning_sketch.roles import named_layers
+from lightning_sketch.layers.roles import named_layers
+from lightning_sketch.optimizer.classes import CompressedAdamW
+from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
 from tests.ranks import run_ranks_in
 from tests.tiny import Tiny, assert_same, snapshot

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import AdamW, lr_scheduler
 
 from lightning_sketch import Policy, RowWise, Rule, compress
-from lightning_sketch.classes import CompressedAdamW
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
+from lightning_sketch.optimizer.classes import CompressedAdamW
 from tests.integrations.lightning_tools import (
     PACKAGES,
     POLICY,

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, Rule, compress, report
-from lightning_sketch.classes import unwrap
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
+from lightning_sketch.rules.inside import unwrap
 from tests.deepspeed_tools import init_deepspeed
 from tests.integrations.lightning_tools import DIM, ROWS, Tiny, batches, tiny, trainer
 from tests.ranks import run_ranks_in

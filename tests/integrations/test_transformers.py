@@ -13,8 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, Rule, compress, report
-from lightning_sketch.classes import COMPRESSED, CompressedAdamW, unwrap
 from lightning_sketch.integrations.transformers import CompressedOptimizerFactory, compressed_optimizer
+from lightning_sketch.optimizer.classes import COMPRESSED, CompressedAdamW
+from lightning_sketch.rules.inside import unwrap
 
 VOCABULARY = 64
 POLICY = Policy(

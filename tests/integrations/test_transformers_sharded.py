@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, Rule, report
-from lightning_sketch.classes import unwrap
 from lightning_sketch.integrations.transformers import MovesStates, compressed_optimizer
+from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
 from tests.deepspeed_tools import config, init_deepspeed
 from tests.ranks import run_ranks_in

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from lightning_sketch.kernels import cpu
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ FIRST: dict[str, Codec] = {
 }
 
 
-#: What only the CPU's kernels take, of either moment.
+#: Of either moment; tested with Triton's kernels by triton_quantized.py.
 QUANTIZED: dict[str, Codec] = {"Quantized": Quantized(), "Quantized, 4 bits": Quantized(bits=4, block=32)}
 
 

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Keep, Policy, Quantized, RowWise, Rule, compress
 from lightning_sketch.kernels import cpu, native
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from tests.kernels import fused_cases
 from tests.kernels.fused_cases import QUANTIZED, RULES, Case, by_isa, by_reference, check, pairs, threads, train
 from tests.tiny import assert_same

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch import kernels as package_kernels
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from tests.kernels.fused_cases import FIRST, PAIRS, QUANTIZED, RULES, SECOND, Case, check, gradient, start, train
 
 pytestmark = pytest.mark.cuda
@@ -129,7 +129,9 @@ def test_many_layers_in_one_step(stepped: list[FusedStep]) -> None:
     rules = [Rule(name=str(i), first_moment=Drop(), second_moment=codecs[i % 12]) for i in range(len(weights))]
     found: dict[str, list[Tensor]] = {}
     for device in ("cpu", "cuda"):
-        layers = nn.ParameterDict({str(i): nn.Parameter(weight.to(device, copy=True)) for i, weight in enumerate(weights)})
+        layers = nn.ParameterDict(
+            {str(i): nn.Parameter(weight.to(device, copy=True)) for i, weight in enumerate(weights)}
+        )
         optimizer = compress(torch.optim.AdamW(layers.parameters(), lr=0.01), layers, Policy(rules), nonfinite="skip")
         noise = torch.Generator().manual_seed(1)
         for _ in range(3):

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch.kernels import cpu, native
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from tests.ranks import run_ranks
 from tests.tiny import assert_same, snapshot
 

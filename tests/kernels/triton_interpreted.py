@@ -29,8 +29,8 @@ from lightning_sketch import (
     kernels,
 )
 from lightning_sketch.codecs.bfloat16 import stochastic_round
-from lightning_sketch.kernels.fused import FusedStep
 from lightning_sketch.kernels.reference import hash_rows, signed
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import launch, layout
 from lightning_sketch.kernels.triton.bits import bucket_of, narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel

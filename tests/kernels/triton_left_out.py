@@ -14,9 +14,22 @@ import torch
 from torch import Tensor, nn
 from triton.runtime import interpreter
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Policy,
+    Quantized,
+    RowWise,
+    Rule,
+    compress,
+)
 from lightning_sketch import kernels as package_kernels
-from lightning_sketch.kernels.fused import FusedStep
+from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import launch
 
 ROWS, COLUMNS = 40, 21
@@ -36,6 +49,8 @@ BY_ROWS: list[tuple[Codec, Codec]] = [
     (CountSketch(compression=4), Drop()),
     (CountSketch(compression=4), CountSketch(compression=4)),
     (BFloat16(), CountSketch(compression=4)),
+    (RowWise(), Quantized()),
+    (Quantized(bits=4, block=16), Quantized(block=16)),
 ]
 BY_ELEMENTS: list[tuple[Codec, Codec]] = [
     (BFloat16(), BFloat16()),

@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_sketch import restore
+from tests.checkpoints.engines import make
 from tests.forked import finish
-from tests.portable.engines import make
 
 pytestmark = pytest.mark.distributed
 WHY = "the directory was overwritten in part, by a save that ended in the middle"

@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from lightning_sketch import restore
+from tests.checkpoints.engines import make
 from tests.deepspeed_tools import init_deepspeed
 from tests.forked import finish
 from tests.killed.tools import REFUSAL
-from tests.portable.engines import make
 
 pytestmark = pytest.mark.distributed
 

@@ -8,7 +8,7 @@ from torch.optim import Adam, AdamW
 
 from lightning_sketch import compress
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
-from lightning_sketch.layer import Layer
+from lightning_sketch.layers.record import Layer
 from tests.integrations.lightning_tools import assert_same_weights, batches, tiny, trainer
 from tests.tiny import on_table
 
@@ -38,8 +38,8 @@ def test_a_part_converted_by_hand_gets_the_names_of_the_whole_module():
     made = fit(of_parts, manual=True)
     by_hand, other = made.optimizers
     assert names(by_hand) == ["table.weight"]
-    assert by_hand._compression.names == [["table.weight"]]
-    assert [Layer.from_record(record).fqn for record in by_hand._compression.records] == ["table.weight"]
+    assert by_hand.compression.names == [["table.weight"]]
+    assert [Layer.from_record(record).fqn for record in by_hand.compression.records] == ["table.weight"]
     assert names(other) == []
     by_callback = fit(
         lambda m: (AdamW(m.table.parameters(), lr=1e-2), AdamW(m.head.parameters(), lr=1e-2)), manual=True
@@ -49,7 +49,7 @@ def test_a_part_converted_by_hand_gets_the_names_of_the_whole_module():
 
 def test_what_it_compresses_is_known_to_be_compressed(caplog):
     fit(of_parts, manual=True)
-    assert not [record for record in caplog.records if record.name == "lightning_sketch.coverage"]
+    assert not [record for record in caplog.records if record.name == "lightning_sketch.optimizer.coverage"]
 
 
 def test_checkpoints_of_it_resume(tmp_path):
@@ -110,5 +110,5 @@ def test_converting_again_with_another_model_fails_before_anything_changes():
     optimizer = compress(AdamW(module.table.parameters()), module.table, POLICY)
     with pytest.raises(ValueError, match=r"not a parameter of the model|matched no parameter"):
         compress(optimizer, module.head, POLICY, nonfinite="skip")
-    assert optimizer._compression.nonfinite == "raise"
-    assert optimizer._compression.model() is module.table
+    assert optimizer.compression.nonfinite == "raise"
+    assert optimizer.compression.model() is module.table

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import compress, decompress
-from lightning_sketch.layer import Layer
+from lightning_sketch.layers.record import Layer
 from tests.tiny import ADAMW, CASES, LOSSY, Tiny, assert_same, snapshot, train
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -16,10 +16,10 @@ from torch import nn
 from benchmarks.launches import LARGE, count_step, counting, policies
 from lightning_sketch import compress, kernels, report
 from lightning_sketch.codecs import encode
-from lightning_sketch.gradient import RowGradient
 from lightning_sketch.kernels.reference import segment_add, sorted_segment_add
-from lightning_sketch.layer import LayerShard
+from lightning_sketch.layers.record import LayerShard
 from lightning_sketch.sharding import base
+from lightning_sketch.sharding.gradient import RowGradient
 from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, assert_same, on_table, snapshot, train
 
 MOST_LAUNCHES = 2_000

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_sketch import BFloat16, CountSketch, Drop, compress, restore
-from lightning_sketch.lossy import LOSSY
+from lightning_sketch.optimizer.lossy import LOSSY
 from tests.ranks import run_ranks
 from tests.tiny import ADAMW, Tiny, on_table, train
 
@@ -38,7 +38,7 @@ def trained(policy: Any = None) -> tuple[Any, Any]:
 
 
 def warned(caplog: Any) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "lightning_sketch.lossy"]
+    return [record.getMessage() for record in caplog.records if record.name == "lightning_sketch.optimizer.lossy"]
 
 
 def assert_named(caplog: Any, errors: dict[str, float]) -> None:
@@ -54,13 +54,13 @@ def assert_named(caplog: Any, errors: dict[str, float]) -> None:
 def test_compress_in_the_middle_of_training(caplog):
     model, optimizer = trained()
     compress(optimizer, model, HARSH)
-    assert_named(caplog, optimizer._compression.errors["table.weight"])
+    assert_named(caplog, optimizer.compression.errors["table.weight"])
 
 
 def test_a_dense_checkpoint(caplog):
     optimizer = started(HARSH)[1]
     optimizer.load_state_dict(trained()[1].state_dict())
-    assert_named(caplog, optimizer._compression.errors["table.weight"])
+    assert_named(caplog, optimizer.compression.errors["table.weight"])
 
 
 def test_restore_under_another_policy(caplog, tmp_path):
@@ -74,7 +74,7 @@ def test_nothing_is_said_of_good_encodings_of_first_steps_or_of_what_was_dropped
     model, optimizer = trained()
     saved = optimizer.state_dict()
     compress(optimizer, model, DROPPED)
-    assert optimizer._compression.errors["table.weight"]["exp_avg"] == 1.0
+    assert optimizer.compression.errors["table.weight"]["exp_avg"] == 1.0
     torch.save(optimizer.state_dict(), tmp_path / "checkpoint.pt")
     fresh = started(MILD)[1]
     fresh.load_state_dict(saved)
@@ -88,7 +88,7 @@ def on_rank(rank: int, world_size: int) -> dict[str, list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lightning_sketch.lossy").addHandler(handler)
+    logging.getLogger("lightning_sketch.optimizer.lossy").addHandler(handler)
     found: dict[str, list[str]] = {}
     model, optimizer = trained()
     compress(optimizer, model, HARSH)

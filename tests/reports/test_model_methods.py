@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lightning_sketch import compress
-from lightning_sketch.roles import named_layers
+from lightning_sketch.layers.roles import named_layers
 from tests.tiny import on_table
 
 POLICY = on_table(first_moment="BFloat16", second_moment="RowWise")

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 
 from lightning_sketch import Factored, Policy, Rule, compress, decompress, decompress_state_dict, plan, report
-from lightning_sketch.convert import compress_all
 from lightning_sketch.integrations.transformers import CompressedOptimizerFactory, compressed_optimizer
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.optimizer.base import CompressedOptimizer
+from lightning_sketch.optimizer.convert import compress_all
 from tests.tiny import CASES, Tiny, assert_same, on_table, snapshot, train
 
 POLICY = on_table(first_moment="BFloat16", second_moment="RowWise")
@@ -33,8 +33,10 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, logger="lightning_sketch.coverage")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_sketch.coverage"]
+    caplog.set_level(logging.WARNING, logger="lightning_sketch.optimizer.coverage")
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name == "lightning_sketch.optimizer.coverage"
+    ]
 
 
 def test_a_policy_for_a_table_that_the_optimizer_does_not_hold_is_an_error():

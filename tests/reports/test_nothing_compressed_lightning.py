@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW
 
 from lightning_sketch import OptimizerStateCompression, Policy, Rule
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.optimizer.base import CompressedOptimizer
 from tests.integrations.lightning_tools import (
     PACKAGES,
     POLICY,
@@ -25,8 +25,10 @@ from tests.integrations.lightning_tools import (
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, logger="lightning_sketch.coverage")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_sketch.coverage"]
+    caplog.set_level(logging.WARNING, logger="lightning_sketch.optimizer.coverage")
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name == "lightning_sketch.optimizer.coverage"
+    ]
 
 
 def frozen_table(module):

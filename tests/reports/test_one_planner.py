@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
-from lightning_sketch.portable.convert import convert_checkpoint
+from lightning_sketch.checkpoints.rewrite import convert_checkpoint
 from tests.tiny import Tiny, on_table, train
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import AdamW
 
 from lightning_sketch import Policy, Rule, compress, plan
-from lightning_sketch.roles import named_layers
+from lightning_sketch.layers.roles import named_layers
 from tests.tiny import assert_same, on_table, train
 
 POLICY = on_table(first_moment="BFloat16", second_moment="RowWise")

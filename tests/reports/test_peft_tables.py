@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from lightning_sketch import RowWise, compress, default_policy, plan
-from lightning_sketch.roles import named_layers
+from lightning_sketch.layers.roles import named_layers
 from tests.tiny import on_table
 
 POLICY = on_table(first_moment="BFloat16", second_moment="RowWise")

@@ -11,7 +11,8 @@ from torch.nn.utils import prune
 from transformers import Trainer
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, plan, report
-from lightning_sketch.classes import CompressedAdamW, unwrap
+from lightning_sketch.optimizer.classes import CompressedAdamW
+from lightning_sketch.rules.inside import unwrap
 from tests.integrations.test_transformers import TIED, arguments, assert_same, data, gpt2, log
 
 POLICY = Policy([Rule(role="embedding", first_moment=BFloat16(), second_moment=RowWise())])

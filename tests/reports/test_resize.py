@@ -25,7 +25,7 @@ from lightning_sketch import (
     resize_states,
     restore,
 )
-from lightning_sketch.layer import RECORDS, Layer
+from lightning_sketch.layers.record import RECORDS, Layer
 from tests.tiny import ADAM, ADAMW, CASES, CODECS, FOR_SGD, Tiny, assert_same, on_table, snapshot, train
 
 ROWS, MORE, FEWER = 40, 52, 34
@@ -127,7 +127,7 @@ def resize_by_parameter(model: Any, rows: int) -> None:
 
 def dense_state(optimizer: Any, name: str = "table.weight") -> dict[str, Any]:
     """The dense states of one layer."""
-    index = optimizer._compression.names[0].index(name)
+    index = optimizer.compression.names[0].index(name)
     plain = decompress(copy.deepcopy(optimizer))
     return plain.state[plain.param_groups[0]["params"][index]]
 
@@ -179,7 +179,7 @@ def test_rows_in_a_sketch_of_another_width_are_as_good_as_encoded_anew():
     compress(other, model, policy)
     for key, value in other.state[model.table.weight].items():
         assert_same(optimizer.state[model.table.weight][key], value, key)
-    assert optimizer._compression.errors == other._compression.errors
+    assert optimizer.compression.errors == other.compression.errors
 
 
 @pytest.mark.parametrize("codec", ["sketched rows", "sketch"])
@@ -347,7 +347,7 @@ def test_resize_token_embeddings_in_the_middle_of_training(make, tied, rows):
     optimizer = compress(torch.optim.AdamW(model.parameters(), lr=0.01), model, policy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     first, *_ = [lm_step(model, optimizer, step) for step in range(4)]
-    names = optimizer._compression.names[0]
+    names = optimizer.compression.names[0]
     sized = [name for name, param in zip(names, optimizer.param_groups[0]["params"], strict=True) if len(param) == ROWS]
     before = {name: dense_state(optimizer, name) for name in sized}
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Adam, AdamW
 
 from lightning_sketch import compress, decompress, decompress_state_dict, restore
+from lightning_sketch.checkpoints.rewrite import convert_checkpoint
 from lightning_sketch.codecs import scale_tensor
-from lightning_sketch.portable.convert import convert_checkpoint
 from lightning_sketch.sharding import local
 from tests.ranks import run_ranks
 from tests.tiny import ADAM, CASES, CODECS, FOR_SGD, Case, Tiny, assert_same, on_table, snapshot, train

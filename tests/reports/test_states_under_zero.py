@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, reset_states
-from lightning_sketch.assigned import encode_assigned
+from lightning_sketch.optimizer.assigned import encode_assigned
 from tests.deepspeed_tools import engine, init_deepspeed
 from tests.ranks import run_ranks
 from tests.zero.prescribed import Cells, train
@@ -34,8 +34,8 @@ def observe(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     optimizer = compress(torch.optim.AdamW(groups, lr=0.1), model, POLICY)
     made = engine(model, optimizer, stage)
     train(made, range(2), rank, world_size)
-    first, second = (optimizer.state[flat.tensor] for flat in optimizer._flat_tensors)
-    tensor = next(iter(optimizer._flat_tensors)).tensor
+    first, second = (optimizer.state[flat.tensor] for flat in optimizer.compression.flat)
+    tensor = next(iter(optimizer.compression.flat)).tensor
     keys = set(first)
     # Of all layers in the tensor, kept ones too.
     first["exp_avg"] = torch.zeros_like(tensor)
@@ -50,7 +50,7 @@ def observe(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     found["steps"] = [float(state["step"]) for state in (first, second)]
     reset_states(made, "*alone*")
     train(made, [2], rank, world_size)
-    found["after"] = [float(optimizer.state[flat.tensor]["step"]) for flat in optimizer._flat_tensors]
+    found["after"] = [float(optimizer.state[flat.tensor]["step"]) for flat in optimizer.compression.flat]
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam
 
 from lightning_sketch import compress, decompress
-from lightning_sketch.classes import COMPRESSED
+from lightning_sketch.optimizer.classes import COMPRESSED
 from tests.integrations.lightning_tools import fit, tiny
 from tests.tiny import CASES, EXACTLY, LOSSY, Tiny, assert_same, give_gradients, snapshot, train
 
@@ -117,7 +117,7 @@ def test_the_name_is_the_stock_class_s(case):
     stock, optimizer = case.make(model.parameters()), compress(case.make(model.parameters()), model, LOSSY)
     assert type(optimizer).__name__ == case.cls.__name__
     assert type(optimizer).__qualname__ == f"Compressed{case.cls.__name__}"
-    assert str(type(optimizer)) == f"<class 'lightning_sketch.classes.Compressed{case.cls.__name__}'>"
+    assert str(type(optimizer)) == f"<class 'lightning_sketch.optimizer.classes.Compressed{case.cls.__name__}'>"
     assert repr(optimizer) == repr(stock)
     assert type(LightningOptimizer(optimizer)).__name__ == f"Lightning{case.cls.__name__}"
     wrapper = compress(LightningOptimizer(case.make(model.parameters())), model, LOSSY)

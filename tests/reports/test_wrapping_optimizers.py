@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_sketch import compress, decompress, report
-from lightning_sketch.classes import COMPRESSED, unwrap
-from lightning_sketch.optimizer import CompressedOptimizer
+from lightning_sketch.optimizer.base import CompressedOptimizer
+from lightning_sketch.optimizer.classes import COMPRESSED
+from lightning_sketch.rules.inside import unwrap
 from tests.tiny import ADAMW, EXACTLY, LOSSY, Tiny, give_gradients, train
 
 

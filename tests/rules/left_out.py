@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from lightning_sketch import Codec, kernels
-from lightning_sketch.bound import BoundPart
 from lightning_sketch.codecs.decay import ScaledState
-from lightning_sketch.gradient import RowGradient
-from lightning_sketch.layer import Layer, LayerShard
+from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.optimizer.bindings import BoundPart
 from lightning_sketch.rules import (
     AdagradRule,
     AdamRule,
@@ -25,6 +24,7 @@ from lightning_sketch.rules import (
     run,
 )
 from lightning_sketch.sharding import Shard
+from lightning_sketch.sharding.gradient import RowGradient
 
 RULES: dict[str, tuple[UpdateRule, type[Optimizer], dict[str, Any]]] = {
     "adam": (AdamRule(), Adam, {"weight_decay": 0.1, "maximize": True}),

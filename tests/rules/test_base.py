@@ -9,10 +9,10 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import CountSketch, Drop, RowWise, compress
-from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules.base import LayerStep, safe_divide
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding import base as sharding_base
+from lightning_sketch.sharding.gradient import RowGradient
 from tests.rules.oracle import WIDE, Params, converted, everywhere, feed
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise
-from lightning_sketch.gradient import RowGradient
 from lightning_sketch.rules import run
+from lightning_sketch.sharding.gradient import RowGradient
 from tests.kernels.fused_cases import by_reference
 from tests.rules.left_out import RULES, SHARDS, Part, spoil, values_like
 from tests.tiny import assert_same
@@ -148,7 +148,7 @@ def test_a_mask_that_leaves_nothing_out_changes_nothing(second: str, monkeypatch
     values = values_like(SHARDS["whole"], 3)
     with by_reference():
         expected = [part.step(values) for part in parts]
-        monkeypatch.setattr("lightning_sketch.gradient.all_finite", lambda values: False)
+        monkeypatch.setattr("lightning_sketch.sharding.gradient.all_finite", lambda values: False)
         monkeypatch.setattr("lightning_sketch.rules.base.all_finite", lambda values: False)
         assert [parts[0].step(values), parts[1].step(values, leave_out=False)] == expected == [0, 0]
     assert_same(parts[0].snapshot(), parts[1].snapshot())

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 from torch.distributed.tensor import Shard as Split
 
 from lightning_sketch import SM3, CountSketch, Policy, RowWise, Rule, compress, plan
-from lightning_sketch.dtensor_state import sharding_of
+from lightning_sketch.layers.dtensor_states import sharding_of
 from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
 from lightning_sketch.sharding.dtensor import even_shard
 from tests.codecs.harness import Driver, make_spec, sparse_steps

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Factored, Keep, RowWise
 from lightning_sketch.codecs import Codec, decode, encode, key_of
-from lightning_sketch.flat import layer_shards
-from lightning_sketch.layer import Layer
-from lightning_sketch.reshard import Source, check_coverage, dense_of, reshard
+from lightning_sketch.layers.flat import layer_shards
+from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.reshard import Source, check_coverage, dense_of, reshard
 from lightning_sketch.sharding import Shard, base
 from lightning_sketch.sharding.deepspeed import Segment
 from lightning_sketch.sharding.dtensor import even_shard

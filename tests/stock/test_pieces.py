@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import Policy, Rule, compress, report
-from lightning_sketch.stock import step as stock
+from lightning_sketch.optimizer import stock_layers as stock
 from tests.stock.optimizers import LION, MUON, NADAM, PRODIGY, SCHEDULE_FREE
 from tests.tiny import assert_same, give_gradients, train
 

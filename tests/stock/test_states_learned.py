@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, plan, report
-from lightning_sketch.stock.probe import learn
+from lightning_sketch.rules.stock_probe import learn
 from tests.stock.optimizers import BF16, NADAM, Matrices
 from tests.tiny import give_gradients, train
 

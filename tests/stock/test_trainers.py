@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import BFloat16, Policy, Rule, attach, compress, report
-from lightning_sketch.classes import unwrap
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
+from lightning_sketch.rules.inside import unwrap
 from tests.deepspeed_tools import engine, init_deepspeed
 from tests.integrations.lightning_tools import trainer
 from tests.ranks import run_ranks

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import CountSketch, Policy, Rule, compress
-from lightning_sketch.bound import BoundPart
-from lightning_sketch.gradient import RowGradient
-from lightning_sketch.layer import LayerShard
+from lightning_sketch.layers.record import LayerShard
+from lightning_sketch.optimizer.bindings import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.deepspeed import Segment, read_layout
+from lightning_sketch.sharding.gradient import RowGradient
 from lightning_sketch.sharding.wrapper import wrapper_of
 from tests.tiny import ADAMW, CODECS, Case, assert_same
 

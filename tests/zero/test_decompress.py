@@ -40,7 +40,7 @@ def observe(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     model, optimizer = make()
     made = engine(model, optimizer, stage)
     train(made, range(STEPS), rank, world_size)
-    values = [optimizer.flat_group(flat)["initial_accumulator_value"] for flat in optimizer._flat_tensors]
+    values = [optimizer.flat_group(flat)["initial_accumulator_value"] for flat in optimizer.compression.flat]
     decompress(optimizer)
     decompressed = held(made)
     train(made, range(STEPS, 2 * STEPS), rank, world_size)

@@ -66,7 +66,7 @@ def shown(rank: int, world_size: int, stage: int, **zero: Any) -> str:
     model = Cells()
     optimizer = compress(tiny.ADAMW.make(model.parameters()), model, policy())
     train(engine(model, optimizer, stage, **zero), [0], rank, world_size)
-    return str(optimizer._flat_tensors)
+    return str(optimizer.compression.flat)
 
 
 def everything(rank: int, world_size: int) -> dict[str, Any]:

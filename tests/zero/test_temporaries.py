@@ -11,8 +11,8 @@ from torch.optim import AdamW
 
 from lightning_sketch import BFloat16, CountSketch, Drop, Policy, RowWise, Rule, compress
 from lightning_sketch.sharding.base import BLOCK_NUMEL
+from tests.checkpoints.allocations import allocated
 from tests.deepspeed_tools import engine, init_deepspeed
-from tests.portable.allocations import allocated
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
-from lightning_sketch.kernels.triton.jit import FACTORED, NONE, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
+from lightning_sketch.kernels.triton.quantized import codes_before, encode, four_each, hash_mixed, hashes_of, inside_row
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.states import advance, estimate
 from lightning_sketch.kernels.triton.table import (
@@ -48,14 +49,31 @@ from lightning_sketch.kernels.triton.table import (
 
 @inlined
 def _preconditioned(
-    m: tl.tensor, v: tl.tensor, eps: tl.tensor, correction: tl.tensor, bound: tl.tensor, BOUNDED: tl.constexpr
+    m: tl.tensor,
+    v: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
+    bound: tl.tensor,
+    BOUNDED: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> tl.tensor:
-    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only."""
-    root = tl.sqrt_rn(v)
+    """``m / (correction * sqrt(v) + eps)``, 0 where v is 0; v may have one column only.
+
+    Args:
+        FAST: up to two units in the last place off, where arithmetic and not memory takes the time.
+    """
+    if FAST:
+        root = tl.sqrt(v)
+    else:
+        root = tl.sqrt_rn(v)
     if BOUNDED:
         limit = root * bound
         m = tl.where(m > limit, limit, tl.where(m < -limit, -limit, m))  # NaN stays NaN
-    update = tl.div_rn(m, tl.broadcast_to(root * correction + eps, m.shape))
+    divisor = tl.broadcast_to(root * correction + eps, m.shape)
+    if FAST:
+        update = m / divisor
+    else:
+        update = tl.div_rn(m, divisor)
     return tl.where(v == 0.0, 0.0, update)
 
 
@@ -72,6 +90,8 @@ def apply(
     MOMENTUM_HALF: tl.constexpr,
     SECOND_DEPTH: tl.constexpr,
     FIRST_DEPTH: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
     SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -90,6 +110,8 @@ def apply(
     """Update parameter and states: TILE_ROWS rows a program, all of their columns or SPAN of them.
 
     Args:
+        SECOND_DEPTH, FIRST_DEPTH: of sketches; bits (QUANTIZED).
+        SECOND_BLOCK, FIRST_BLOCK: elements of a block (QUANTIZED).
         COLUMNS_USED: whether SM3 has accumulators of columns.
         LEAVE_OUT: what is not finite in the gradient changes nothing.
         OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
@@ -97,6 +119,10 @@ def apply(
         AT_ONCE: a row is no wider than TILE_COLUMNS.
         SPAN: 0 for all columns.
     """
+    BY_ELEMENTS: tl.constexpr = LEAVE_OUT and not BY_ROWS
+    KEPT: tl.constexpr = (
+        SECOND_KIND == ROW and AT_ONCE and not OBSERVED
+    )  # a program's gradient, between two looks at it
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
     if SPAN:
@@ -107,9 +133,14 @@ def apply(
     else:
         begin = 0
         end = columns
+        if KEPT:
+            end = TILE_COLUMNS  # known to be one tile, whose registers serve both
     i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     lane = tl.arange(0, TILE_COLUMNS)
+    CODED: tl.constexpr = FIRST_KIND == QUANTIZED or SECOND_KIND == QUANTIZED
+    if CODED:
+        lane = four_each(TILE_COLUMNS)
 
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     first = values(layer, FIRST, FIRST_HALF, ALIGNED)
@@ -132,9 +163,16 @@ def apply(
     momentum_scale = number(layer, MOMENTUM + SCALE)
     column_offset = tl.load(layer + COLUMN_OFFSET)
 
+    # QUANTIZED
+    first_codes, first_absmax = tl.load(layer + FIRST), tl.load(layer + FIRST + STATE_COLUMNS)
+    second_codes, second_absmax = tl.load(layer + SECOND), tl.load(layer + SECOND + STATE_COLUMNS)
+    first_noise, second_noise = hash_mixed(row_id, first_seed), hash_mixed(row_id, second_seed)
+    second_hashes, first_hashes = hashes_of(layer, False), hashes_of(layer, SECOND_KIND == QUANTIZED)
+
     # Of each row: whether it is stepped, and what its second moment is.
     good = present
     whole = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    whole_param = whole
     stored = tl.zeros([TILE_ROWS], tl.float32)
     means = stored
     if OBSERVED:
@@ -143,13 +181,14 @@ def apply(
             good = present & (means == means)
     elif SECOND_KIND == ROW:
         squares = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-        for start in range(0, columns, TILE_COLUMNS):
+        for start in range(begin, end, TILE_COLUMNS):
             mask = present[:, None] & ((start + lane) < columns)[None, :]
             at_grad = (i * columns + start)[:, None] + lane[None, :]
             at = (row * columns + start)[:, None] + lane[None, :]
             g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
-            if AT_ONCE:
+            if KEPT:
                 whole = g
+                whole_param = load(param, at, mask)  # on its way while the squares are summed
             squares += g * g
         sums = tl.sum(squares, axis=1)
         means = sums * number(layer, OF_COLUMN)
@@ -167,6 +206,7 @@ def apply(
             tl.atomic_add(left_out, count)
     if SECOND_KIND == ROW or SECOND_KIND == FACTORED:
         stored = load(second, row, good) + means * second_weight
+        tl.debug_barrier()  # fewer rows than threads: several read the same one, and all are to have read the old value
         tl.store(second + row, stored, mask=good)
     elif SECOND_KIND == SM3:
         stored = load(second, row, good)
@@ -182,15 +222,54 @@ def apply(
     for start in range(begin, end, TILE_COLUMNS):
         column = start + lane
         inside = column < columns
+        if CODED:
+            inside = inside_row(start, columns, ALIGNED, TILE_COLUMNS)
         column_id = (column + column_offset).to(tl.uint64)
         mask = good[:, None] & inside[None, :]
         at_grad = (i * columns + start)[:, None] + lane[None, :]
         at = (row * columns + start)[:, None] + lane[None, :]
-        if LEAVE_OUT and not BY_ROWS:
-            bad = not_finite(grad, at_grad, mask)
-            bad_elements += bad.to(tl.int32)
-            mask = mask & (bad == 0)
-        if SECOND_KIND == ROW and AT_ONCE and not OBSERVED:
+        # Elements are written back, not masked: a mask that changes from one to the next would leave nothing to be read
+        # or written 16 bytes at a time.
+        stays = mask
+        if BY_ELEMENTS:
+            stays = not_finite(grad, at_grad, mask)
+            bad_elements += (stays & mask).to(tl.int32)
+        before = row_largest
+        if CODED:
+            before = load(param, at, mask)  # all is read before anything is stored: no load waits for another
+        first_before, first_columns = codes_before(
+            first_codes,
+            first_absmax,
+            first_hashes,
+            row,
+            start,
+            columns,
+            good,
+            FIRST_KIND,
+            FIRST_DEPTH,
+            FIRST_BLOCK,
+            True,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
+        second_before, second_columns = codes_before(
+            second_codes,
+            second_absmax,
+            second_hashes,
+            row,
+            start,
+            columns,
+            good,
+            SECOND_KIND,
+            SECOND_DEPTH,
+            SECOND_BLOCK,
+            False,
+            ALIGNED,
+            TILE_ROWS,
+            TILE_COLUMNS,
+        )
+        if KEPT:
             g = whole
         else:
             g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
@@ -198,9 +277,40 @@ def apply(
         m = g
         if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
+        elif FIRST_KIND == QUANTIZED:
+            m = first_before * first_decay + g * first_weight
+            encode(
+                first_codes,
+                first_absmax,
+                row,
+                start,
+                columns,
+                good,
+                m,
+                first_noise,
+                first_columns,
+                FIRST_DEPTH,
+                FIRST_BLOCK,
+                True,
+                ALIGNED,
+                TILE_ROWS,
+                TILE_COLUMNS,
+            )
         elif FIRST_KIND != NONE:
             m = advance(
-                first, at, mask, g, row_id, column_id, first_decay, first_weight, first_scale, first_seed, FIRST_KIND
+                first,
+                at,
+                mask,
+                stays,
+                g,
+                row_id,
+                column_id,
+                first_decay,
+                first_weight,
+                first_scale,
+                first_seed,
+                FIRST_KIND,
+                BY_ELEMENTS,
             )
 
         if SECOND_KIND == NONE:
@@ -220,8 +330,10 @@ def apply(
                 row_largest = greater(row_largest, v)
                 if COLUMNS_USED:
                     # Integers order non-negative floats, NaN last; a maximum does not depend on the order of programs.
-                    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                    tl.atomic_max(largest + column, tl.max(bits, axis=0), mask=inside)
+                    bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+                    # Few programs find a larger one than those before them; what is read late costs an atomic only.
+                    before = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
+                    tl.atomic_max(largest + column, bits, mask=inside & (bits > before))
             elif SECOND_KIND == FACTORED:
                 v = of_row * load(shape, column, inside)[None, :]
             elif SECOND_KIND == SKETCH:
@@ -237,11 +349,32 @@ def apply(
                     SECOND_DEPTH,
                     False,
                 )
+            elif SECOND_KIND == QUANTIZED:
+                v = second_before * second_decay + (g * g) * second_weight
+                v = tl.where(mask, v, 0.0)  # beyond the columns, too, codes mean something else
+                encode(
+                    second_codes,
+                    second_absmax,
+                    row,
+                    start,
+                    columns,
+                    good,
+                    v,
+                    second_noise,
+                    second_columns,
+                    SECOND_DEPTH,
+                    SECOND_BLOCK,
+                    False,
+                    ALIGNED,
+                    TILE_ROWS,
+                    TILE_COLUMNS,
+                )
             else:
                 v = advance(
                     second,
                     at,
                     mask,
+                    stays,
                     g * g,
                     row_id,
                     column_id,
@@ -250,14 +383,16 @@ def apply(
                     second_scale,
                     second_seed,
                     SECOND_KIND,
+                    BY_ELEMENTS,
                 )
-            update = _preconditioned(m, v, eps, correction, bound, BOUNDED)
+            update = _preconditioned(m, v, eps, correction, bound, BOUNDED, CODED)
 
         if MOMENTUM_KIND != NONE:
             update = advance(
                 momentum,
                 at,
                 mask,
+                stays,
                 update,
                 row_id,
                 column_id,
@@ -266,14 +401,23 @@ def apply(
                 momentum_scale,
                 momentum_seed,
                 MOMENTUM_KIND,
+                BY_ELEMENTS,
             )
-        store(param, at, load(param, at, mask) * shrink - update * lr, mask)
+        if KEPT:
+            before = whole_param
+        elif not CODED:
+            before = load(param, at, mask)
+        new = before * shrink - update * lr
+        if BY_ELEMENTS:
+            new = tl.where(stays, before, new)
+        store(param, at, new, mask)
 
     if SECOND_KIND == SM3:
         bits = row_largest.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         most = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+        tl.debug_barrier()  # as above
         tl.store(second + row, most * number(layer, OF_SCALE), mask=good)
-    if LEAVE_OUT and not BY_ROWS:
+    if BY_ELEMENTS:
         count = tl.sum(tl.sum(bad_elements, axis=0), axis=0).to(tl.int64)
         if count != 0:
             tl.atomic_add(left_out, count)

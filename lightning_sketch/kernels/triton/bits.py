@@ -58,16 +58,22 @@ def narrow_stochastically(x: tl.tensor, noise: tl.tensor) -> tl.tensor:
     """
     bits = x.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = (_sum(bits, noise) >> 16).to(tl.int16)
-    return tl.where(finite, rounded, narrow(x))
+    rounded = _sum(bits, tl.where(finite, noise, 0)) >> 16
+    return tl.where(x == x, rounded, rounded | 0x40).to(tl.int16)  # NaN stays NaN
 
 
 @inlined
 def noise16(row: tl.tensor, column: tl.tensor) -> tl.tensor:
     """16 uniform bits (uint32) for each element, from the hashes of its row and its column (uint32)."""
+    return mixed(row, column) >> 16
+
+
+@inlined
+def mixed(row: tl.tensor, column: tl.tensor) -> tl.tensor:
+    """32 bits (uint32) of which the upper 16 are `noise16`."""
     x = _times(row ^ column, 2654435769)
     x = x ^ (x.to(tl.int32, bitcast=True) >> 15).to(tl.uint32, bitcast=True)
-    return _times(x, 2246822507) >> 16
+    return _times(x, 2246822507)
 
 
 @inlined

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lightning_sketch.kernels.fused import Kind
+from lightning_sketch.kernels.schema import Kind
 
 #: A function called by kernels.
 inlined: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -37,3 +37,4 @@ ROW_SKETCH = tl.constexpr(int(Kind.ROW_SKETCH))
 SM3 = tl.constexpr(int(Kind.SM3))
 FACTORED = tl.constexpr(int(Kind.FACTORED))
 SKETCH = tl.constexpr(int(Kind.SKETCH))
+QUANTIZED = tl.constexpr(int(Kind.QUANTIZED))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
 from lightning_sketch.kernels.reference import signed
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.insert import hash_rows, insert
@@ -23,6 +23,7 @@ from lightning_sketch.kernels.triton.layout import (
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
+    TILE_HASH,
     TILE_SKETCH,
     Key,
     Laid,
@@ -30,6 +31,7 @@ from lightning_sketch.kernels.triton.layout import (
 )
 from lightning_sketch.kernels.triton.observe import observe, settle
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
+from lightning_sketch.kernels.triton.quantized import hash_columns
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
 from lightning_sketch.kernels.triton.table import COUNT, PADDING, PROGRAMS, ROW
 
@@ -249,6 +251,16 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
+    if key.quantized:
+        hash_columns[(programs["hash_columns"],)](
+            words,
+            count,
+            SECOND_KIND=int(key.second),
+            FIRST_KIND=int(key.first),
+            SEARCH=search,
+            TILE=TILE_HASH,
+            **OPTIONS,
+        )
     rows, columns = key.apply_tile
     apply[(programs["apply"],)](
         words,
@@ -261,6 +273,8 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         MOMENTUM_HALF=key.momentum_half,
         SECOND_DEPTH=key.second_depth,
         FIRST_DEPTH=key.first_depth,
+        SECOND_BLOCK=key.second_block,
+        FIRST_BLOCK=key.first_block,
         **common,
         BOUNDED=key.bounded,
         NESTEROV_USED=key.nesterov,

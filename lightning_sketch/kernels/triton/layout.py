@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sketch.kernels.fused import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 
 #: Elements of a tile: 8 for each thread of four warps.
 TILE = 1024
@@ -17,6 +17,8 @@ TILE_COLUMNS = 128
 LINE_BYTES = 512
 #: Columns up to which a tile holds whole rows where their means are taken on the way.
 WIDEST_ROW = 4096
+#: Into how many tiles, one after the other, a program cuts wide rows of quantized states.
+QUANTIZED_PARTS = 8
 #: Columns of a program that need not have whole rows.
 SPAN = 4096
 #: Rows of which a program of `observe` leaves one partial sum for each column; fewer where that would be few programs.
@@ -35,14 +37,14 @@ WAVE = 1 << 21
 GROUP = 128
 #: Means of rows, and slots of a sketch of row scalars, of a program.
 TILE_SKETCH = 256
-#: Columns of a program of `finish_sm3`.
-TILE_FINISH = 1024
+#: Columns of a program of `finish_sm3`, and of `hash_columns`.
+TILE_FINISH = TILE_HASH = 1024
 
 _ELEMENTWISE = (Kind.NONE, Kind.DENSE, Kind.STOCHASTIC, Kind.SCALED)
 #: Kinds that know nothing of rows: where a layer has no others, and all rows are present, it is one long row.
 _ROWLESS = (Kind.NONE, Kind.DENSE, Kind.SCALED)
 #: Kinds of which a program of `apply` must have whole rows.
-_OWN_ROWS = (Kind.ROW, Kind.FACTORED, Kind.SM3)
+_OWN_ROWS = {Kind.ROW, Kind.FACTORED, Kind.SM3, Kind.QUANTIZED}
 
 NO_STATE = Stored(Kind.NONE, torch.empty(0))
 
@@ -59,6 +61,8 @@ class Key(NamedTuple):
     momentum_half: bool
     second_depth: int
     first_depth: int
+    second_block: int
+    first_block: int
     sparse: bool
     columns_used: bool
     leave_out: bool
@@ -77,6 +81,11 @@ class Key(NamedTuple):
     def by_rows(self) -> bool:
         """Whether rows are left out, else elements."""
         return not {self.second, self.first, self.momentum} <= {*_ELEMENTWISE}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a state is stored as codes; its depth is then the number of their bits."""
+        return self.second_block + self.first_block > 0
 
     @property
     def inserts(self) -> bool:
@@ -122,7 +131,9 @@ class Key(NamedTuple):
     def apply_tile(self) -> tuple[int, int]:
         """Rows and columns of a tile of `apply`."""
         tile, columns = TILE, min(self.width, TILE_COLUMNS)
-        if max(self.second_depth, self.first_depth) > 4:
+        if self.quantized:  # what is encoded takes registers; beside SM3 there are more warps
+            tile = tile if self.second == Kind.SM3 else tile // 2
+        elif max(self.second_depth, self.first_depth) > 4:
             tile //= 2  # a median of many takes registers
         if self.second == Kind.ROW and not self.observed:
             columns = min(self.width, WIDEST_ROW)
@@ -130,14 +141,21 @@ class Key(NamedTuple):
             columns = min(self.width, LINE_BYTES // 4)
         elif self.rowless:
             columns = min(self.width, TILE)
+        elif self.quantized:
+            # Few of the wider rows at a time: they are looked through first, and should still be in a cache after.
+            columns = max(columns, min(self.width // QUANTIZED_PARTS, tile))
+        if self.quantized:  # whole blocks, and four lanes for a thread
+            columns = max(columns, min(self.width, max(self.second_block, self.first_block)), 4)
         return max(1, tile // columns), columns
 
     @property
     def apply_warps(self) -> int:
         """Warps of a program of `apply`."""
         rows, columns = self.apply_tile
-        # Maxima both ways take registers.
-        return 8 if self.second == Kind.SM3 else min(16, max(4, rows * columns // 512))
+        if self.second == Kind.SM3:
+            return 8  # maxima both ways take registers
+        # Whole rows lie in registers twice, gradient and parameter, and so do codes.
+        return min(16, max(4, rows * columns // (256 if self.second == Kind.ROW or self.quantized else 512)))
 
     @property
     def rowless(self) -> bool:
@@ -156,7 +174,7 @@ class Laid:
         blocks: of rows, each with a partial sum for every column.
         splits: programs of `apply` for the same rows.
         floats: numbers of float32, each padded to 16 bytes: means of rows, sums of rows over chunks of columns, partial
-            sums of columns, their groups, and the shape of columns.
+            sums of columns, their groups, the shape of columns, and (as many words of 32 bits) hashes of columns.
         sums, exponents: numbers of int64, and of 32 bits, that begin as zeros: of a sketch's slots; of columns' maxima.
     """
 
@@ -197,6 +215,8 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         momentum.data.dtype == torch.bfloat16,
         second.depth,
         first.depth,
+        _block(second),
+        _block(first),
         sparse,
         second.kind == Kind.SM3 and second.columns is not None,
         step.leave_out,
@@ -205,7 +225,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         step.nesterov != 0,
         aligned and columns % 8 == 0,
         columns <= WIDEST_ROW,
-        columns > SPAN and second.kind not in _OWN_ROWS,
+        columns > SPAN and not _OWN_ROWS & {second.kind, first.kind},
         width,
         OBSERVED_ROWS if is_summed and rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
         not sparse or any(rows >= sketch.width or rows * sketch.depth > WAVE for sketch in sketches),
@@ -213,14 +233,15 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     )
     blocks = ceil(rows, key.block_rows) if key.observed else 0
     add = fold = reduce = slots = 0
-    floats = (rows, chunks * rows, 0, 0, 0) if key.observed else (0, 0, 0, 0, 0)
+    means, row_sums = (rows, chunks * rows) if key.observed else (0, 0)
+    partials = of_groups = shape = 0
     if second.kind == Kind.ROW_SKETCH:
         slots = second.depth * second.width
         add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
     elif second.kind == Kind.FACTORED:
         groups = ceil(blocks, GROUP)
         reduce = groups * ceil(columns, TILE_COLUMNS)
-        floats = rows, chunks * rows, blocks * columns, groups * columns, columns
+        partials, of_groups, shape = blocks * columns, groups * columns, columns
     finish = ceil(columns, TILE_FINISH) if key.columns_used else 0
     splits = ceil(columns, SPAN) if key.split else 1
     apply = ceil(rows, key.apply_tile[0]) * splits
@@ -234,15 +255,18 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     ]
     hashed = [ceil(rows, TILE_SKETCH) * (sketch.kind == Kind.SKETCH) for sketch in (second, first)]
     settle = 0 if key.one_chunk else blocks
+    hash_columns = ceil(columns, TILE_HASH) if key.quantized else 0
+    hashes = sum(_padded(columns) for block in (key.second_block, key.first_block) if block)
+    floats = means, row_sums, partials, of_groups, shape, hashes
     zeros = columns if key.columns_used else slots
     return Laid(
         key,
         rows,
         columns,
-        (blocks * chunks, settle, add, fold, reduce, finish, apply, *hashed, *inserted),
+        (blocks * chunks, settle, add, fold, reduce, finish, apply, *hashed, *inserted, hash_columns),
         blocks,
         splits,
-        tuple(size + -size % 4 for size in floats),
+        tuple(_padded(size) for size in floats),
         slots,
         zeros,
     )
@@ -258,6 +282,14 @@ def _observe_tile(width: int, itemsize: int) -> tuple[int, int, int]:
 def hashing(sketch: Stored) -> tuple[int, int, int]:
     """What the bucket of a row depends on."""
     return sketch.depth, sketch.width, sketch.seed
+
+
+def _block(state: Stored) -> int:
+    return state.width if state.kind == Kind.QUANTIZED else 0
+
+
+def _padded(size: int) -> int:
+    return size + -size % 4
 
 
 def _is_rowless(sparse: bool, *kinds: Kind) -> bool:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lightning_sketch.kernels.fused import FusedStep, Stored
+from lightning_sketch.kernels.schema import FusedStep, Stored
 from lightning_sketch.kernels.triton import layout
 
 LIMIT = 1 << 31  # what int32 holds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from lightning_sketch.kernels.triton.bits import not_finite, row_of
+from lightning_sketch.kernels.triton.bits import load, row_of
 from lightning_sketch.kernels.triton.jit import inlined
 from lightning_sketch.kernels.triton.table import IDS, ROWS
 
@@ -31,9 +31,10 @@ def bad_rows(
     TILE_COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """Whether rows of a tile hold NaN or infinity, ``[TILE_ROWS]``."""
-    found = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.int32)
+    found = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     lane = tl.arange(0, TILE_COLUMNS)
     for start in range(0, columns, TILE_COLUMNS):
         mask = present[:, None] & ((start + lane) < columns)[None, :]
-        found |= not_finite(grad, (i * columns + start)[:, None] + lane[None, :], mask).to(tl.int32)
-    return tl.max(found, axis=1) != 0
+        # 0 times what is not finite is NaN, and stays so: one instruction for each element.
+        found = tl.fma(load(grad, (i * columns + start)[:, None] + lane[None, :], mask), 0.0, found)
+    return tl.max((found != found).to(tl.int32), axis=1) != 0

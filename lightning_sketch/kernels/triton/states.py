@@ -23,6 +23,7 @@ def advance(
     data: tl.tensor,
     at: tl.tensor,
     mask: tl.tensor,
+    stays: tl.tensor,
     x: tl.tensor,
     row_id: tl.tensor,
     column_id: tl.tensor,
@@ -31,25 +32,39 @@ def advance(
     scale: tl.tensor,
     seed: tl.tensor,
     KIND: tl.constexpr,
+    BY_ELEMENTS: tl.constexpr,
 ) -> tl.tensor:
     """``s <- decay * s + weight * x`` of a tile of a state shaped like the parameter; returns what it then means.
 
     Args:
+        stays: with BY_ELEMENTS, elements that are to stay what they are.
         row_id, column_id: uint64 ``[TILE_ROWS]`` and ``[TILE_COLUMNS]``, in the whole parameter.
     """
     if KIND == SCALED:
-        s = store(data, at, load(data, at, mask) + x * weight, mask) * scale
+        s = store(data, at, _unless(stays, load(data, at, mask), x * weight, 1.0, BY_ELEMENTS), mask) * scale
     elif KIND == STOCHASTIC:
         rows = mix64(row_id, seed.to(tl.uint64)).to(tl.uint32)
         # Inverted while it is signed: the interpreter of Triton 3.7 cannot invert unsigned numbers.
         columns = mix64(column_id, (~seed.to(tl.int64)).to(tl.uint64)).to(tl.uint32)
-        exact = load(data, at, mask) * decay + x * weight
+        before = tl.load(data + at, mask=mask, other=0)
+        exact = widen(before) * decay + x * weight
         half = narrow_stochastically(exact, noise16(rows[:, None], columns[None, :]))
+        if BY_ELEMENTS:
+            half = tl.where(stays, before, half)
         tl.store(data + at, half, mask=mask)
         s = widen(half)
     else:
-        s = store(data, at, load(data, at, mask) * decay + x * weight, mask)
+        s = store(data, at, _unless(stays, load(data, at, mask), x * weight, decay, BY_ELEMENTS), mask)
     return s
+
+
+@inlined
+def _unless(
+    stays: tl.tensor, old: tl.tensor, added: tl.tensor, decay: tl.tensor, BY_ELEMENTS: tl.constexpr
+) -> tl.tensor:
+    """``old * decay + added``, or `old` where it stays."""
+    new = old * decay + added
+    return tl.where(stays, old, new) if BY_ELEMENTS else new
 
 
 @inlined

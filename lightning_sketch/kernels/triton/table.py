@@ -17,13 +17,14 @@ _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight"
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
-_SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "largest", "sums", "exponents")
+_SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
 _ORDER = ("order", "edges", "keys", "entry", "key")
 #: Kernels whose programs are numbered through all layers.
 PROGRAMS = (
     *("observe", "settle", "add", "fold", "reduce", "finish", "apply"),
     *("hash_second", "hash_first", "insert_second", "insert_first"),
+    "hash_columns",
 )
 NAMES = (
     *_HEAD,
@@ -58,11 +59,11 @@ CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov
 # One over the number of columns, and over the second state's scale.
 OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
 LEFT_OUT, MEANS, ROW_SUMS, PARTIALS, GROUPS = map(_word, ("count", "means", "row_sums", "partials", "groups"))
-SHAPE, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "largest", "sums", "exponents"))
+SHAPE, HASHES, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "hashes", "largest", "sums", "exponents"))
 SECOND_SORTED, FIRST_SORTED = map(_word, ("second_order", "first_order"))
 # Of rows by bucket, from their first word.
 EDGES, KEYS, ENTRY, KEY = map(tl.constexpr, range(1, 5))
-OBSERVE, SETTLE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH_SECOND, HASH_FIRST, INSERT_SECOND, INSERT_FIRST = (
+OBSERVE, SETTLE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH_SECOND, HASH_FIRST, INSERT_SECOND, INSERT_FIRST, HASH = (
     _word(f"{kernel}_program") for kernel in PROGRAMS
 )
 

@@ -1,0 +1,1 @@
+"""Files of optimizer states, one module for each format."""

@@ -1,0 +1,139 @@
+"""What becomes of gradients that are not finite, after a step has left their rows out.
+
+A step counts, for every layer, the rows that it left out (elements, where every state of the layer is element-wise).
+Counts on the CPU are judged at once. On an accelerator they are copied without waiting for the device, and judged when
+the next step begins, or the one after if the device is not done by then; whoever looks at the states waits for them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.sharding.fake import is_fake_tensor
+
+NonFinite = Literal["raise", "skip", "propagate"]
+
+#: A layer's name, and whether elements of it are counted, not rows.
+Unit = tuple[str, bool]
+
+
+class LeftOut:
+    """Counts of an optimizer's steps that have yet to be judged. Neither copied nor pickled with it."""
+
+    def __init__(self) -> None:
+        self._late: deque[tuple[Tensor, Any, Sequence[Unit]]] = deque()
+
+    @staticmethod
+    def is_late(counts: Tensor) -> bool:
+        """Whether to read them would be to wait."""
+        return counts.device.type != "cpu"
+
+    def add(self, counts: Tensor, units: Sequence[Unit]) -> None:
+        """Take the counts of a step, and begin to copy them to the host.
+
+        Args:
+            counts: of each layer, int64 ``[layers]``.
+            units: for each layer.
+        """
+        # To pinned memory, which torch takes for such copies; where nothing says when one is done (MPS), it waits.
+        says = hasattr(torch.get_device_module(counts.device), "current_stream")
+        copied = counts.to("cpu", non_blocking=says)
+        if not is_fake_tensor(copied):
+            self._late.append((copied, _event(counts.device) if says else None, units))
+
+    def judge(self, nonfinite: NonFinite, skipped: Counter[str], *, wait: bool) -> None:
+        """Raise, or warn and count, for what earlier steps left out and was not judged yet.
+
+        Args:
+            nonfinite: which.
+            skipped: in how many steps something of a layer was left out; counted here.
+            wait: for the device, if it is not done with these steps.
+
+        Raises:
+            FloatingPointError: something was left out, and ``nonfinite="raise"``. It is judged then.
+        """
+        found: list[dict[str, list[int]]] = []
+        while self._late:
+            counts, event, units = self._late[0]
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                break
+            self._late.popleft()
+            if bool(counts.any()):
+                found.append(_by_layer(counts, units))
+        if found:
+            _judge(nonfinite, skipped, found, " in an earlier step")
+
+
+def judge(nonfinite: NonFinite, skipped: Counter[str], counts: Tensor, units: Sequence[Unit]) -> None:
+    """Raise, or warn and count, for what the step that was just made left out.
+
+    Args:
+        nonfinite, skipped: as in `LeftOut.judge`.
+        counts: of each layer, int64 ``[layers]``, on the CPU; not all are 0.
+        units: for each layer.
+
+    Raises:
+        FloatingPointError: ``nonfinite="raise"``.
+    """
+    _judge(nonfinite, skipped, [_by_layer(counts, units)], "")
+
+
+def _judge(nonfinite: NonFinite, skipped: Counter[str], steps: list[dict[str, list[int]]], when: str) -> None:
+    if nonfinite == "raise":
+        total: dict[str, list[int]] = {}
+        for step in steps:
+            for fqn, (rows, elements) in step.items():
+                before = total.get(fqn, [0, 0])
+                total[fqn] = [before[0] + rows, before[1] + elements]
+        named = ", ".join(f"{fqn} ({_words(*count)})" for fqn, count in total.items())
+        raise FloatingPointError(
+            f"NaN or inf in the gradient of {named}{when}. "
+            "They were left out: parameters and states did not change there. Everything else was stepped, so training "
+            'can go on. Use compress(..., nonfinite="skip") to have such rows left out with a warning, or "propagate" '
+            "to let them through as torch.optim does"
+        )
+    for step in steps:
+        for fqn, count in step.items():
+            skipped[fqn] += 1
+            if skipped[fqn] == 1:
+                said = f"NaN or inf in the gradient of {fqn}: {_words(*count)} left out of the step"
+                warnings.warn(said, stacklevel=_caller())
+
+
+def _by_layer(counts: Tensor, units: Sequence[Unit]) -> dict[str, list[int]]:
+    """Rows and elements of each layer that has any; parts of a layer that lie apart are put together."""
+    found: dict[str, list[int]] = {}
+    for count, (fqn, by_element) in zip(counts.tolist(), units, strict=True):
+        if count:
+            found.setdefault(fqn, [0, 0])[by_element] += count
+    return found
+
+
+def _words(rows: int, elements: int) -> str:
+    parts = (f"{n:,} {word}{'s' if n != 1 else ''}" for n, word in ((rows, "row"), (elements, "element")) if n)
+    return ", ".join(parts)
+
+
+def _event(device: torch.device) -> Any:
+    """An event that a device reaches when it has done all that it was asked for."""
+    module = torch.get_device_module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))  # not that of the current device, which may be another
+    return event
+
+
+def _caller() -> int:
+    """The `stacklevel` of who called into this package, in `_judge`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("lightning_sketch.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level

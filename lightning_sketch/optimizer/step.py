@@ -1,0 +1,233 @@
+"""The compressed layers' side of an optimizer's step: find the tensors, and step them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
+from torch.autograd.graph import increment_version
+
+from lightning_sketch.kernels import fused_kernel
+from lightning_sketch.layers.counter import counter
+from lightning_sketch.layers.record import RECORDS, LayerShard
+from lightning_sketch.optimizer.amp import grad_scale, overflowed
+from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
+from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.groups import CompressedGroups
+from lightning_sketch.optimizer.nonfinite import judge
+from lightning_sketch.optimizer.proof import proved
+from lightning_sketch.rules import UpdateRule, run
+from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
+from lightning_sketch.sharding.fake import is_fake
+from lightning_sketch.sharding.gradient import RowGradient
+
+
+@dataclass(slots=True)
+class OwnTensor:
+    """A tensor with a gradient that our rules step.
+
+    Args:
+        group: its parameter group.
+        param: the tensor.
+        grad: its gradient, which torch's step does not see.
+        parts: what lies in it.
+        needed: states that the group's hyperparameters ask for.
+        state: ``optimizer.state[param]``, empty before the first step.
+        bound: the parts, bound; ``None`` if they have yet to be.
+        gradients: of each part, unscaled; empty under ``FakeTensorMode``, where rows cannot be read.
+        scale: what `grad` is still to be divided by; ``None`` for nothing.
+    """
+
+    group: dict[str, Any]
+    param: Tensor
+    grad: Tensor
+    parts: tuple[LayerShard, ...]
+    needed: set[str]
+    state: dict[str, Any]
+    bound: list[BoundPart] | None
+    gradients: list[RowGradient]
+    scale: float | None = None
+
+
+@_disable_dynamo  # Dynamo can make nothing of kernels
+def own_tensors(optimizer: CompressedGroups) -> list[OwnTensor]:
+    """Our tensors that have a gradient, checked and with what they are bound to.
+
+    Nothing is changed yet, but that dense states which a user assigned are encoded.
+
+    Raises:
+        TypeError: a gradient has an unsupported layout.
+        ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or its
+            states are not what the codecs store.
+    """
+    rule, bindings, states = optimizer.rule, optimizer.compression.bindings, optimizer.state
+    bindings.keep_those_in(states)
+    ours: list[OwnTensor] = []
+    fake: bool | None = None
+    assigned: list[Encoded] = []
+    options: dict[int, tuple[set[str], float | None]] = {}  # states that are needed, and the gradients' scale, by group
+    for group, param, parts in optimizer.compressed_tensors():
+        if (grad := param.grad) is None:
+            continue
+        if (found := options.get(id(group))) is None:
+            rule.check(group, parts[0].layer.fqn)
+            found = options[id(group)] = {state.name for state in rule.states(group)}, grad_scale(optimizer, group)
+        names, scale = found
+        state = states.get(param, {})
+        bound = bindings.find(param, parts, names, state)
+        if bound is None:
+            for part in parts:
+                _check(rule, group, part)
+        if state and bound is None:
+            encoded = find_assigned(group, param, parts, state)
+            assigned += [] if encoded is None else [encoded]
+        fake = is_fake(param) if fake is None else fake  # one or all
+        placed = grad if type(grad) is Tensor else placed_like(grad, param)
+        unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
+        gradients = [] if fake else [part.gradient(unscaled) for part in parts]
+        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
+    if assigned:
+        commit(optimizer, assigned)
+    return ours
+
+
+@_disable_dynamo
+def refuse_kept_sparse(optimizer: CompressedGroups) -> None:
+    """Refuse sparse gradients of layers that the policy keeps, where torch's own optimizer does not take any.
+
+    Raises:
+        RuntimeError: as torch does; says how the layer could be trained.
+    """
+    refused: list[str] = []
+    for number, group in enumerate(optimizer.param_groups):
+        if optimizer.rule.keeps_sparse(group) or optimizer.is_flat(group):
+            continue
+        names = optimizer.compression.names[number : number + 1] or [[]]
+        for i, (param, record) in enumerate(zip(group["params"], group.get(RECORDS, ()), strict=False)):
+            if record is None and param.grad is not None and param.grad.is_sparse:
+                refused.append(names[0][i] if i < len(names[0]) else f"parameter {i} of group {number}")
+    if refused:
+        unsigned = any(not state.signed for state in optimizer.rule.states(optimizer.param_groups[0]))
+        codec = "second_moment=RowWise()" if unsigned else "first_moment=BFloat16()"
+        raise RuntimeError(
+            f"{', '.join(refused)}: torch's {optimizer.stock.__name__} does not support sparse gradients under these "
+            "options, and the policy keeps such layers as torch does. Compressed layers may have them: add a rule, "
+            f"e.g. Rule(name={refused[0]!r}, {codec}), or give the layer dense gradients (sparse=False)"
+        )
+
+
+@_disable_dynamo
+def to_be_stepped(optimizer: CompressedGroups, ours: list[OwnTensor]) -> list[OwnTensor]:
+    """All but those of a group that overflowed.
+
+    Raises:
+        RuntimeError: there are none because the model's parameters were replaced.
+    """
+    if not ours:
+        _refuse_replaced(optimizer)
+    left_alone = {id(group) for group in optimizer.param_groups if overflowed(optimizer, group)}
+    return [own for own in ours if id(own.group) not in left_alone] if left_alone else ours
+
+
+@_disable_dynamo
+def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None:
+    """One step of our tensors (they and their states are modified in place), but of what is not finite in gradients.
+
+    Raises:
+        FloatingPointError: something was left out, and ``nonfinite="raise"``. Everything else was stepped.
+    """
+    if ready and not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
+        for own in ready:
+            if not own.state:
+                _allocate(optimizer, own)
+        return
+    rule, compression = optimizer.rule, optimizer.compression
+    counts: list[Tensor] = []
+    for own in ready:
+        if own.scale is not None:
+            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
+        if own.bound is None:
+            if not own.state:
+                _allocate(optimizer, own)
+            own.bound = compression.bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+            if own.param.device.type != "cpu":
+                _prove(rule, own)
+        counts.append(own.state["step"])
+    known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
+    options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
+    for own, count in zip(ready, counts, strict=True):
+        key = id(own.group), int(count.item()) + 1
+        if (option := known.get(key)) is None:
+            step, negate = key[1], bool(own.group.get("maximize", False))
+            option = known[key] = rule.numbers(own.group, step), step, negate
+        options.append(option)
+    if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
+        increment_version(wrappers)  # rules write to local tensors, whose versions are their own
+    if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
+        torch._foreach_add_(counts, [counter(1.0)] * len(counts))
+    leave_out = compression.nonfinite != "propagate"
+    left_out = run(
+        rule,
+        (
+            part.step(gradient, numbers, step, negate=negate, leave_out=leave_out)
+            for own, (numbers, step, negate) in zip(ready, options, strict=True)
+            for part, gradient in zip(own.bound or (), own.gradients, strict=True)
+        ),
+    )
+    if not leave_out or left_out is None:
+        return
+    late = compression.left_out.is_late(left_out)
+    if late or bool(left_out.any()):
+        units = [part.unit for own in ready for part in own.bound or ()]
+        if late:
+            compression.left_out.add(left_out, units)
+        else:
+            judge(compression.nonfinite, compression.skipped, left_out, units)
+
+
+def _prove(rule: UpdateRule, own: OwnTensor) -> None:
+    """Have kernels that do not prove right on this device step none of a tensor's parts."""
+    if (kernel := fused_kernel(own.param.device)) is None:
+        return
+    for part, bound, gradient in zip(own.parts, own.bound or (), own.gradients, strict=True):
+        sparse = gradient.rows is not None or bound.lazy
+        if not proved(rule, part.layer, bound.param, own.group, sparse=sparse, kernel=kernel):
+            bound.kept.fusable = False
+
+
+def _allocate(optimizer: CompressedGroups, own: OwnTensor) -> None:
+    """Make the states of a tensor's first step."""
+    fresh: dict[str, Any] = {"step": counter()}
+    for part in own.parts:
+        fresh |= part.allocate(own.param, own.group)
+    own.state = optimizer.state[own.param]
+    own.state.update(fresh)
+
+
+def _refuse_replaced(optimizer: CompressedGroups) -> None:
+    """Where no gradient comes: ``fully_shard`` after the optimizer was made leaves it parameters of no model."""
+    model = optimizer.compression.model()
+    ours = [param for group in optimizer.param_groups for param in group["params"] if isinstance(param, nn.Parameter)]
+    if model is None or not ours or any(param.grad is not None for param in ours):
+        return
+    show_shards(model)
+    theirs = {id(param) for param in model.parameters()}
+    if not any(id(param) in theirs for param in ours):
+        raise RuntimeError(
+            "none of the optimizer's parameters is the model's any more, so nothing would be trained: something "
+            "replaced them, as fully_shard does. Call fully_shard(model) before constructing the optimizer, and "
+            "compress it after"
+        )
+
+
+def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
+    layer = part.layer
+    if lacking := layer.lacking(rule, group):
+        raise ValueError(
+            f"{layer.fqn} was compressed without {', '.join(lacking)}, which the group's hyperparameters now "
+            "ask for; call decompress(optimizer) and compress it again"
+        )
+    part.check_shape()

@@ -1,0 +1,102 @@
+"""A policy for a number of bytes: the mildest step of a fixed ladder that fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_sketch.codecs import BFloat16, Codec, Drop, Factored, RowWise
+from lightning_sketch.layers.roles import NamedLayer, RoleHints, named_layers
+from lightning_sketch.policy.plan import plan_of
+from lightning_sketch.policy.rule import Rule, RuleSet
+from lightning_sketch.rules.inside import unwrap
+from lightning_sketch.text import human_bytes
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+#: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
+#: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is as
+#: good as the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which is nearly
+#: exact there. CountSketch is no step of it: it takes more than RowWise and is worse.
+TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
+    (BFloat16(), BFloat16(), BFloat16()),
+    (BFloat16(), RowWise(), Factored()),
+    (Drop(), RowWise(), Factored()),
+    (Drop(), RowWise(compression=10), Factored()),
+)
+#: After the hidden layers: what is left to save of dense tables is less than a number per row, and costs quality.
+SMALLEST_TABLES: tuple[Codec, Codec, Codec] = (Drop(), RowWise(compression=10), RowWise(compression=10))
+HIDDEN_LADDER: tuple[tuple[Codec, Codec], ...] = (
+    (BFloat16(), BFloat16()),
+    (BFloat16(), Factored()),
+    (Drop(), Factored()),
+)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a text with a unit.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("20 MB"), parse_bytes(4096)
+    (1610612736, 20000000, 4096)
+
+    Raises:
+        ValueError: not a size.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", size)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{size!r} is not a size; write it like '1.5GiB', '300MB' or 4096")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def rules_for_budget(
+    model: nn.Module, optimizer: Any, budget: int | str, seed: int = 0, role_hints: RoleHints = None
+) -> RuleSet:
+    """The mildest step of the ladder whose states fit `budget`; see `Policy.for_budget`."""
+    limit = parse_bytes(budget)
+    least = None
+    inner = unwrap(optimizer)
+    params = [p for group in inner.param_groups for p in group["params"]]
+    counted = {id(p) for p in params if p.requires_grad or inner.state.get(p)}
+    layers = [layer for key, layer in named_layers(model, role_hints).items() if key in counted]
+    for policy in _ladder(layers, seed, role_hints):
+        needed = plan_of(model, optimizer, policy).bytes_after
+        if needed <= limit:
+            return policy
+        least = needed if least is None else min(least, needed)
+    if least is None:
+        raise ValueError("the optimizer trains no embedding, softmax or hidden layer of the model, to compress")
+    raise ValueError(
+        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (embedding and softmax "
+        "tables at a tenth of a number per row, hidden layers factored and without first moment)"
+    )
+
+
+def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> Iterator[RuleSet]:
+    """The policies for these layers, mildest first."""
+    tables: dict[bool, set[str]] = {}  # their roles, by whether gradients are sparse
+    for layer in layers:
+        if roles := layer.roles & {"embedding", "softmax"}:
+            tables.setdefault(layer.sparse, set()).update(roles)
+
+    def table_rules(first: Codec, *second: Codec) -> list[Rule]:
+        return [
+            Rule(role=tuple(sorted(roles)), sparse=sparse, first_moment=first, second_moment=second[not sparse])
+            for sparse, roles in tables.items()
+        ]
+
+    if tables:
+        for step in TABLE_LADDER:
+            yield RuleSet(table_rules(*step), seed, role_hints)
+    hidden: list[Rule] = []
+    if any("hidden" in x.roles and not x.roles & {"embedding", "softmax"} for x in layers):
+        for first, second in HIDDEN_LADDER:
+            hidden = [Rule(role="hidden", first_moment=first, second_moment=second)]
+            yield RuleSet([*table_rules(*TABLE_LADDER[-1]), *hidden], seed, role_hints)
+    if tables:
+        yield RuleSet([*table_rules(*SMALLEST_TABLES), *hidden], seed, role_hints)
