@@ -170,3 +170,8 @@ def kept_bytes(rows: int, sketch_shapes: Sequence[tuple[int, int]]) -> int:
         sketch_shapes: depth and width of its sketches; those that are the same share an order.
     """
     return sum(4 * (depth * (rows + width) + 1) for depth, width in set(sketch_shapes))
+
+
+def sorting_bytes(rows: int, sketch_shapes: Sequence[tuple[int, int]]) -> int:
+    """Device memory that sorting a layer's rows takes beside `kept_bytes`: torch's keys, indices and buffers."""
+    return max((28 * min(depth * rows, layout.WAVE) + 20 * width for depth, width in sketch_shapes), default=0)
