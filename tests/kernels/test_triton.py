@@ -14,9 +14,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
+INTERPRETED = ["triton_interpreted.py", "triton_left_out.py", "triton_orders.py", "triton_quantized.py"]
 
 
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_left_out.py", "triton_orders.py", "triton_quantized.py"])
+@pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_equal_the_reference_in_the_interpreter(file: str) -> None:
     _pytest(file, TRITON_INTERPRET="1")
 
