@@ -1,6 +1,6 @@
 """What to look at on a borrowed CUDA machine, section by section; `benchmarks/gpu_check.sh` runs all of them.
 
-    python -m benchmarks.gpu_check equal                         # versions, equal, launches, times; then summary
+    python -m benchmarks.gpu_check equal                         # or another of SECTIONS; then summary
     python -m benchmarks.gpu_check equal --device cpu --quick    # without a GPU, to try the script itself
 
 Each section writes ``SECTION.json`` into ``$OUT`` (``runs/gpu``). It needs torch alone, and Triton for its kernels.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sketch as ls
-from benchmarks import launches, roofline
+from benchmarks import gpu_capture, launches, roofline
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on, under
 from benchmarks.speed_measure import Contestant, race
 from benchmarks.speed_peers import version
@@ -115,6 +115,31 @@ def launched(device: torch.device, quick: bool, deadline: float) -> Iterator[Row
                 yield {"what": name, "kernels": words, **_observed(name, kernels, device)}
             except Exception as error:
                 yield {"what": name, "kernels": words, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def capture(device: torch.device, quick: bool, deadline: float) -> Iterator[Row]:
+    """Steps captured into CUDA graphs and replayed, and under `torch.compile`, against steps made one by one."""
+    return _tried(gpu_capture.in_graphs({name: policy(name) for name in CODECS}, device), deadline)
+
+
+def scaler(device: torch.device, quick: bool, deadline: float) -> Iterator[Row]:
+    """Steps under a GradScaler, one of which overflows, against the others without it."""
+    return _tried(gpu_capture.scaled({name: policy(name) for name in CODECS}, device), deadline)
+
+
+def _tried(cases: Iterator[tuple[str, Callable[[], Row]]], deadline: float) -> Iterator[Row]:
+    for what, case in cases:
+        row: Row = {"what": what}
+        if time.monotonic() > deadline:
+            yield row | {"skipped": "out of time"}
+            continue
+        try:
+            row |= case()
+        except Exception as error:  # every other case is worth knowing
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        yield row
+    for kind, problem in unproved.items():
+        yield {"what": f"kernels are proved on {kind}", "error": problem}
 
 
 def times(device: torch.device, quick: bool, deadline: float) -> Iterator[Row]:
@@ -220,6 +245,8 @@ SECTIONS: dict[str, Callable[[torch.device, bool, float], Iterator[Row]]] = {
     "versions": versions,
     "equal": equal,
     "launches": launched,
+    "capture": capture,
+    "scaler": scaler,
     "times": times,
 }
 

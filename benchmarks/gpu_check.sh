@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be looked at on a borrowed CUDA machine, within eight minutes; from the repository's root:
+# All that is to be looked at on a borrowed CUDA machine, within eleven minutes; from the repository's root:
 #   benchmarks/gpu_check.sh                       # results under ${OUT:-runs/gpu}
 #   benchmarks/gpu_check.sh --device cpu --quick  # without a GPU, to try the script itself
 # The package need not be installed; torch is needed, and triton for its kernels. The summary comes last, and the exit
@@ -19,11 +19,13 @@ section() { # name, seconds after which it begins nothing more, seconds after wh
         || { echo "FAILED section $name (exit status $?)"; failed=$((failed + 1)); }
 }
 
-for name in ${SECTIONS:-versions equal launches times}; do
+for name in ${SECTIONS:-versions equal launches capture scaler times}; do
     case $name in
         versions) section versions 30 60 "$@" ;;
         equal) section equal 120 150 "$@" ;;
         launches) section launches 60 90 "$@" ;;
+        capture) section capture 100 130 "$@" ;;
+        scaler) section scaler 60 90 "$@" ;;
         times) section times 120 150 "$@" ;;
         *) echo "there is no section $name"; failed=$((failed + 1)) ;;
     esac

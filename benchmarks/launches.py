@@ -114,6 +114,10 @@ class CountLaunches(TorchDispatchMode):
         self.temporaries = max(self.temporaries, sum(size for _, size in self._live.values()))
 
 
+#: What asks for a number, and what it is to return.
+_READING: dict[Any, type] = {Tensor.__int__: int, Tensor.__bool__: bool, Tensor.__float__: float}
+
+
 class IndexByOperators(TorchFunctionMode):
     """Does by operators what in torch's CPU build asks for the device when Python calls it."""
 
@@ -126,8 +130,8 @@ class IndexByOperators(TorchFunctionMode):
             return _indexed(*args)
         if func is Tensor.copy_:
             return torch.ops.aten.copy_(*args)
-        if func in (Tensor.__int__, Tensor.__bool__):
-            return torch.ops.aten._local_scalar_dense(*args)
+        if func in _READING:
+            return _READING[func](torch.ops.aten._local_scalar_dense(*args))
         if func is Tensor.__setitem__:
             target, index, value = args
             if isinstance(index, Tensor):

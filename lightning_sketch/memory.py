@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_sketch.codecs import CountSketch, Factored, RowWise, allocate
+from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.schema import DTYPES
 from lightning_sketch.layers.dtensor_states import of_others
@@ -197,11 +197,8 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     rows = part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
-    stored = part.layer.stored().values()
-    if any(isinstance(codec, Factored) or (isinstance(codec, RowWise) and codec.compression > 1) for codec in stored):
-        by_row += 5 * (rows + 64)  # the mean square of each, and whether it is left out
-    elif any(isinstance(codec, CountSketch) for codec in stored):
-        by_row += rows + 64
+    scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.stored().values()), default=0)
+    by_row += scratch * (rows + 64)
     threads = torch.get_num_threads()
     together = by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
     return together + (_order_bytes(part, scattered) if param.device.type == "cuda" else 0)
@@ -211,7 +208,7 @@ def _order_bytes(part: LayerShard, scattered: int) -> int:
     """Rows by bucket of sketches on a CUDA device: kept for a dense gradient, sorted at every step for a sparse one."""
     from lightning_sketch.kernels.triton import orders  # imports Triton
 
-    shapes = [codec.table_shape(part.shard) for codec in part.layer.stored().values() if isinstance(codec, CountSketch)]
+    shapes = [shape for codec in part.layer.stored().values() if (shape := codec.table_shape(part.shard))]
     hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
     rows = scattered or part.shard.local_rows
     return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
@@ -219,12 +216,12 @@ def _order_bytes(part: LayerShard, scattered: int) -> int:
 
 def _strip_bytes(part: LayerShard) -> int:
     """Of dense steps in strips of a sketch's columns: where every row lies in it, and every thread's strip."""
-    sketches = [codec for codec in part.layer.stored().values() if isinstance(codec, CountSketch)]
-    if not sketches:
+    shapes = [shape for codec in part.layer.stored().values() if (shape := codec.table_shape(part.shard))]
+    if not shapes:
         return 0
     rows, columns, threads = part.shard.local_rows, part.shard.row_numel, torch.get_num_threads()
-    depth, width = sketches[0].table_shape(part.shard)
-    own = 4 * depth * width * _STRIP * len(sketches)
+    depth, width = shapes[0]
+    own = 4 * depth * width * _STRIP * len(shapes)
     if depth > _STRIP_DEPTH or own > _STRIP_BYTES or -(-columns // _STRIP) < 2 * threads:
         return 0
     if not 2 * width <= rows <= width * columns // 2:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lightning_sketch
+from lightning_sketch import Codec
 
 ROOT = Path(lightning_sketch.__file__).parent
 #: From what users see down to what everything stands on. A file imports from its own package or from those below.
@@ -79,6 +80,19 @@ def test_there_are_no_circles() -> None:
         for name in free:
             del left[name]
     assert not left, "each of these imports another one, in a circle or above one"
+
+
+def test_nobody_asks_for_a_codec_by_its_class() -> None:
+    """What a codec can do it says itself, so that one from elsewhere is treated as ours are."""
+    asked = [
+        f"{name}:{node.lineno} {ast.unparse(node)}"
+        for name, tree in MODULES.items()
+        if not name.startswith("lightning_sketch.codecs")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+        if {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & Codec.registry.keys()
+    ]
+    assert not asked
 
 
 def test_nobody_reads_what_is_private_to_another() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, key_of, scale_tensor
+from lightning_sketch.codecs import Codec, StateSpec, allocate, key_of, scale_tensor
 from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.dtensor_states import SHARDS, sources, torn
 from lightning_sketch.layers.record import RECORDS, Layer
@@ -36,7 +36,8 @@ class SavedLayer:
 
     def dropped(self, state: str) -> bool:
         """Whether the policy had dropped a state: it comes back as zeros."""
-        return self.layer is not None and isinstance(self.layer.codecs.get(state), Drop)
+        codec = None if self.layer is None else self.layer.codecs.get(state)
+        return codec is not None and codec.drops
 
     def lacks(self, states: Sequence[str], sources: Mapping[str, Any]) -> ValueError:
         """The error that states are missing."""

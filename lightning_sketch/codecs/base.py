@@ -18,6 +18,10 @@ from lightning_sketch.kernels.schema import Stored
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.fake import is_fake
 
+#: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
+Number = float | Tensor
+Count = int | Tensor
+
 #: What lies in ``optimizer.state[param]``: tensors only, because training code moves and measures all of its values as
 #: such. Scalars that the host reads every step are 0-d and on the CPU, as torch's ``step`` is.
 Tensors = MutableMapping[str, Any]
@@ -37,6 +41,7 @@ class StateSpec:
         param_dtype: dtype of the parameter, in which torch keeps a dense state.
         device: where the state lives.
         fill: initial value (Adagrad's ``initial_accumulator_value``).
+        on_device: whether the numbers of steps, the scale among them, stay on the state's device.
     """
 
     name: str
@@ -48,6 +53,7 @@ class StateSpec:
     param_dtype: torch.dtype
     device: torch.device
     fill: float = 0.0
+    on_device: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -88,6 +94,9 @@ class CodecState(ABC):
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.
     adds_values: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
+    #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
+    #: lets nothing decay, and `stored` says weights as if no scale had decayed.
+    deferred: bool = False
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -100,8 +109,10 @@ class CodecState(ABC):
         self.tensors[key_of(self.spec.name, suffix)] = value
 
     @abstractmethod
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         """Start a step: remember `weight`, let what is stored decay.
+
+        Where ``spec.on_device``, numbers may be 0-d float64 tensors there, which nothing must wait for.
 
         Args:
             decay: factor on the stored state, in [0, 1].
@@ -135,6 +146,10 @@ class CodecState(ABC):
         """What a fused kernel needs to do ``add``, ``settle``, ``read`` and ``commit``; after ``begin``."""
         raise NotImplementedError
 
+    def deferred_scale(self) -> tuple[Tensor | None, float]:
+        """The scale, if there is one, and by what it is to decay, of a step that is `deferred`."""
+        return None, 1.0
+
     @staticmethod
     def plain(tensor: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a kernel may take a tensor's memory for `numel` numbers of that dtype."""
@@ -165,8 +180,21 @@ class Codec(ABC):
     #: Whether every element is stored by itself, or beside its neighbours alone: then any optimizer's state can be
     #: decoded, stepped by the optimizer itself, and encoded again.
     elementwise: ClassVar[bool] = False
+    #: Whether the state is kept as torch keeps it.
+    exact: ClassVar[bool] = False
+    #: Whether there is no state at all.
+    drops: ClassVar[bool] = False
+    #: Whether the tensor ``table`` is linear in the state, and has its columns: then parts of it can be put together.
+    joins_columns: ClassVar[bool] = False
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
+    #: beta of a momentum of the update, kept beside this state; 0 for none.
+    momentum: float = 0.0
+
+    @property
+    def needs_host(self) -> str | None:
+        """What the host must read from the device in every step, in words; ``None`` for nothing."""
+        return "looks for rows without a gradient (lazy=True)" if self.lazy else None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -205,6 +233,28 @@ class Codec(ABC):
             ndim: number of dimensions of the parameter, a scalar counting as one row.
         """
 
+    def table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        """``(depth, width)`` of the sketch of whole rows that this codec keeps; ``None`` if it keeps none."""
+        return None
+
+    def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        """``(depth, width)`` of the sketch of a number for each row; ``None`` if there is none."""
+        return None
+
+    def shares_buckets(self, shard: Shard) -> bool:
+        """Whether rows, or a number of each, lie in fewer buckets than there are rows."""
+        shape = self.table_shape(shard) or self.row_table_shape(shard)
+        return shape is not None and shape[1] < shard.table_rows
+
+    def scratch_per_row(self, shard: Shard) -> int:
+        """Bytes for each row that the CPU's kernels ask for in a step."""
+        # The mean square of each, and whether it is left out.
+        return 5 if self.row_table_shape(shard) else 1 if self.table_shape(shard) else 0
+
+    def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
+        """The momentum of the update that is kept beside this state, if `momentum`."""
+        return None
+
     def nbytes(self, spec: StateSpec) -> int:
         """Bytes of the stored tensors. Nothing is allocated."""
         meta = dataclasses.replace(spec, device=torch.device("meta"))
@@ -216,6 +266,11 @@ class Codec(ABC):
         return {"codec": type(self).__name__} | {
             k: v.to_dict() if isinstance(v, Codec) else v for k, v in options.items()
         }
+
+
+def add_scaled(target: Tensor, x: Tensor, weight: Number) -> Tensor:
+    """``target += weight * x`` (modified in place), wherever the weight is."""
+    return target.add_(x * weight) if isinstance(weight, Tensor) else target.add_(x, alpha=weight)
 
 
 @functools.cache  # asked for several times a step for every state; there are few

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
 from lightning_sketch.kernels.schema import Kind, Stored
@@ -43,17 +43,22 @@ class BFloat16(Codec):
 
 
 class _BFloat16State(DenseState):
+    seed: Any  # of the step's noise
+
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
+        super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        self.seed = noise_seed(self.spec, step)
+
     def fusable(self) -> bool:
         return self.dense.dtype == torch.bfloat16 and super().fusable()
 
     def stored(self) -> Stored:
         stored = Stored(Kind.STOCHASTIC, self.dense, None, self.decay, self.weight)
-        stored.seed = noise_seed(self.spec, self.step)
+        stored.seed = self.seed
         return stored
 
     def store(self, block: Block, values: Tensor) -> Tensor:
-        seed = noise_seed(self.spec, self.step)
-        noise = rounding_noise(self.spec, seed, block, values.device)
+        noise = rounding_noise(self.spec, self.seed, block, values.device)
         return stochastic_round(values.float(), noise.view(values.shape))
 
 

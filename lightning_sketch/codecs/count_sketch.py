@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
 from lightning_sketch.kernels.schema import MOST_DEPTH, Kind, Stored
@@ -74,6 +74,8 @@ class CountSketch(Codec):
         if not 0 < self.cleaning_factor <= 1:
             raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
 
+    joins_columns: ClassVar[bool] = True
+
     def table_shape(self, shard: Shard) -> tuple[int, int]:
         """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`."""
         rows = shard.table_rows
@@ -84,6 +86,10 @@ class CountSketch(Codec):
         if width >= 1 << 31:
             raise ValueError(f"CountSketch: {rows} rows at compression {self.compression} need a width below 2**31")
         return (1, rows) if width >= rows else (self.depth, width)
+
+    @property
+    def needs_host(self) -> str | None:
+        return "counts steps (cleaning_interval)" if self.cleaning_interval else super().needs_host
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         table = spec.zeros(*self.table_shape(spec.shard), *spec.shard.row_shape)
@@ -106,14 +112,14 @@ class _Sketch(ScaledState):
         self.depth, self.width = int(self.table.shape[0]), int(self.table.shape[1])
         self.exact: bool = self.width >= spec.shard.table_rows
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.decay, self.weight = decay, weight
-        if self.codec.cleaning_interval and step % self.codec.cleaning_interval == 0:
+        if self.codec.cleaning_interval and step % self.codec.cleaning_interval == 0:  # which `needs_host` says
             self.table.mul_(self.codec.cleaning_factor)
 
-    def insert(self, block: Block, x: Tensor, weight: float) -> None:
+    def insert(self, block: Block, x: Tensor, weight: Number) -> None:
         if self.exact and isinstance(block.index, slice):
-            self.table[0, block.index].add_(x, alpha=weight)
+            add_scaled(self.table[0, block.index], x, weight)
             return
         buckets, signs = self.hashes(block)
         x = x * weight  # once; index_add_ is three times slower with an alpha
@@ -152,7 +158,7 @@ class _LinearSketch(_Sketch):
         super().__init__(codec, spec, tensors)
         self.mixes_rows, self.elementwise = not self.exact, self.exact
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         if self.codec.lazy and rows is not None:
             self.decay_scale(1.0)
@@ -192,14 +198,14 @@ class _LinearSketch(_Sketch):
 
 
 class _PaperSketch(_Sketch):
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         self.decay_scale(1.0)  # rows decay as they are added
 
     def add(self, block: Block, x: Tensor) -> None:
         delta = x * self.weight
-        if self.decay != 1:
-            delta.add_(self.estimate(block), alpha=self.decay - 1)
+        if isinstance(self.decay, Tensor) or self.decay != 1:
+            add_scaled(delta, self.estimate(block), self.decay - 1)
         if block.good is not None:
             delta = delta.where(block.good, 0.0)
         self.insert(block, delta, 1.0)

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import CodecState, StateSpec, Tensors, key_of
+from lightning_sketch.codecs.base import CodecState, Number, StateSpec, Tensors, key_of
+from lightning_sketch.kernels.schema import MIN_SCALE
 from lightning_sketch.sharding.fake import is_fake
 
-# Renormalise when the scale falls below this. Far from float32's smallest number, so that even tiny second moments keep
-# their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
-MIN_SCALE = 2.0**-32
+CPU = torch.device("cpu")
 
 
 def decayed(scale: float, decay: float, tensors: Iterable[Tensor]) -> float:
@@ -33,13 +32,25 @@ def decayed(scale: float, decay: float, tensors: Iterable[Tensor]) -> float:
     return 1.0
 
 
-def scale_tensor(value: Any = 1.0, name: str = "the scale") -> Tensor:
+def decayed_on_device(scale: Tensor, decay: Number, tensors: Iterable[Tensor]) -> Tensor:
+    """`decayed` without reading anything: the scale, 0-d float64, and `tensors` are modified in place."""
+    after = scale * decay
+    small = after < MIN_SCALE
+    one = torch.ones_like(after)
+    factor = after.where(small, one)
+    for tensor in tensors:
+        tensor.mul_(factor)
+    return scale.copy_(one.where(small, after))
+
+
+def scale_tensor(value: Any = 1.0, name: str = "the scale", device: torch.device = CPU) -> Tensor:
     """A scale as ``optimizer.state[param]`` holds it: 0-d, float64, on the CPU, where reading it waits for no device.
 
     Args:
         value: such a tensor, which is returned itself; one that was moved or cast; or a plain number, which user code
             and checkpoints of older versions hold.
         name: for the error message, e.g. ``exp_avg_sq_scale of table.weight``.
+        device: another one, where the numbers of steps stay there.
 
     Raises:
         ValueError: it is not one finite number above 0.
@@ -54,9 +65,11 @@ def scale_tensor(value: Any = 1.0, name: str = "the scale") -> Tensor:
             f"{name} is {found}, expected one finite number above 0. Something overwrote it, or cast it to a dtype "
             "that cannot hold it; load the states from a checkpoint"
         )
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float64 and value.device.type == "cpu":
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.float64 and value.device == device:
         return value
-    return torch.tensor(number, dtype=torch.float64, device="cpu")
+    if device.type != "cpu":
+        return torch.full((), number, dtype=torch.float64, device=device)  # copies nothing there
+    return torch.tensor(number, dtype=torch.float64, device=device)
 
 
 class ScaledState(CodecState):
@@ -71,14 +84,27 @@ class ScaledState(CodecState):
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         key = key_of(spec.name, "scale")
-        self._scale = scale_tensor(tensors[key], f"{key} of {spec.fqn}")
+        self._scale = scale_tensor(tensors[key], f"{key} of {spec.fqn}", spec.device if spec.on_device else CPU)
         if tensors[key] is not self._scale:
             tensors[key] = self._scale
         # As of the step that was begun last.
-        self.scale: float = 1.0 if is_fake(self._scale) else self._scale.item()
+        self.scale: Number = self._scale if spec.on_device else 1.0 if is_fake(self._scale) else self._scale.item()
+        self._decay = 1.0
 
-    def decay_scale(self, decay: float) -> float:
+    def deferred_scale(self) -> tuple[Tensor | None, float]:
+        return self._scale, self._decay
+
+    def decay_scale(self, decay: Number) -> Number:
         """The scale after one step of `decay`, see `decayed`; the scale and its tensors are modified in place."""
+        if self.deferred:
+            assert not isinstance(decay, Tensor)
+            self._decay, self.scale = decay, 1.0
+            return 1.0
+        if self.spec.on_device:
+            tensors = (getattr(self, name) for name in self.divided)
+            self.scale = decayed_on_device(self._scale, decay, tensors)
+            return self.scale
+        assert not isinstance(decay, Tensor)
         before: float = self._scale.item()
         scale = decayed(before, decay, (getattr(self, name) for name in self.divided))
         if scale != before:  # writing takes four times as long as reading

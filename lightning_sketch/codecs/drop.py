@@ -15,6 +15,7 @@ class Drop(Codec):
     ``grad_avg`` dropped means an uncentered RMSprop. Always chosen by name, and `compress` logs where it happens.
     """
 
+    drops: ClassVar[bool] = True
     refuses_unsigned: ClassVar[str | None] = (
         "without a second moment the update is plain SGD at another learning rate; choose RowWise or SM3, "
         "which need a few numbers per row"

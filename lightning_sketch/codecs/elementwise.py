@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.sharding import Block
 
 
@@ -78,20 +78,20 @@ class _State(CodecState):
     adds_values: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
 
-    decay: float
-    weight: float
+    decay: Number
+    weight: Number
 
     def __init__(self, codec: ElementwiseCodec, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
         self.codec = codec
         self.suffixes = tuple(codec.axes(max(1, len(spec.local_shape))))
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.decay, self.weight = decay, weight
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         before = self.estimate(block)
-        values = before.mul(self.decay).add_(x, alpha=self.weight)
+        values = add_scaled(before.mul(self.decay), x, self.weight)
         if block.good is not None:
             values = values.where(block.good, before)
         for suffix, encoded in self.codec.encode(values, self.spec.signed).items():

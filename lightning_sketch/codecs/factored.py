@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import Kind, Stored
-from lightning_sketch.sharding import Block
+from lightning_sketch.sharding import Block, Shard
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Factored(Codec):
         row, col = spec.zeros(spec.shard.local_rows), spec.zeros(*spec.shard.row_shape)
         return {"row": row, "col": col, "scale": scale_tensor()}
 
+    def scratch_per_row(self, shard: Shard) -> int:
+        return 5  # the mean square of each, and whether it is left out
+
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"row": (0,), "col": tuple(range(1, ndim))}
 
@@ -46,12 +49,12 @@ class _Factored(ScaledState):
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * self.weight
-        self.col.add_(x.sum(dim=0), alpha=self.weight / max(1, self.spec.shard.global_rows))
+        add_scaled(self.col, x.sum(dim=0), self.weight / max(1, self.spec.shard.global_rows))
 
     def fusable(self) -> bool:
         shard = self.spec.shard

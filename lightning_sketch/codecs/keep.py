@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.kernels.schema import DTYPES, Kind, Stored
 from lightning_sketch.sharding import Block
 
@@ -21,6 +21,7 @@ class Keep(Codec):
     rows decay, as in ``torch.optim.SparseAdam``.
     """
 
+    exact: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
@@ -38,20 +39,19 @@ class DenseState(CodecState):
 
     elementwise = True
     dense = Entry("")  # [local_rows, *row_shape], or a scalar's own shape
-    decay: float
-    weight: float
-    step: int
+    decay: Number
+    weight: Number
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        self.decay, self.weight, self.step = decay, weight, step
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
+        self.decay, self.weight = decay, weight
 
     def add(self, block: Block, x: Tensor) -> None:
         dense = self.spec.shard.as_rows(self.dense)
         if isinstance(block.index, slice) and dense.dtype == x.dtype and block.good is None:
-            dense[block.index].mul_(self.decay).add_(x, alpha=self.weight)
+            add_scaled(dense[block.index].mul_(self.decay), x, self.weight)
         else:
             before = dense[block.index]
-            values = self.store(block, before.to(x.dtype).mul(self.decay).add_(x, alpha=self.weight))
+            values = self.store(block, add_scaled(before.to(x.dtype).mul(self.decay), x, self.weight))
             dense[block.index] = values if block.good is None else values.where(block.good, before)
 
     def store(self, block: Block, values: Tensor) -> Tensor:

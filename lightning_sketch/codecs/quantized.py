@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
 from lightning_sketch.kernels.schema import MOST_BLOCK, Kind, Stored
 from lightning_sketch.sharding import Block, Shard
@@ -90,9 +90,9 @@ class _Quantized(CodecState):
 
     codes = Entry("codes")  # rows: [local_rows, bytes]; vector: [bytes]
     absmax = Entry("absmax")  # rows: [local_rows, blocks]; vector: [blocks]
-    decay: float
-    weight: float
-    step: int
+    decay: Number
+    weight: Number
+    seed: Any  # of the step's noise
 
     def __init__(self, spec: StateSpec, tensors: Tensors, codec: Quantized) -> None:
         super().__init__(spec, tensors)
@@ -100,8 +100,8 @@ class _Quantized(CodecState):
         levels = 1 << (codec.bits - spec.signed)
         self.largest = levels - 1 if spec.signed else levels  # C of the class above
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        self.decay, self.weight, self.step = decay, weight, step
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
+        self.decay, self.weight, self.seed = decay, weight, noise_seed(self.spec, step)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         before = self.estimate(block)
@@ -117,7 +117,7 @@ class _Quantized(CodecState):
 
     def noise(self, block: Block) -> Tensor:
         """``[k, row_numel]``, as `rounding_noise`."""
-        return rounding_noise(self.spec, noise_seed(self.spec, self.step), block, self.codes.device)
+        return rounding_noise(self.spec, self.seed, block, self.codes.device)
 
     def quantize(self, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, a byte each, and largest magnitudes of values side by side.
@@ -203,7 +203,7 @@ class _Rows(_Quantized):
         )
 
     def stored(self) -> Stored:
-        codec, seed = self.codec, noise_seed(self.spec, self.step)
+        codec = self.codec
         # by position: half as long
         return Stored(
             Kind.QUANTIZED,
@@ -216,7 +216,7 @@ class _Rows(_Quantized):
             self.spec.signed,
             codec.bits,
             codec.block,
-            seed,
+            self.seed,
         )
 
     def store(self, block: Block, values: Tensor) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import StateSpec
+from lightning_sketch.codecs.base import Count, StateSpec
 from lightning_sketch.kernels.reference import mix64
 from lightning_sketch.sharding import Block
 
 
-def noise_seed(spec: StateSpec, step: int) -> int:
-    """Seed of a state's noise in one step."""
+def noise_seed(spec: StateSpec, step: Count) -> Any:
+    """Seed of a state's noise in one step: an integer, or an int64 tensor where the step's number is one."""
+    if isinstance(step, Tensor):
+        return step.to(torch.int64) * 2 + (spec.seed + spec.signed)
     # signed and unsigned states of a layer share the seed, so tell them apart: else m and v round alike
     return spec.seed + step * 2 + spec.signed
 
 
-def rounding_noise(spec: StateSpec, seed: int, block: Block, device: torch.device) -> Tensor:
+def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.device) -> Tensor:
     """16 uniform bits for every element of a block, by global row and column: int32 ``[k, row_numel]``.
 
     Args:
@@ -26,7 +30,7 @@ def rounding_noise(spec: StateSpec, seed: int, block: Block, device: torch.devic
 
     def of_columns() -> Tensor:
         places = torch.arange(spec.shard.row_numel, device=device) + spec.shard.column_offset
-        return mix64(places, ~seed).to(torch.int32)
+        return mix64(places, -1 - seed).to(torch.int32)  # ~seed, of a tensor, too
 
     columns = of_columns() if block.whole is None else block.whole.memo(("columns", seed), of_columns)
     return _noise16(rows[:, None] ^ columns[None, :])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import over_rows, row_mean
@@ -58,6 +58,9 @@ class RowWise(Codec):
         except ValueError as error:
             raise ValueError(str(error).replace("CountSketch", "RowWise")) from None
 
+    def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
+        return self.sketch().table_shape(shard) if self.compression > 1 else None
+
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         if self.compression > 1:
             return self.sketch().allocate(_row_scalars(spec))
@@ -80,7 +83,7 @@ class _Rows(ScaledState):
         super().__init__(spec, tensors)
         self.lazy = lazy
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight
         if self.lazy and rows is not None:
             self.decay_scale(1.0)
@@ -114,13 +117,17 @@ class _SketchedRows(CodecState):
         self.means: list[Tensor] = []
         self.found: Tensor | None = None
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.whole, self.found = None, None
         self.means.clear()
+        self.inner.deferred = self.deferred
         self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
 
     def fusable(self) -> bool:
         return self.inner.fusable()
+
+    def deferred_scale(self) -> tuple[Tensor | None, float]:
+        return self.inner.deferred_scale()
 
     def stored(self) -> Stored:
         inner = self.inner.stored()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Entry, StateSpec, Tensors, key_of
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled, key_of
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.kernels.schema import Kind, Stored
@@ -93,10 +93,13 @@ class _SM3(ScaledState):
         """Accumulators of all dimensions but the first."""
         return [self.tensors[key] for key in self._others]
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight
         self.decay_scale(decay)
-        if decay != 1:
+        self.column_decay: Number = 1.0
+        if self.deferred:
+            self.column_decay = decay
+        elif isinstance(decay, Tensor) or decay != 1:
             for accumulator in self.others:
                 accumulator.mul_(decay)
         self.all_rows = rows is None or rows.numel() == self.spec.shard.local_rows
@@ -127,7 +130,7 @@ class _SM3II(_SM3):
 
     def stored(self) -> Stored:
         columns = self.others[0] if self.others else None
-        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, 0.0, self.scale)
+        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, self.column_decay, self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]
@@ -152,7 +155,7 @@ class _SM3II(_SM3):
 
 
 class _SM3I(_SM3):
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
         self.most = [torch.zeros_like(a) for a in self.others]
 
@@ -163,7 +166,7 @@ class _SM3I(_SM3):
 
     def settle(self) -> None:
         for accumulator, most in zip(self.others, self.most, strict=True):
-            accumulator.add_(most, alpha=self.weight)
+            add_scaled(accumulator, most, self.weight)
         del self.most
 
     def read(self, block: Block, x: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def _is_strategy(trainer: Any, name: str) -> bool:
 
 def _is_sharded(optimizer: Optimizer) -> bool:
     """Whether some of its parameters are partly on other ranks."""
-    flat = getattr(optimizer, "_flat_tensors", None)
+    flat = optimizer.compression.flat if isinstance(optimizer, CompressedOptimizer) else None
     if flat is not None and flat.divided:  # DeepSpeed's ZeRO
         return True
     return any(_is_part(p) for group in optimizer.param_groups for p in group["params"])

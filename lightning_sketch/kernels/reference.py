@@ -20,18 +20,19 @@ def layer_seed(seed: int, fqn: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def mix64(x: Tensor, seed: int) -> Tensor:
+def mix64(x: Tensor, seed: int | Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of ``x + seed``, elementwise.
 
     Args:
         x: int64.
-        seed: any integer; taken modulo 2**64.
+        seed: any integer; taken modulo 2**64. Or int64, 0-d, where it is known on the device alone.
 
     Returns:
         int64 with all 64 bits mixed (so negative numbers occur).
     """
     # int64 multiplication wraps; `>>` is arithmetic, so the sign bits it drags in are masked off.
-    x = x + signed(seed * 0x9E3779B97F4A7C15)
+    factor = 0x9E3779B97F4A7C15
+    x = x + (seed * signed(factor) if isinstance(seed, Tensor) else signed(seed * factor))
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (1 << 33) - 1)

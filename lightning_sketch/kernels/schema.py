@@ -35,24 +35,44 @@ class Stored:
         columns: column accumulators, ``row_shape`` (SM3, FACTORED); ``[rows, blocks]`` (QUANTIZED).
         decay: factor of what is stored; 1 where the scale has decayed already.
         weight: factor of x, divided by the scale already where values are stored so (but for SM3).
-        column_weight: the same of the column sums (FACTORED).
+        column_weight: the same of the column sums (FACTORED); factor of the columns (SM3), 1 if they decayed already.
         scale: true value = stored value * scale.
         signed: whether a sketch or codes have signs.
         depth, width: of a sketch; bits and block (QUANTIZED).
         seed: of a sketch's hashes, or of the rounding noise.
+        scale_at: where the numbers of steps stay on the device, the scale, 0-d float64; ``None`` if there is none.
+            Nothing has decayed then, and weights are not divided yet.
+        scale_decay: by which that scale is to decay.
     """
 
     kind: Kind
     data: Tensor
     columns: Tensor | None = None
-    decay: float = 1.0
-    weight: float = 1.0
-    column_weight: float = 0.0
-    scale: float = 1.0
+    decay: float | Tensor = 1.0
+    weight: float | Tensor = 1.0
+    column_weight: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
     signed: bool = False
     depth: int = 0
     width: int = 0
     seed: int = 0
+    scale_at: Tensor | None = None
+    scale_decay: float = 1.0
+
+
+@dataclass(slots=True)
+class DeviceNumbers:
+    """What a step of a layer takes from the device; 0-d tensors there.
+
+    Args:
+        step: number of this step, float64.
+        found_inf: 1 where nothing is to change, as a gradient scaler says; ``None`` for never.
+        grad_scale: what the gradient is to be divided by; ``None`` for nothing.
+    """
+
+    step: Tensor
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -65,12 +85,14 @@ class Kept:
             the first.
         laid: how Triton's kernels are launched for such a step, and what of it that depends on.
         orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
+        resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
     """
 
     fusable: bool | None = None
     packed: bytearray | None = None
     laid: tuple[tuple[bool, ...], Any] | None = None
     orders: list[Any] = field(default_factory=lambda: [None, None])
+    resident: Any = None
 
 
 @dataclass(slots=True)
@@ -102,6 +124,9 @@ class FusedStep:
         leave_out: whether rows of `grad` that are not finite are left out; where both states are element-wise or
             absent (NONE, DENSE, STOCHASTIC, SCALED), elements. A row left out is one that is absent from a sparse
             gradient: nothing of it changes, and it enters no sum and no maximum that it shares with other rows.
+        on_device: where the numbers of steps stay on the device, what the step takes from there: then lr, shrink, eps,
+            correction and weights of states may be 0-d float64 tensors, scales are at `Stored.scale_at`, and seeds of
+            rounding noise are those of step 0.
     """
 
     param: Tensor
@@ -112,21 +137,22 @@ class FusedStep:
     second: Stored | None
     first: Stored | None
     momentum: Stored | None
-    lr: float
-    shrink: float = 1.0
-    eps: float = 0.0
+    lr: float | Tensor
+    shrink: float | Tensor = 1.0
+    eps: float | Tensor = 0.0
     weight_decay: float = 0.0
-    correction: float = 1.0
+    correction: float | Tensor = 1.0
     bound: float | None = None
     nesterov: float = 0.0
     negate: bool = False
     kept: Kept | None = None
     leave_out: bool = False
+    on_device: DeviceNumbers | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything that the step changes but the parameter."""
         stored = [state for state in (self.second, self.first, self.momentum) if state is not None]
-        return [t for state in stored for t in (state.data, state.columns) if t is not None]
+        return [t for state in stored for t in (state.data, state.columns, state.scale_at) if t is not None]
 
 
 #: dtypes of parameters and gradients that fused kernels take.
@@ -135,3 +161,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_DEPTH = 8
 #: Elements of a block of quantized states that fused kernels take.
 MOST_BLOCK = 1024
+
+#: Scales below this are multiplied into what they scale. Far from float32's smallest number, so that even tiny second
+#: moments keep their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
+MIN_SCALE = 2.0**-32

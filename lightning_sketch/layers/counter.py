@@ -18,6 +18,8 @@ def counter(steps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
     Never in a default of 16 bits: bfloat16 counts to 256.
     """
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    if torch.device(device).type != "cpu":
+        return torch.full((), float(steps), dtype=dtype, device=device)  # copies nothing there
     return torch.tensor(float(steps), dtype=dtype, device=device)
 
 

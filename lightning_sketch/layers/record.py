@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import codecs as codec_lib
-from lightning_sketch.codecs import Codec, Drop, Keep, StateSpec, codec_from
+from lightning_sketch.codecs import Codec, StateSpec, codec_from
 from lightning_sketch.rules import Count, StateDef, UpdateRule
 from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
 from lightning_sketch.sharding.gradient import RowGradient, row_gradient
@@ -69,7 +69,7 @@ class Layer:
     @property
     def compressed(self) -> bool:
         """Whether any state is not kept as it is."""
-        return any(not isinstance(codec, Keep) for codec in self.codecs.values())
+        return any(not codec.exact for codec in self.codecs.values())
 
     @property
     def lazy(self) -> bool:
@@ -77,7 +77,7 @@ class Layer:
 
     def stored(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""
-        return {state: codec for state, codec in self.codecs.items() if not isinstance(codec, Drop)}
+        return {state: codec for state, codec in self.codecs.items() if not codec.drops}
 
     def lacking(self, rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
         """States that the rule keeps under these hyperparameters, and the layer was compressed without."""

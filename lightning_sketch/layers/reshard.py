@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lightning_sketch.codecs import (
     Codec,
-    CountSketch,
     Rows,
     StateSpec,
     encode,
@@ -109,7 +108,7 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
             scale_key = key_of(plain.name, "scale")  # on the CPU
             devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
             return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()}), 0.0
-    if isinstance(codec, CountSketch) and all(_same_rows(codec, source, spec) for source in useful):
+    if codec.joins_columns and all(_same_rows(codec, source, spec) for source in useful):
         return rename(_join_columns(codec, plain, useful)), 0.0
     estimates = _Estimates(plain, useful)
     tensors = encode(codec, plain, estimates)
@@ -209,13 +208,13 @@ def _overlap(a: Shard, b: Shard) -> tuple[slice, slice] | None:
     return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
 
 
-def _same_rows(codec: CountSketch, source: Source, spec: StateSpec) -> bool:
+def _same_rows(codec: Codec, source: Source, spec: StateSpec) -> bool:
     """Whether an old sketch differs in columns only."""
     old, new = ((x.row_offset, x.local_rows, x.table_rows) for x in (source.shard, spec.shard))
     return source.stored_like(codec, spec) and old == new
 
 
-def _join_columns(codec: CountSketch, spec: StateSpec, sources: Sequence[Source]) -> dict[str, Any]:
+def _join_columns(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> dict[str, Any]:
     """A sketch is linear and column by column: cut and join the tables."""
     key, scale_key = key_of(spec.name, "table"), key_of(spec.name, "scale")
     fresh = codec.allocate(spec)

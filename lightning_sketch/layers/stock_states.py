@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Keep, decode, encode, relative_error
+from lightning_sketch.codecs import decode, encode, relative_error
 from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.dtensor_states import dense_like, held_rows, sharded_like
 from lightning_sketch.layers.record import Layer, LayerShard
@@ -30,7 +30,7 @@ def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
             continue
         keys = part.layout(param)[name]
         stored = {key: entry.pop(key) for key in keys}
-        if isinstance(codec, Keep):
+        if codec.exact:
             held = stored[name].view(local(param).shape)
         else:
             device = next(tensor.device for tensor in stored.values() if tensor.ndim) if param.is_meta else param.device
@@ -54,7 +54,7 @@ def encode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
         if not _is_dense(dense, param) or (not is_dtensor(dense) and _is_stored(part, name, param, entry)):
             continue
         held = held_rows(dense, part.shard)
-        if isinstance(codec, Keep):
+        if codec.exact:
             entry[name] = held
             continue
         del entry[name], dense

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Drop, allocate, decode, encode, relative_error
+from lightning_sketch.codecs import allocate, decode, encode, relative_error
 from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.dtensor_states import SHARDS, dense_like, held_rows, of_others, sources, tensor_axes, torn
 from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
@@ -59,10 +59,10 @@ def encode_part(
     for name, given in dense.items():
         codec, held = part.layer.codecs[name], given.to(param.device)
         if is_fake(held):
-            tensors |= {} if isinstance(codec, Drop) else allocate(codec, part.spec(name, param, group))
+            tensors |= {} if codec.drops else allocate(codec, part.spec(name, param, group))
             errors[name] = math.nan
             continue
-        if isinstance(codec, Drop):
+        if codec.drops:
             errors[name] = 1.0 if bool((held != 0).any()) else 0.0
             continue
         spec = part.spec(name, param, group)
@@ -90,7 +90,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     for name, codec in layer.codecs.items():
         # With the parameter's strides (channels_last): torch's fused kernels walk their memory side by side.
         held = torch.zeros_like(local(param), device=device)
-        if not isinstance(codec, Drop):
+        if not codec.drops:
             spec = dataclasses.replace(part.spec(name, param, group), device=device)
             held.copy_(decode(codec, spec, dict(state)).view(held.shape))
         dense[name] = dense_like(param, held)
@@ -109,7 +109,7 @@ def decode_flat(
     dense = {name: torch.zeros_like(tensor) for name in parts[0].layer.codecs}
     for part in parts:
         for name, codec in part.layer.codecs.items():
-            if not isinstance(codec, Drop):
+            if not codec.drops:
                 part.rows(dense[name]).copy_(decode(codec, part.spec(name, tensor, group), dict(state)))
     return _with_step(parts[0].layer, tensor, group, state) | dense
 
@@ -163,7 +163,7 @@ def gathered_to_dense(
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
         spec = dataclasses.replace(part.spec(name, param, group), device=torch.device("cpu"))
-        if isinstance(codec, Drop):
+        if codec.drops:
             dense[name] = torch.zeros(layer.shape, dtype=param.dtype)
         elif layer.stock_count is None or any(key in saved for key in part.layout(param)[name]):
             dense[name] = dense_of(spec, list(sources(layer, name, codec, saved, part.shard))).view(layer.shape)

@@ -21,6 +21,7 @@ from lightning_sketch.layers.record import LayerShard
 from lightning_sketch.layers.transcode import encode_part
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
+from lightning_sketch.optimizer.on_device import stay_on_device
 from lightning_sketch.sharding import is_dtensor
 from lightning_sketch.sharding.fake import is_fake
 
@@ -96,6 +97,7 @@ def find_assigned(
     if is_fake(tensor):  # nothing can be read
         return None
     owner = parts[0].layer.fqn if parts[0].span is None else f"the flat tensor of {parts[0].prefix.removesuffix('.')}"
+    numbers_on = tensor.device if stay_on_device(group, tensor, parts) else torch.device("cpu")
     found = Encoded(state)
     all_dense = True
     for part in parts:
@@ -110,7 +112,7 @@ def find_assigned(
                 if state[key].dtype != stored[key].dtype:  # assigned, or cast by a trainer
                     dense[name] = part.shard.as_rows(state[key])
             else:
-                found.tensors |= _as_stored(stored, state, owner, part, name, tensor)
+                found.tensors |= _as_stored(stored, state, owner, part, name, tensor, numbers_on)
                 all_dense = all_dense and not stored
         if dense:
             encoded, errors = encode_part(part, tensor, group, dense)
@@ -120,21 +122,27 @@ def find_assigned(
     if "step" not in state and not all_dense:
         raise ValueError(f"{owner}: its step is gone from optimizer.state; {_REMEDY}")
     steps = read_step(state.get("step", 1.0), owner)  # 1.0: SGD keeps none
-    if not _is_count(state.get("step")):
-        found.tensors["step"] = counter(steps)
+    if not _is_count(state.get("step"), numbers_on):
+        found.tensors["step"] = counter(steps, numbers_on)
     return found if found.tensors or found.dense else None
 
 
-def _is_count(step: Any) -> bool:
-    """Whether a step count is a tensor that counts on, and is read without waiting for a device."""
-    return isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64) and step.is_cpu
+def _is_count(step: Any, device: torch.device) -> bool:
+    """Whether a step count is a tensor that counts on, and is where steps look for it."""
+    return isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64) and step.device == device
 
 
 _REMEDY = "assign dense states, or reset the layer with lightning_sketch.reset_states(optimizer, layers)"
 
 
 def _as_stored(
-    stored: Mapping[str, Tensor], state: Mapping[str, Any], owner: str, part: LayerShard, name: str, tensor: Tensor
+    stored: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    owner: str,
+    part: LayerShard,
+    name: str,
+    tensor: Tensor,
+    numbers_on: torch.device,
 ) -> dict[str, Tensor]:
     """Entries to be put back into the dtype, and scales on the device, in which they are stored."""
     cast: dict[str, Tensor] = {}
@@ -143,9 +151,10 @@ def _as_stored(
     for key, expected in stored.items():
         found = state.get(key)
         if key == scale_key and zeroed:
-            cast[key] = scale_tensor()
+            cast[key] = scale_tensor(device=numbers_on)
         elif key == scale_key and key in state:
-            if (scale := scale_tensor(found, f"{key.removeprefix(part.prefix)} of {part.layer.fqn}")) is not found:
+            scale = scale_tensor(found, f"{key.removeprefix(part.prefix)} of {part.layer.fqn}", numbers_on)
+            if scale is not found:
                 cast[key] = scale
         elif isinstance(found, Tensor) and _has_shape(found, expected):
             if zeroed:

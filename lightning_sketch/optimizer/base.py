@@ -48,10 +48,13 @@ class CompressedOptimizer(CompressedGroups):
             closure: reevaluates the model and returns the loss.
 
         Raises:
+            AssertionError: ``capturable=True``, a compressed layer is on a device that has no graphs, and the step is
+                not compiled. Nothing was changed then.
             FloatingPointError: rows of a compressed layer's gradient are not finite, and ``nonfinite="raise"``. They
                 were left out, and everything else was stepped. On accelerators it is raised when the next step
-                begins, which is not made then.
-            RuntimeError: a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
+                begins, which is not made then; of steps that a graph replays, by the next outside of it.
+            RuntimeError: a step is captured into a graph that would not be another one in every replay; it was not
+                made. Or a kept layer has a sparse gradient, which torch's own step does not take. Nothing was changed
                 if it is the layer's in the first step.
             TypeError: a compressed layer's gradient has an unsupported layout. Nothing was changed then.
             ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
@@ -68,7 +71,7 @@ class CompressedOptimizer(CompressedGroups):
             if not self.compression.bindings.kept_checked:
                 refuse_kept_sparse(self)
                 self.compression.bindings.kept_checked = True
-            ours = own_tensors(self)
+            ours = own_tensors(self, compiling=torch.compiler.is_compiling())
             ready = to_be_stepped(self, ours)
             try:
                 for own in ours:

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import SM3, CodecState
+from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels import huge_pages
-from lightning_sketch.kernels.schema import Kept
+from lightning_sketch.kernels.schema import DeviceNumbers, Kept
 from lightning_sketch.layers.record import Layer, LayerShard, compute_dtype, part_of
+from lightning_sketch.optimizer.on_device import stay_on_device
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.sharding.fake import is_fake_tensor
@@ -40,6 +41,7 @@ class BoundPart:
         lazy: whether all-zero rows of a gradient count as absent.
         dtype: dtype of arithmetic.
         unit: its layer's name, and whether what steps leave out is counted by element, not by row.
+        on_device: whether the numbers of steps stay on the device.
         kept: what its steps found out.
     """
 
@@ -50,24 +52,46 @@ class BoundPart:
     lazy: bool
     dtype: torch.dtype
     unit: tuple[str, bool]
+    on_device: bool = False
     kept: Kept = field(default_factory=Kept)
 
     @classmethod
-    def bind(cls, part: LayerShard, param: Tensor, group: Mapping[str, Any], tensors: dict[str, Any]) -> BoundPart:
-        """Bind `part` to the optimizer's `param` and its ``optimizer.state[param]``, which is allocated."""
+    def bind(
+        cls,
+        part: LayerShard,
+        param: Tensor,
+        group: Mapping[str, Any],
+        tensors: dict[str, Any],
+        *,
+        on_device: bool = False,
+    ) -> BoundPart:
+        """Bind `part` to the optimizer's `param` and its ``optimizer.state[param]``, which is allocated.
+
+        Args:
+            on_device: whether the numbers of steps stay on the device; scales are moved there.
+        """
         states: dict[str, CodecState] = {}
         momentum, momentum_beta = None, 0.0
         for state, codec in part.layer.stored().items():
             spec = part.spec(state, param, group)
+            if on_device:
+                spec = replace(spec, on_device=True)
             states[state] = codec.bind(spec, tensors)
-            if isinstance(codec, SM3):
+            if codec.momentum:
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
         lazy, dtype = part.layer.lazy, compute_dtype(param)
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
-        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit)
+        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
 
     def step(
-        self, gradient: RowGradient, numbers: Any, step: int, *, negate: bool, leave_out: bool = False
+        self,
+        gradient: RowGradient,
+        numbers: Any,
+        step: int | Tensor,
+        *,
+        negate: bool,
+        leave_out: bool = False,
+        on_device: DeviceNumbers | None = None,
     ) -> LayerStep:
         """One step, to be run (it modifies the parameter and its states in place).
 
@@ -77,6 +101,7 @@ class BoundPart:
             step: number of this step, from 1.
             negate: maximize.
             leave_out: whether rows or elements that are not finite are left out.
+            on_device: what stays on the device, the step's number among it.
         """
         if self.lazy:  # rows without a gradient are found now, and with them those to be left out
             gradient, leave_out = gradient.touched_only(leave_out=leave_out), False
@@ -92,6 +117,7 @@ class BoundPart:
             negate,
             self.kept,
             leave_out,
+            on_device=on_device,
         )
 
 
@@ -146,7 +172,8 @@ class Bindings:
             needed: the states that hyperparameters ask for, which all parts have.
             tensors: ``optimizer.state[param]``.
         """
-        bound = [BoundPart.bind(part, param, group, tensors) for part in parts]
+        on_device = stay_on_device(group, param, parts)
+        bound = [BoundPart.bind(part, param, group, tensors, on_device=on_device) for part in parts]
         if param.device.type == "cpu":
             for tensor in (*(part.param for part in bound), *tensors.values()):
                 if isinstance(tensor, Tensor):

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.codecs import CountSketch, RowWise
 from lightning_sketch.layers.counter import read_step
 from lightning_sketch.layers.record import RECORDS, LayerShard
 from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
@@ -23,6 +22,7 @@ from lightning_sketch.optimizer.guard import refuse_zero_redundancy
 from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer.nonfinite import NonFinite
+from lightning_sketch.optimizer.on_device import scaler_on_device
 from lightning_sketch.policy.dropped import warn_of_dropped
 from lightning_sketch.policy.plan import Plan, make_plan, refuse_replaced
 from lightning_sketch.policy.policy import Policy, as_policy
@@ -175,7 +175,10 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
     compression.describe(made)
     compression.remember_plain(inner.param_groups)
     inner.compression = compression  # type: ignore[attr-defined]
+    reads_scaler = hasattr(inner, "_step_supports_amp_scaling") and scaler_on_device(made, inner.param_groups)
     _swap_class(inner, compressed_class(inner))
+    if reads_scaler:
+        inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     _announce(made, inner, model)
@@ -239,7 +242,7 @@ def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
         scheduled = False
     optimizer.__class__ = cls
     optimizer._patch_step_function()  # step hooks live in a wrapper around the class's step
-    # fused=True makes GradScaler leave unscaling to torch's fused kernel, which does not see compressed layers.
+    # fused=True makes GradScaler leave unscaling to the step; compressed layers do it where numbers stay on the device.
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)
     if scheduled:
         _wrap_for_scheduler(optimizer)
@@ -353,11 +356,6 @@ def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> N
 
 def _sketches_some_rows(part: LayerShard) -> bool:
     """Whether a layer has several rows to a bucket, and not all of its rows here."""
-    rows = part.shard.table_rows
-    sketches = [
-        codec.sketch() if isinstance(codec, RowWise) and codec.compression > 1 else codec
-        for codec in part.layer.codecs.values()
-    ]
-    return rows < part.shard.global_rows and any(
-        isinstance(codec, CountSketch) and codec.table_shape(part.shard)[1] < rows for codec in sketches
+    return part.shard.table_rows < part.shard.global_rows and any(
+        codec.shares_buckets(part.shard) for codec in part.layer.codecs.values()
     )

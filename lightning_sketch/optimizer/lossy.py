@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from lightning_sketch.codecs import Drop
 from lightning_sketch.layers.record import RECORDS, Layer
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.sharding import is_dtensor
@@ -37,7 +36,7 @@ def warn_of_lossy(optimizer: CompressedGroups, errors: Mapping[str, Mapping[str,
         bad += [
             f"{name}: {state} in {type(stored_in[state]).__name__}, relative error {error:.2g}"
             for state, error in by_state.items()
-            if error > LOSSY and not isinstance(stored_in.get(state), Drop | None)
+            if error > LOSSY and (codec := stored_in.get(state)) is not None and not codec.drops
         ]
     if bad and (is_rank_zero() or _is_sharded(optimizer)):
         # A warning, because Python shows those of loggers that nobody configured.

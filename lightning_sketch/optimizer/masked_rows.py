@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import nn
 
-from lightning_sketch.codecs import Codec, CountSketch, RowWise
+from lightning_sketch.codecs import Codec
 from lightning_sketch.layers.record import Layer
 from lightning_sketch.layers.roles import NamedLayer, named_layers
 from lightning_sketch.optimizer.groups import CompressedGroups
@@ -46,18 +45,12 @@ def moves_rows_without_gradient(layer: Layer) -> bool:
         return False
     shard = Shard.whole(layer.shape)
     states: Mapping[str, Codec] = layer.codecs
-    if not any(layer.signed[state] and _shares_buckets(codec, shard) for state, codec in states.items()):
+    if not any(layer.signed[state] and codec.shares_buckets(shard) for state, codec in states.items()):
         return False
     # Updates are zero where the second moment is, but for RMSprop's momentum, which is of updates.
     second = [codec for state, codec in states.items() if not layer.signed[state]]
-    momentum = "momentum_buffer" in states and _shares_buckets(states["momentum_buffer"], shard)
-    return momentum or all(_shares_buckets(codec, shard) for codec in second)
-
-
-def _shares_buckets(codec: Codec, shard: Shard) -> bool:
-    """Whether a codec keeps whole rows, or a number of each, in fewer buckets than there are rows."""
-    sketch: Any = codec.sketch() if isinstance(codec, RowWise) and codec.compression > 1 else codec
-    return isinstance(sketch, CountSketch) and sketch.table_shape(shard)[1] < shard.table_rows
+    momentum = "momentum_buffer" in states and states["momentum_buffer"].shares_buckets(shard)
+    return momentum or all(codec.shares_buckets(shard) for codec in second)
 
 
 def _reasons(layer: NamedLayer) -> Iterator[str]:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
+from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.sharding.fake import is_fake_tensor
 
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -29,25 +31,55 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._late: deque[tuple[Tensor, Any, Sequence[Unit]]] = deque()
+        #: Where a graph of the layers that were stepped last would count; and what graphs have counted since it was
+        #: looked at last.
+        self._place: tuple[Sequence[Unit], Tensor] | None = None
+        self._captured: list[tuple[Sequence[Unit], Tensor]] = []
 
     @staticmethod
     def is_late(counts: Tensor) -> bool:
         """Whether to read them would be to wait."""
         return counts.device.type != "cpu"
 
-    def add(self, counts: Tensor, units: Sequence[Unit]) -> None:
+    def add(self, counts: Tensor, units: Sequence[Unit], *, capturable: bool = False) -> None:
         """Take the counts of a step, and begin to copy them to the host.
 
         Args:
             counts: of each layer, int64 ``[layers]``.
             units: for each layer.
+            capturable: whether such a step may be captured into a graph, which needs a place to count in.
         """
+        if capturable and (self._place is None or self._place[0] != units):
+            self._place = units, torch.zeros_like(counts)
+        self._copy(counts, units)
+
+    def add_captured(self, counts: Tensor, units: Sequence[Unit]) -> None:
+        """Have every replay of the graph that is being captured add what it left out.
+
+        Args:
+            counts: of each layer, int64 ``[layers]``.
+            units: for each layer.
+
+        Raises:
+            RuntimeError: these layers were not stepped together outside of a graph before.
+        """
+        if self._place is None or self._place[0] != units:
+            raise RuntimeError(
+                "a graph is captured of a step of other layers than were stepped before; make a few steps with the "
+                "same gradients on a side stream first, as torch's documentation of CUDA graphs says"
+            )
+        self._place[1].add_(counts)
+        if all(place is not self._place for place in self._captured):
+            self._captured.append(self._place)
+
+    def _copy(self, counts: Tensor, units: Sequence[Unit]) -> None:
         # To pinned memory, which torch takes for such copies; where nothing says when one is done (MPS), it waits.
         says = hasattr(torch.get_device_module(counts.device), "current_stream")
         copied = counts.to("cpu", non_blocking=says)
         if not is_fake_tensor(copied):
             self._late.append((copied, _event(counts.device) if says else None, units))
 
+    @_disable_dynamo  # nothing of it can be compiled
     def judge(self, nonfinite: NonFinite, skipped: Counter[str], *, wait: bool) -> None:
         """Raise, or warn and count, for what earlier steps left out and was not judged yet.
 
@@ -59,6 +91,11 @@ class LeftOut:
         Raises:
             FloatingPointError: something was left out, and ``nonfinite="raise"``. It is judged then.
         """
+        if capturing():
+            return  # nothing can be asked meanwhile
+        for units, total in self._captured:
+            self._copy(total.clone(), units)
+            total.zero_()
         found: list[dict[str, list[int]]] = []
         while self._late:
             counts, event, units = self._late[0]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_sketch import kernels
+from lightning_sketch.kernels.schema import DeviceNumbers
 from lightning_sketch.layers.record import Layer, LayerShard
 from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.on_device import numbers_of
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.gradient import RowGradient
@@ -45,6 +47,7 @@ def proved(
     *,
     sparse: bool,
     kernel: kernels.FusedKernel,
+    on_device: bool = False,
 ) -> bool:
     """Whether `kernel` steps layers like this one, on the device of `param`, as the reference does on the CPU.
 
@@ -54,13 +57,14 @@ def proved(
         param: the layer's local parameter, ``[local_rows, ...]``.
         group: its parameter group.
         sparse: whether its gradients are.
+        on_device: whether the numbers of its steps stay on the device.
     """
     numel = math.prod(param.shape[1:])
     case = numel % 8 == 0, numel == 1, numel > MANY_COLUMNS - 8, len(param) >= MANY_ROWS
     codecs = tuple(sorted(layer.codecs.items()))
-    key = (param.device, type(rule), codecs, param.dtype, sparse, bool(group.get("maximize")), *case, kernel)
+    key = (param.device, type(rule), codecs, param.dtype, sparse, bool(group.get("maximize")), *case, kernel, on_device)
     if key not in _proved:
-        problem = _problem(rule, layer, param, group, sparse, kernel)
+        problem = _problem(rule, layer, param, group, sparse, kernel, on_device)
         _proved[key] = problem is None
         if problem is not None:
             kernels.unproved[param.device.type] = f"{layer.fqn}: {problem}"
@@ -80,6 +84,7 @@ def _problem(
     group: Mapping[str, Any],
     sparse: bool,
     kernel: kernels.FusedKernel,
+    on_device: bool,
 ) -> str | None:
     """What is wrong, or ``None``."""
     numel = math.prod(param.shape[1:])
@@ -90,8 +95,8 @@ def _problem(
     try:
         for shape in shapes:
             of_case = Layer(layer.fqn, layer.seed, shape if param.ndim > 1 else shape[:1], layer.signed, layer.codecs)
-            expected = _stepped(rule, of_case, param.dtype, torch.device("cpu"), group, sparse, None)
-            found = _stepped(rule, of_case, param.dtype, param.device, group, sparse, kernel)
+            expected = _stepped(rule, of_case, param.dtype, torch.device("cpu"), group, sparse, None, False)
+            found = _stepped(rule, of_case, param.dtype, param.device, group, sparse, kernel, on_device)
             start = _start(of_case, param.dtype)
             dtypes = {value.dtype for value in expected.values()}
             halves = torch.bfloat16 in (param.dtype, *dtypes)
@@ -117,6 +122,7 @@ def _stepped(
     group: Mapping[str, Any],
     sparse: bool,
     kernel: kernels.FusedKernel | None,
+    on_device: bool,
 ) -> dict[str, Tensor]:
     """A parameter and its states after steps that leave out a row; without a kernel the reference's."""
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +130,7 @@ def _stepped(
     part = LayerShard(layer, shard)
     param = _start(layer, dtype).to(device)
     tensors = part.allocate(param, group)
-    bound = BoundPart.bind(part, param, group, tensors)
+    bound = BoundPart.bind(part, param, group, tensors, on_device=on_device)
     rows = torch.arange(0, len(param), 3) if sparse else None
     count = len(param) if rows is None else len(rows)
     scales = torch.logspace(-3, 1, count).view(-1, *[1] * (param.ndim - 1))
@@ -133,7 +139,12 @@ def _stepped(
         values[step] = math.nan
         gradient = RowGradient(shard, None if rows is None else rows.to(device), values.to(device, dtype))
         one = bound.step(gradient, rule.numbers(group, step), step, negate=bool(group.get("maximize")), leave_out=True)
+        if on_device:
+            steps = torch.full((1,), step, dtype=torch.float64, device=device)
+            one.step, one.on_device = steps[0], DeviceNumbers(steps[0])
+            (one.numbers,) = numbers_of(rule, group, steps)
         if kernel is not None and one.fusable() and rule.fusable(one.states):
+            one.fused = True
             kernel([rule.fuse(one)])
         else:
             rule.reference(one)

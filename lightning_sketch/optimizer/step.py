@@ -11,13 +11,16 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import fused_kernel
+from lightning_sketch.kernels.capture import capturing
+from lightning_sketch.kernels.schema import DeviceNumbers
 from lightning_sketch.layers.counter import counter
 from lightning_sketch.layers.record import RECORDS, LayerShard
-from lightning_sketch.optimizer.amp import grad_scale, overflowed
+from lightning_sketch.optimizer.amp import amp_on_device, grad_scale, overflowed
 from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
 from lightning_sketch.optimizer.bindings import BoundPart
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.nonfinite import judge
+from lightning_sketch.optimizer.on_device import asked, check_capturable, check_capture, numbers_of, stay_on_device
 from lightning_sketch.optimizer.proof import proved
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
@@ -39,6 +42,7 @@ class OwnTensor:
         bound: the parts, bound; ``None`` if they have yet to be.
         gradients: of each part, unscaled; empty under ``FakeTensorMode``, where rows cannot be read.
         scale: what `grad` is still to be divided by; ``None`` for nothing.
+        on_device: whether the numbers of its steps stay on its device.
     """
 
     group: dict[str, Any]
@@ -50,15 +54,21 @@ class OwnTensor:
     bound: list[BoundPart] | None
     gradients: list[RowGradient]
     scale: float | None = None
+    on_device: bool = False
 
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
-def own_tensors(optimizer: CompressedGroups) -> list[OwnTensor]:
+def own_tensors(optimizer: CompressedGroups, *, compiling: bool = False) -> list[OwnTensor]:
     """Our tensors that have a gradient, checked and with what they are bound to.
 
     Nothing is changed yet, but that dense states which a user assigned are encoded.
 
+    Args:
+        compiling: whether the optimizer's step is compiled.
+
     Raises:
+        AssertionError: ``capturable=True``, and a parameter is on a device that has no graphs.
+        RuntimeError: a graph is being captured, and a layer's step would not be another one in every replay.
         TypeError: a gradient has an unsupported layout.
         ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or its
             states are not what the codecs store.
@@ -68,16 +78,25 @@ def own_tensors(optimizer: CompressedGroups) -> list[OwnTensor]:
     ours: list[OwnTensor] = []
     fake: bool | None = None
     assigned: list[Encoded] = []
-    options: dict[int, tuple[set[str], float | None]] = {}  # states that are needed, and the gradients' scale, by group
+    options: dict[int, tuple[set[str], bool, bool]] = {}  # by group: states that are needed, and what `asked` says
+    scales: dict[int, float | None] = {}  # what gradients are to be divided by, where the host does it
+    captured = capturing()
     for group, param, parts in optimizer.compressed_tensors():
         if (grad := param.grad) is None:
             continue
         if (found := options.get(id(group))) is None:
             rule.check(group, parts[0].layer.fqn)
-            found = options[id(group)] = {state.name for state in rule.states(group)}, grad_scale(optimizer, group)
-        names, scale = found
+            found = options[id(group)] = {state.name for state in rule.states(group)}, *asked(group)
+        names, capturable, on_device = found
         state = states.get(param, {})
         bound = bindings.find(param, parts, names, state)
+        on_device = on_device and stay_on_device(group, param, parts)
+        if bound is not None and bound[0].on_device is not on_device:
+            bound = None
+        if capturable and (bound is None or not on_device or captured):
+            check_capturable(group, param, parts, compiling=compiling)
+        if captured:
+            check_capture(param, grad, parts, on_device=on_device, bound=bound is not None)
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
@@ -86,9 +105,14 @@ def own_tensors(optimizer: CompressedGroups) -> list[OwnTensor]:
             assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
         placed = grad if type(grad) is Tensor else placed_like(grad, param)
+        scale = None
+        if not on_device:
+            if id(group) not in scales:
+                scales[id(group)] = grad_scale(optimizer, group)
+            scale = scales[id(group)]
         unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
         gradients = [] if fake else [part.gradient(unscaled) for part in parts]
-        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale))
+        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale, on_device))
     if assigned:
         commit(optimizer, assigned)
     return ours
@@ -121,15 +145,16 @@ def refuse_kept_sparse(optimizer: CompressedGroups) -> None:
 
 @_disable_dynamo
 def to_be_stepped(optimizer: CompressedGroups, ours: list[OwnTensor]) -> list[OwnTensor]:
-    """All but those of a group that overflowed.
+    """All but those of a group that overflowed; where the numbers of steps stay on the device, it is asked there.
 
     Raises:
         RuntimeError: there are none because the model's parameters were replaced.
     """
     if not ours:
         _refuse_replaced(optimizer)
-    left_alone = {id(group) for group in optimizer.param_groups if overflowed(optimizer, group)}
-    return [own for own in ours if id(own.group) not in left_alone] if left_alone else ours
+    by_host = {id(own.group): own.group for own in ours if not own.on_device}
+    left_alone = {key for key, group in by_host.items() if overflowed(optimizer, group)}
+    return [own for own in ours if own.on_device or id(own.group) not in left_alone] if left_alone else ours
 
 
 @_disable_dynamo
@@ -155,15 +180,9 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
             own.bound = compression.bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
             if own.param.device.type != "cpu":
                 _prove(rule, own)
-        counts.append(own.state["step"])
-    known: dict[tuple[int, int], tuple[Any, int, bool]] = {}  # by group and step
-    options: list[tuple[Any, int, bool]] = []  # all of them before anything of ours changes
-    for own, count in zip(ready, counts, strict=True):
-        key = id(own.group), int(count.item()) + 1
-        if (option := known.get(key)) is None:
-            step, negate = key[1], bool(own.group.get("maximize", False))
-            option = known[key] = rule.numbers(own.group, step), step, negate
-        options.append(option)
+        if not own.on_device:
+            counts.append(own.state["step"])
+    numbers = _numbers(optimizer, ready)  # all of them before anything of ours changes
     if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
@@ -172,20 +191,56 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
     left_out = run(
         rule,
         (
-            part.step(gradient, numbers, step, negate=negate, leave_out=leave_out)
-            for own, (numbers, step, negate) in zip(ready, options, strict=True)
+            part.step(gradient, of_step, step, negate=negate, leave_out=leave_out, on_device=on_device)
+            for own, (of_step, step, negate, on_device) in zip(ready, numbers, strict=True)
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
     if not leave_out or left_out is None:
         return
+    if capturing():
+        compression.left_out.add_captured(left_out, [part.unit for own in ready for part in own.bound or ()])
+        return
     late = compression.left_out.is_late(left_out)
     if late or bool(left_out.any()):
         units = [part.unit for own in ready for part in own.bound or ()]
         if late:
-            compression.left_out.add(left_out, units)
+            compression.left_out.add(left_out, units, capturable=ready[0].on_device)
         else:
             judge(compression.nonfinite, compression.skipped, left_out, units)
+
+
+#: Of a tensor's step: `UpdateRule.numbers`, the step's number, whether to maximize, and what stays on the device.
+_Numbers = tuple[Any, int | Tensor, bool, DeviceNumbers | None]
+
+
+def _numbers(optimizer: CompressedGroups, ready: list[OwnTensor]) -> list[_Numbers]:
+    """The numbers of all tensors' steps. Counts on devices go up by one, those on the host do not yet."""
+    rule = optimizer.rule
+    known: dict[tuple[int, int], _Numbers] = {}  # by group and step
+    apart: dict[tuple[int, torch.device], list[int]] = {}  # by group and device
+    found: list[_Numbers | None] = [None] * len(ready)
+    for i, own in enumerate(ready):
+        if own.on_device:
+            apart.setdefault((id(own.group), own.param.device), []).append(i)
+            continue
+        key = id(own.group), int(own.state["step"].item()) + 1
+        if (option := known.get(key)) is None:
+            option = known[key] = rule.numbers(own.group, key[1]), key[1], bool(own.group.get("maximize", False)), None
+        found[i] = option
+    for (_, device), members in apart.items():
+        group = ready[members[0]].group
+        counts = [ready[i].state["step"] for i in members]
+        found_inf, scale = amp_on_device(optimizer, group, device)
+        if found_inf is None:
+            torch._foreach_add_(counts, 1)
+        else:
+            torch._foreach_add_(counts, [(found_inf != 1).to(counts[0].dtype)] * len(counts))
+        steps = torch.stack(counts).to(torch.float64)
+        negate = bool(group.get("maximize", False))
+        for i, of_step, step in zip(members, numbers_of(rule, group, steps), steps.unbind(), strict=True):
+            found[i] = of_step, step, negate, DeviceNumbers(step, found_inf, scale)
+    return [option for option in found if option is not None]
 
 
 def _prove(rule: UpdateRule, own: OwnTensor) -> None:
@@ -194,13 +249,15 @@ def _prove(rule: UpdateRule, own: OwnTensor) -> None:
         return
     for part, bound, gradient in zip(own.parts, own.bound or (), own.gradients, strict=True):
         sparse = gradient.rows is not None or bound.lazy
-        if not proved(rule, part.layer, bound.param, own.group, sparse=sparse, kernel=kernel):
+        if not proved(
+            rule, part.layer, bound.param, own.group, sparse=sparse, kernel=kernel, on_device=bound.on_device
+        ):
             bound.kept.fusable = False
 
 
 def _allocate(optimizer: CompressedGroups, own: OwnTensor) -> None:
     """Make the states of a tensor's first step."""
-    fresh: dict[str, Any] = {"step": counter()}
+    fresh: dict[str, Any] = {"step": counter(device=own.param.device if own.on_device else "cpu")}
     for part in own.parts:
         fresh |= part.allocate(own.param, own.group)
     own.state = optimizer.state[own.param]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch.optim import Optimizer
 
+from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.layers.stock_states import encode_entry, stored_step
 from lightning_sketch.optimizer import stock_step
 from lightning_sketch.optimizer.base import CompressedOptimizer
@@ -40,10 +41,15 @@ class StockOptimizer(CompressedOptimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: DeepSpeed put tensors of its own in place of the parameters.
+            RuntimeError: DeepSpeed put tensors of its own in place of the parameters, or a graph is being captured.
             ValueError: a layer's shape changed, or its group's hyperparameters are not supported. Nothing was changed
                 then.
         """
+        if capturing() and self.compression.records:
+            raise RuntimeError(
+                f"a step of {self.stock.__name__} with compressed layers cannot be captured into a graph: they are "
+                "decoded, stepped and encoded under numbers that the host counts. Adam, AdamW, RMSprop and SGD can be"
+            )
         self._bind_if_flat()
         return step(self, closure, lambda: self.steps_apart)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from lightning_sketch.codecs import Keep
 from lightning_sketch.layers.dtensor_states import sharding_of
 from lightning_sketch.layers.record import LayerShard
 from lightning_sketch.layers.stock_states import decode_entry, encode_entry, stored_step
@@ -79,7 +78,7 @@ def pieces(optimizer: CompressedGroups, layers: Layers) -> Iterator[Piece]:
 
 def decoded_bytes(part: LayerShard, param: Tensor) -> int:
     """Bytes of a layer's states that its step has decoded; of shards, of the largest."""
-    count = sum(not isinstance(codec, Keep) for codec in part.layer.codecs.values())
+    count = sum(not codec.exact for codec in part.layer.codecs.values())
     shards, _ = sharding_of(param, part.layer.fqn)
     return count * param.element_size() * math.ceil(param.numel() / shards)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_sketch.codecs import SM3, Codec, Drop, Keep
+from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layers.record import Layer, LayerShard
 from lightning_sketch.layers.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
@@ -98,7 +98,7 @@ class Plan:
         found: dict[str, list[str]] = {}
         for planned in self.layers:
             for state, codec in planned.layer.codecs.items():
-                if isinstance(codec, Drop):
+                if codec.drops:
                     found.setdefault(state, []).append(planned.layer.fqn)
         return found
 
@@ -199,7 +199,7 @@ def _plan_plain_tensor(
     role = "hidden" if tensor.ndim >= 2 else "other"
     named = NamedLayer(f"group {g} parameter {i}", cast(nn.Parameter, tensor), nn.Module(), {role})
     index = policy.rule_for(named)
-    if index is not None and any(not isinstance(c, Keep) for c in policy.rules[index].codecs.values()):
+    if index is not None and any(not c.exact for c in policy.rules[index].codecs.values()):
         raise ValueError(
             f"parameter {i} of group {g} (shape {list(tensor.shape)}) is a plain tensor and no parameter of the model, "
             f"and policy rule {index + 1} ({policy.rules[index].describe()}) would compress it: register it in the "
@@ -258,7 +258,7 @@ def _plan_lazy(named: NamedLayer, policy: RuleSet, states: Sequence[StateDef]) -
     for number, rule in enumerate(policy.rules, start=1):
         if rule.misses(named):
             continue
-        if any(not isinstance(codec, Keep) for codec in rule.codecs.values()):
+        if rule.compresses:
             raise ValueError(
                 f"{named.fqn} is lazy: it has no shape yet, so whether and how policy rule {number} "
                 f"({rule.describe()}) compresses it is not known; {RUN_FORWARD_FIRST}"
@@ -271,13 +271,14 @@ def _plan_lazy(named: NamedLayer, policy: RuleSet, states: Sequence[StateDef]) -
 
 
 def _check_one_momentum(layer: Layer) -> None:
-    if not any(isinstance(codec, SM3) and codec.momentum for codec in layer.codecs.values()):
+    with_momentum = next((codec for codec in layer.codecs.values() if codec.momentum), None)
+    if with_momentum is None:
         return
     for state, codec in layer.codecs.items():
-        if layer.signed[state] and not isinstance(codec, Drop):
+        if layer.signed[state] and not codec.drops:
             raise ValueError(
-                f"{layer.fqn}: SM3(momentum=...) is the layer's momentum, so {state} must be dropped: "
-                f"add {state}=Drop() to the rule"
+                f"{layer.fqn}: {type(with_momentum).__name__}(momentum=...) is the layer's momentum, so {state} must "
+                f"be dropped: add {state}=Drop() to the rule"
             )
 
 

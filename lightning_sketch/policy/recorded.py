@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable
 
-from lightning_sketch.codecs import Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layers.record import Layer
 from lightning_sketch.policy.rule import STATE_NAMES
@@ -50,7 +49,7 @@ def policy_line(layers: Iterable[Layer], seed: int | None = None) -> str:
     layers = list(layers)
     by_codecs: dict[str, list[str]] = {}
     for layer in layers:
-        codecs = {state: codec for state, codec in layer.codecs.items() if not isinstance(codec, Keep)}
+        codecs = {state: codec for state, codec in layer.codecs.items() if not codec.exact}
         text = ", ".join(f"{state}={short(codec)}" for state, codec in codecs.items() if state in STATE_NAMES)
         if others := [f"{state!r}: {short(codec)}" for state, codec in codecs.items() if state not in STATE_NAMES]:
             text = ", ".join([text] * bool(text) + [f"states={{{', '.join(others)}}}"])

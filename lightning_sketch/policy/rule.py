@@ -110,7 +110,7 @@ class Rule:
     @property
     def compresses(self) -> bool:
         """Whether any of its codecs is not `Keep`."""
-        return any(not isinstance(codec, Keep) for codec in self.codecs.values())
+        return any(not codec.exact for codec in self.codecs.values())
 
     @property
     def is_default(self) -> bool:

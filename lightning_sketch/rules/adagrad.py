@@ -22,6 +22,7 @@ from lightning_sketch.rules.base import (
     UpdateRule,
     add_moments,
     begin_momentum,
+    learning_rate,
     precondition,
     read_second,
     safe_divide,
@@ -36,9 +37,9 @@ class AdagradRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("sum", signed=False),)
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> tuple[float | Tensor, float, float]:
         """Learning rate, eps and weight decay."""
-        lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
+        lr = learning_rate(group, step) / (1 + (step - 1) * float(group["lr_decay"]))
         return lr, float(group["eps"]), float(group["weight_decay"])
 
     def reference(self, layer: LayerStep) -> Tensor | None:

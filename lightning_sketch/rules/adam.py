@@ -31,6 +31,7 @@ from lightning_sketch.rules.base import (
     begin_momentum,
     bounded_first_moment,
     first_moment_bound,
+    learning_rate,
     precondition,
     read_second,
     safe_divide,
@@ -78,7 +79,7 @@ class AdamRule(UpdateRule):
             shrink=numbers.shrink,
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
-            correction=1 / numbers.root_correction,
+            correction=numbers.correction,
             bound=first_moment_bound(numbers.beta1, numbers.beta2) if mixes else None,
         )
 
@@ -93,20 +94,21 @@ class AdamRule(UpdateRule):
     def coupled_weight_decay(self, group: Mapping[str, Any]) -> float:
         return 0.0 if self._decoupled(group) else super().coupled_weight_decay(group)
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> _Numbers:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Numbers:
         beta1, beta2 = map(float, group["betas"])
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group.get("weight_decay", 0.0))
+        lr, eps, weight_decay = learning_rate(group, step), float(group["eps"]), float(group.get("weight_decay", 0.0))
         decoupled = self._decoupled(group)
         root_correction = (1 - beta2**step) ** 0.5
         return _Numbers(
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            first_correction=1 - beta1**step,
+            corrected_lr=lr / (1 - beta1**step),
             eps=eps / root_correction if self.early_eps else eps,
             weight_decay=self.coupled_weight_decay(group),
             shrink=1 - lr * weight_decay if decoupled else 1.0,
             root_correction=root_correction,
+            correction=1 / root_correction,
         )
 
     def _decoupled(self, group: Mapping[str, Any]) -> bool:
@@ -120,25 +122,27 @@ class _Numbers:
     Args:
         beta1, beta2: as in torch.
         lr: as in torch.
-        first_correction: the first moment's bias correction, a divisor of lr.
+        corrected_lr: lr divided by the first moment's bias correction.
         eps: as it is added to the corrected root.
         weight_decay: the coupled one.
         shrink: factor of the parameter, for decoupled weight decay.
         root_correction: the root of the second moment's bias correction, a divisor.
+        correction: one over that.
     """
 
     beta1: float
     beta2: float
-    lr: float
-    first_correction: float
-    eps: float
+    lr: float | Tensor
+    corrected_lr: float | Tensor
+    eps: float | Tensor
     weight_decay: float
-    shrink: float
-    root_correction: float
+    shrink: float | Tensor
+    root_correction: float | Tensor
+    correction: float | Tensor
 
-    def rate(self, exp_avg: CodecState | None) -> float:
+    def rate(self, exp_avg: CodecState | None) -> float | Tensor:
         """Learning rate, with the first moment's bias correction where there is one."""
-        return self.lr if exp_avg is None else self.lr / self.first_correction
+        return self.lr if exp_avg is None else self.corrected_lr
 
 
 class AdamWRule(AdamRule):

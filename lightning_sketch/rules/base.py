@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_sketch import kernels
 from lightning_sketch.codecs import Codec, CodecState
+from lightning_sketch.codecs.base import add_scaled
 from lightning_sketch.kernels.reference import over_rows
-from lightning_sketch.kernels.schema import DTYPES, FusedStep, Kept, Stored
+from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, Kept, Stored
 from lightning_sketch.sharding import Block
 from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
@@ -55,6 +56,9 @@ class LayerStep:
             step changes are element-wise.
         finite: of the rows, bool ``[k]``, if `observe` found any to be left out; on accelerators always.
         by_element: the same of elements, which every pass finds anew.
+        on_device: what the step takes from the device, where its numbers stay there; `numbers` and `step` may then be
+            0-d float64 tensors.
+        fused: whether a fused kernel makes the step.
     """
 
     param: Tensor
@@ -63,20 +67,41 @@ class LayerStep:
     momentum: CodecState | None
     momentum_beta: float
     numbers: Any
-    step: int
+    step: int | Tensor
     dtype: torch.dtype
     negate: bool = False
     kept: Kept = field(default_factory=Kept)
     leave_out: bool = False
     finite: Tensor | None = None
     by_element: bool = False
+    on_device: DeviceNumbers | None = None
+    fused: bool = False
 
-    def begin(self, name: str, *, decay: float, weight: float) -> CodecState | None:
+    def begin(self, name: str, *, decay: float, weight: float | Tensor) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
         state = self.states.get(name)
         if state is not None:
-            state.begin(decay=decay, weight=weight, step=self.step, rows=self.gradient.rows)
+            self.begin_state(state, decay, weight)
         return state
+
+    def begin_state(self, state: CodecState, decay: float, weight: float | Tensor) -> None:
+        """Begin the step of one of the states."""
+        rows, device = self.gradient.rows, self.on_device
+        if device is None:
+            state.begin(decay=decay, weight=weight, step=self.step, rows=rows)
+            return
+        state.deferred = self.fused
+        if self.fused:  # kernels know the step's number, and whether there is a step
+            state.begin(decay=decay, weight=weight, step=0, rows=rows)
+        else:
+            kept = decay if self.skipped is None else torch.ones_like(device.step).where(self.skipped, decay)
+            state.begin(decay=kept, weight=weight, step=device.step, rows=rows)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether the step is to change nothing, 0-d, as a gradient scaler found; ``None`` for no."""
+        found = None if self.on_device is None else self.on_device.found_inf
+        return None if found is None else found == 1  # torch's fused kernels compare with 1, too
 
     def fusable(self) -> bool:
         """Whether fused kernels take these tensors and codec states."""
@@ -93,11 +118,11 @@ class LayerStep:
         second: str | None,
         first: str | None,
         *,
-        lr: float,
-        shrink: float = 1.0,
-        eps: float = 0.0,
+        lr: float | Tensor,
+        shrink: float | Tensor = 1.0,
+        eps: float | Tensor = 0.0,
         weight_decay: float = 0.0,
-        correction: float = 1.0,
+        correction: float | Tensor = 1.0,
         bound: float | None = None,
         nesterov: float = 0.0,
     ) -> FusedStep:
@@ -123,6 +148,7 @@ class LayerStep:
             self.negate,
             self.kept,
             self.leave_out,
+            self.on_device,
         )
 
     def observe(self, *states: CodecState | None) -> Tensor | None:
@@ -135,6 +161,16 @@ class LayerStep:
             how many rows or elements, 0-d int64 on the gradient's device, for which it does not wait; ``None`` for
             none, where that is known.
         """
+        count = self._observe(states)
+        if (skipped := self.skipped) is not None:  # then all of it is left out, and nothing is counted
+            stepped = skipped.logical_not()
+            count = None if count is None else count * stepped
+            if not self.by_element:
+                all_rows = stepped.expand(self.gradient.values.shape[0])
+                self.finite = all_rows if self.finite is None else self.finite & all_rows
+        return count
+
+    def _observe(self, states: Sequence[CodecState | None]) -> Tensor | None:
         values = self.gradient.values
         if not self.leave_out or values.numel() == 0:
             return None
@@ -152,30 +188,41 @@ class LayerStep:
 
         It is 0 where it is left out, as ``block.good`` says.
         """
+        scale = None if self.on_device is None else self.on_device.grad_scale
+        skipped = self.skipped if self.by_element else None
         for block in self.gradient.blocks:
             values = self.gradient.values[block.span]
             g = values.to(self.dtype)
+            if scale is not None:
+                g = g / scale
             if self.negate:
                 g = -g
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
             if self.finite is not None or self.by_element:
                 good = values.isfinite() if self.finite is None else over_rows(self.finite[block.span], values.ndim)
+                good = good if skipped is None else good & skipped.logical_not()
                 block, g = replace(block, good=good), g.where(good, 0.0)
             yield block, g
 
-    def apply(self, block: Block, update: Tensor, lr: float, shrink: float = 1.0) -> None:
+    def apply(self, block: Block, update: Tensor, lr: float | Tensor, shrink: float | Tensor = 1.0) -> None:
         """``param <- shrink * param - lr * update`` at the block's rows; rounds once, to the parameter's dtype."""
         before, good = self.param[block.index], block.good
         if isinstance(block.index, slice) and self.param.dtype == update.dtype and good is None:
-            (before.mul_(shrink) if shrink != 1 else before).sub_(update, alpha=lr)
+            shrinks = isinstance(shrink, Tensor) or shrink != 1
+            add_scaled(before.mul_(shrink) if shrinks else before, update, -lr)
             return
-        values = before.to(self.dtype).mul(shrink).sub_(update, alpha=lr).to(self.param.dtype)
+        values = add_scaled(before.to(self.dtype).mul(shrink), update, -lr).to(self.param.dtype)
         self.param[block.index] = values if good is None else values.where(good, before)
 
 
 def _stored(state: CodecState | None) -> Stored | None:
-    return None if state is None else state.stored()
+    if state is None:
+        return None
+    stored = state.stored()
+    if state.deferred:
+        stored.scale_at, stored.scale_decay = state.deferred_scale()
+    return stored
 
 
 class UpdateRule(ABC):
@@ -184,7 +231,7 @@ class UpdateRule(ABC):
     #: The kernels' name of the rule.
     name: ClassVar[str]
     #: Group flags that the rule does not implement; truthy means an error for compressed layers.
-    refused_flags: ClassVar[tuple[str, ...]] = ("differentiable", "capturable")
+    refused_flags: ClassVar[tuple[str, ...]] = ("differentiable",)
 
     #: Whether torch's own optimizer takes sparse gradients, where it has neither weight decay nor a fused kernel.
     torch_takes_sparse: ClassVar[bool] = True
@@ -222,12 +269,16 @@ class UpdateRule(ABC):
         return float(group.get("weight_decay", 0.0))
 
     @abstractmethod
-    def numbers(self, group: Mapping[str, Any], step: int) -> Any:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> Any:
         """The hyperparameters as the rule needs them: the same for all layers of a group that make that step.
 
         Args:
             group: torch's parameter group.
-            step: the layers' step number, from 1.
+            step: the layers' step number, from 1. Where it stays on the device, float64 ``[layers]`` there: of each
+                layer, and nothing is read from it.
+
+        Returns:
+            numbers in a tuple or a dataclass; with a tensor of steps some are float64, 0-d or ``[layers]``.
         """
 
     @abstractmethod
@@ -254,7 +305,8 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
         how many rows of each layer were left out (elements, where all states are element-wise), int64
         ``[len(layers)]`` on a device of theirs, for which it does not wait; ``None`` for none, where that is known.
     """
-    fused: dict[torch.device, tuple[kernels.FusedKernel, list[int], list[FusedStep]]] = {}
+    # Apart where numbers stay on the device: such steps read other tables.
+    fused: dict[tuple[torch.device, bool], tuple[kernels.FusedKernel, list[int], list[FusedStep]]] = {}
     by_device: dict[torch.device, kernels.FusedKernel | None] = {}
     left_out: dict[int, Tensor] = {}  # by layer: what no kernel counts
     total = 0
@@ -265,7 +317,8 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
             kernels.announce(device)
         kernel, count = by_device[device], layer.gradient.left_out
         if kernel is not None and layer.fusable() and rule.fusable(layer.states):
-            _, numbers, steps = fused.setdefault(device, (kernel, [], []))
+            layer.fused = True
+            _, numbers, steps = fused.setdefault((device, layer.on_device is not None), (kernel, [], []))
             numbers.append(number)
             steps.append(rule.fuse(layer))
         else:
@@ -284,6 +337,14 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
     device = next((x.device for x in left_out.values() if x.device.type != "cpu"), torch.device("cpu"))
     none = torch.zeros((), dtype=torch.int64, device=device)
     return torch.stack([left_out[i].to(device, non_blocking=True) if i in left_out else none for i in range(total)])
+
+
+def learning_rate(group: Mapping[str, Any], step: int | Tensor) -> float | Tensor:
+    """The group's learning rate: a number, or where steps stay on the device and it is a tensor there, 0-d float64."""
+    lr = group["lr"]
+    if isinstance(step, Tensor) and isinstance(lr, Tensor) and lr.device == step.device:
+        return lr.detach().to(torch.float64).view(())
+    return float(lr)
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -> Tensor:
@@ -352,5 +413,4 @@ def precondition(layer: LayerStep, block: Block, update: Tensor) -> Tensor:
 def begin_momentum(layer: LayerStep) -> None:
     """Begin the step of SM3's momentum."""
     if layer.momentum is not None:
-        beta = layer.momentum_beta
-        layer.momentum.begin(decay=beta, weight=1 - beta, step=layer.step, rows=layer.gradient.rows)
+        layer.begin_state(layer.momentum, layer.momentum_beta, 1 - layer.momentum_beta)

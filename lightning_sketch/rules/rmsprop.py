@@ -23,6 +23,7 @@ from lightning_sketch.rules.base import (
     UpdateRule,
     add_moments,
     begin_momentum,
+    learning_rate,
     precondition,
     read_second,
     safe_divide,
@@ -44,9 +45,11 @@ class RMSpropRule(UpdateRule):
             found.append(StateDef("momentum_buffer", signed=True))
         return found
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, bool, float, float, float, float]:
+    def numbers(
+        self, group: Mapping[str, Any], step: int | Tensor
+    ) -> tuple[float, bool, float, float | Tensor, float, float]:
         """alpha, whether centered, momentum, learning rate, eps and weight decay."""
-        alpha, momentum, lr = float(group["alpha"]), float(group["momentum"]), float(group["lr"])
+        alpha, momentum, lr = float(group["alpha"]), float(group["momentum"]), learning_rate(group, step)
         return alpha, bool(group["centered"]), momentum, lr, float(group["eps"]), float(group["weight_decay"])
 
     def reference(self, layer: LayerStep) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule
+from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, learning_rate
 
 
 class SGDRule(UpdateRule):
@@ -28,11 +28,16 @@ class SGDRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("momentum_buffer", signed=True),) if group["momentum"] else ()
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> _Numbers:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Numbers:
+        weight: float | Tensor = 1 - float(group["dampening"])
+        if isinstance(step, Tensor):
+            weight = step.where(step == 1, weight)
+        elif step == 1:
+            weight = 1.0
         return _Numbers(
-            lr=float(group["lr"]),
+            lr=learning_rate(group, step),
             momentum=float(group["momentum"]),
-            weight=1.0 if step == 1 else 1 - float(group["dampening"]),
+            weight=weight,
             weight_decay=float(group["weight_decay"]),
             nesterov=bool(group["nesterov"]),
         )
@@ -82,8 +87,8 @@ class _Numbers:
         weight: of the gradient in the buffer.
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float
-    weight: float
+    weight: float | Tensor
     weight_decay: float
     nesterov: bool

@@ -23,6 +23,7 @@ class StockRule(UpdateRule):
     """
 
     name: ClassVar[str] = "stock"
+    refused_flags: ClassVar[tuple[str, ...]] = (*UpdateRule.refused_flags, "capturable")
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -54,7 +55,7 @@ class StockRule(UpdateRule):
                     "Keep() (leave the state out of the rule)"
                 )
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> Any:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> Any:
         raise NotImplementedError  # steps of such optimizers do not come by rules
 
     def reference(self, layer: LayerStep) -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
-INTERPRETED = ["triton_interpreted.py", "triton_left_out.py", "triton_orders.py", "triton_quantized.py"]
+INTERPRETED = [f"triton_{subject}.py" for subject in ("interpreted", "left_out", "on_device", "orders", "quantized")]
 
 
 @pytest.mark.parametrize("file", INTERPRETED)

@@ -22,11 +22,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise, kernels
+from lightning_sketch import (
+    SM3,
+    BFloat16,
+    Codec,
+    CountSketch,
+    Drop,
+    Factored,
+    Keep,
+    Quantized,
+    RowWise,
+    kernels,
+)
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
-from lightning_sketch.kernels.triton import insert, launch, observe, quantized, row_sketch
-from tests.kernels.fused_cases import Case, train
+from lightning_sketch.kernels.triton import device_numbers, insert, launch, observe, quantized, row_sketch
+from lightning_sketch.optimizer import on_device
+from lightning_sketch.optimizer.step import own_tensors, step_compressed
+from tests.kernels.fused_cases import Case, start, train
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {
@@ -72,6 +85,8 @@ KERNELS = (
     row_sketch.add_rows,
     row_sketch.fold_rows,
 )
+#: What steps launch beside those where their numbers stay on the device.
+OF_NUMBERS = (device_numbers.write_words, device_numbers.renormalize, device_numbers.put_addresses)
 
 
 class Pretended:
@@ -115,7 +130,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]
 
     def on(target: GPUTarget) -> Launched:
         monkeypatch.setattr(driver, "_active", Pretended(target))
-        for function in KERNELS:
+        for function in (*KERNELS, *OF_NUMBERS):
             function.device_caches.clear()
         return found
 
@@ -233,6 +248,28 @@ def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) ->
         train(Case("adamw", CountSketch(compression=4), Drop(), rows, columns, steps=1))
     assert {name for name, _, _ in found} == {"observe", "settle", "hash_rows", "insert", "apply"}
     assert len({compiled.hash for _, _, compiled in found}) == 5
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_numbers_that_stay_on_the_device_are_written_without_spills_and_compiled_once(
+    arch: str, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = launched(TARGETS[arch])
+    monkeypatch.setattr(on_device, "DEVICES", ("cpu",))
+    for second, first in ((Factored(), BFloat16()), (SM3(), Drop()), (CountSketch(compression=4), Drop())):
+        layer, optimizer, _ = start(Case("adamw", second, first, rows=256, columns=512))
+        optimizer.param_groups[0].update(capturable=True, fused=True, lr=torch.tensor(0.1))
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(512.0), torch.tensor(0.0)
+        for captured in (False, False, True):
+            monkeypatch.setattr(device_numbers, "capturing", lambda now=captured: now)
+            layer.weight.grad = torch.randn(256, 512)
+            with torch.no_grad():
+                step_compressed(optimizer, own_tensors(optimizer))
+    used = {compiled.hash: (name, compiled) for name, _, compiled in found}
+    names = [name for name, _ in used.values()]
+    for function in OF_NUMBERS:
+        assert names.count(function.fn.__name__) == 1
+    assert not [name for name, compiled in used.values() if _resources(compiled.asm, tmp_path / "cubin")[1]]
 
 
 def _resources(asm: dict[str, Any], path: Path) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from lightning_sketch.kernels.triton.table import (
     APPLY,
     BOUND,
     COLUMN_OFFSET,
+    COLUMN_WEIGHT,
     CORRECTION,
     DECAY,
     EPS,
@@ -323,7 +324,9 @@ def apply(
             elif SECOND_KIND == SM3:
                 v = of_row
                 if COLUMNS_USED:
-                    other = tl.broadcast_to(load(held, column, inside)[None, :], g.shape)
+                    # Read here, not before: a register more would be spilled.
+                    kept = load(held, column, inside) * number(layer, SECOND + COLUMN_WEIGHT)
+                    other = tl.broadcast_to(kept[None, :], g.shape)
                     v = lesser(tl.broadcast_to(v, g.shape), other)
                 # Beyond the tensor v is 0, as it is nowhere less.
                 v = tl.where(mask, v + g * g * second_weight, 0.0)
@@ -332,8 +335,8 @@ def apply(
                     # Integers order non-negative floats, NaN last; a maximum does not depend on the order of programs.
                     bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
                     # Few programs find a larger one than those before them; what is read late costs an atomic only.
-                    before = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
-                    tl.atomic_max(largest + column, bits, mask=inside & (bits > before))
+                    known = tl.load(largest + column, mask=inside, other=0, cache_modifier=".cg")
+                    tl.atomic_max(largest + column, bits, mask=inside & (bits > known))
             elif SECOND_KIND == FACTORED:
                 v = of_row * load(shape, column, inside)[None, :]
             elif SECOND_KIND == SKETCH:

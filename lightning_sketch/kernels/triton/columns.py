@@ -92,6 +92,6 @@ def finish_sm3(words: tl.tensor, layers: tl.int32, SEARCH: tl.constexpr, TILE: t
     left_out = tl.load(tl.load(layer + LEFT_OUT).to(tl.pointer_type(tl.int64)))
     # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
     if (tl.load(layer + ALL_ROWS) == 0) | (left_out != 0):
-        before = tl.load(held + column, mask=mask, other=0.0)
+        before = tl.load(held + column, mask=mask, other=0.0) * number(layer, SECOND + COLUMN_WEIGHT)
         largest = greater(largest, before)
     tl.store(held + column, largest, mask=mask)

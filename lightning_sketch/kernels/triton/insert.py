@@ -6,7 +6,6 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient, row_of
 from lightning_sketch.kernels.triton.jit import kernel
-from lightning_sketch.kernels.triton.rows import rows_of_tile
 from lightning_sketch.kernels.triton.table import (
     EDGES,
     ENTRY,
@@ -28,6 +27,7 @@ from lightning_sketch.kernels.triton.table import (
     SECOND_SORTED,
     SEED,
     SIGN,
+    SORTED,
     WEIGHT,
     WEIGHT_DECAY,
     WIDTH,
@@ -50,14 +50,19 @@ def hash_rows(
     TILE_ROWS: tl.constexpr,
 ) -> None:
     """Store keys of TILE_ROWS rows a program, by which `orders` sorts: buckets of all levels of all layers in turn."""
-    layer, tile = find(words, layers, HASH_SECOND if OF_SECOND else HASH_FIRST, SEARCH)
+    layer, tile = find(words, layers, HASH_SECOND if OF_SECOND else HASH_FIRST, SEARCH, True)
     rows_by_bucket = layer + (SECOND_SORTED if OF_SECOND else FIRST_SORTED)
     sketch = layer + (SECOND if OF_SECOND else FIRST)
-    i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
+    rows = tl.load(rows_by_bucket + SORTED)
+    i = tile * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
+    present = i < rows
+    row = i
+    if SPARSE:
+        row = row_of(tl.load(layer + IDS).to(tl.pointer_type(tl.int64)), i, present)
     row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
     width, seed = tl.load(sketch + WIDTH), tl.load(sketch + SEED).to(tl.uint64)
     keys = tl.load(rows_by_bucket).to(tl.pointer_type(tl.int32))  # where the order will lie
-    entry, key, rows = tl.load(rows_by_bucket + ENTRY), tl.load(rows_by_bucket + KEY), tl.load(layer + ROWS)
+    entry, key = tl.load(rows_by_bucket + ENTRY), tl.load(rows_by_bucket + KEY)
     for level in tl.static_range(DEPTH):
         bucket, _ = bucket_of(row_id, seed, level, width)
         tl.store(keys + entry + level * rows + i, (key + level * width + bucket).to(tl.int32), mask=present)
@@ -92,7 +97,7 @@ def insert(
     layer, tile = find(words, layers, INSERT_SECOND if INTO_SECOND else INSERT_FIRST, SEARCH)
     rows_by_bucket = layer + (SECOND_SORTED if INTO_SECOND else FIRST_SORTED)
     sketch = layer + (SECOND if INTO_SECOND else FIRST)
-    columns, rows = numel_of_row(layer, ALIGNED), tl.load(layer + ROWS)
+    columns, rows = numel_of_row(layer, ALIGNED), tl.load(rows_by_bucket + SORTED)
     width, seed = tl.load(sketch + WIDTH), tl.load(sketch + SEED).to(tl.uint64)
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     second, first = values(layer, SECOND, False, ALIGNED), values(layer, FIRST, False, ALIGNED)
@@ -114,7 +119,7 @@ def insert(
     edges = tl.load(rows_by_bucket + EDGES).to(tl.pointer_type(tl.int32))
     entry = tl.load(rows_by_bucket + ENTRY) + level * rows
     key = tl.load(rows_by_bucket + KEY) + level * width
-    inside = slot < slots
+    inside = (slot < slots) & (tl.load(layer + ROWS) != 0)  # else the step is to change nothing
     if BY_BUCKET:
         bucket = slot
         start = tl.load(edges + key + slot, mask=inside, other=0).to(tl.int64)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
+from lightning_sketch.kernels.triton.device_numbers import device_words, hold
 from lightning_sketch.kernels.triton.insert import hash_rows, insert
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.layout import (
@@ -27,6 +29,7 @@ from lightning_sketch.kernels.triton.layout import (
     TILE_SKETCH,
     Key,
     Laid,
+    ceil,
     lay_out,
 )
 from lightning_sketch.kernels.triton.observe import observe, settle
@@ -97,9 +100,12 @@ class Table:
         self.zeros = torch.zeros(zeros, dtype=torch.int64, device=device)
         self.left_out = self.zeros[: len(layers)]
         self.groups: dict[Key, Group] = {}
-        at, zero = self.scratch.data_ptr(), self.zeros.data_ptr()
+        on_device = layers[0].on_device is not None  # of all, or of none
+        # Tables that stay where they are hold distances from the beginning of both.
+        at, zero = (0, 0) if on_device else (self.scratch.data_ptr(), self.zeros.data_ptr())
         at_zero, begin = zero + 8 * len(layers), 0
         words: list[bytes] = []
+        order: list[FusedStep] = []
         for key, members in by_key.items():
             group = self.groups[key] = Group(begin, len(members))
             group.sorted = _orders(key, [step for _, step, _ in members])
@@ -112,15 +118,15 @@ class Table:
                 exponents = at_zero + 8 * laid.sums
                 scratch = (zero + 8 * number, *pieces, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
+                order.append(step)
                 orders = [None if found is None else found.orders[position] for found in group.sorted]
                 words.append(_pack(step, laid, scratch, orders, programs))
-                more = list(laid.programs)
-                for which, found in enumerate(group.sorted):
-                    if found is None or not found.is_pending[position]:
-                        more[_HASH + which] = 0  # hashing would overwrite the order
-                programs = [sum(pair) for pair in zip(programs, more, strict=True)]
+                programs = [sum(pair) for pair in zip(programs, laid.programs, strict=True)]
             group.programs = dict(zip(PROGRAMS, programs, strict=True))
             begin += len(members)
+        if on_device and order:
+            self.words = device_words(order, words, self.scratch, self.zeros)
+            return
         host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
         # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
         self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
@@ -142,19 +148,22 @@ def _pack(
 ) -> bytes:
     """The words of a layer, named in table.py."""
     second, first, momentum = step.second, step.first, step.momentum
+    on_device = step.on_device is not None
+    if on_device:  # what may change from step to step is written there
+        step = replace(step, lr=0.0, shrink=0.0, eps=0.0, correction=0.0)
     return (
         ROW.pack(
             step.param.data_ptr(),
-            step.grad.data_ptr(),
+            0 if on_device else step.grad.data_ptr(),
             0 if step.ids is None else step.ids.data_ptr(),
             laid.rows,
             laid.columns,
             step.row_offset,
             step.column_offset,
             step.ids is None or len(step.ids) == len(step.param),
-            *(_NOTHING if second is None else _state(second)),
-            *(_NOTHING if first is None else _state(first)),
-            *(_NOTHING if momentum is None else _state(momentum)),
+            *(_NOTHING if second is None else _state(second, on_device)),
+            *(_NOTHING if first is None else _state(first, on_device)),
+            *(_NOTHING if momentum is None else _state(momentum, on_device)),
             step.lr,
             step.shrink,
             step.eps,
@@ -164,7 +173,7 @@ def _pack(
             step.nesterov,
             -1.0 if step.negate else 1.0,
             1.0 / laid.columns,
-            1.0 if second is None else 1.0 / second.scale,
+            1.0 if second is None else 1.0 / float(second.scale),
             *scratch,
             *(word for order in orders for word in (_UNSORTED if order is None else order.words())),
             *programs,
@@ -176,21 +185,17 @@ def _pack(
 
 
 _NOTHING = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
-_UNSORTED = (0, 0, 0, 0, 0)
-_HASH = PROGRAMS.index("hash_second")
+_UNSORTED = (0, 0, 0, 0, 0, 0)
 
 
-def _state(stored: Stored) -> tuple[int | float, ...]:
+def _state(stored: Stored, on_device: bool) -> tuple[int | float, ...]:
     return (
         stored.data.data_ptr(),
         0 if stored.columns is None else stored.columns.data_ptr(),
         stored.width,
         signed(stored.seed),
-        stored.decay,
-        stored.weight,
-        stored.column_weight,
-        stored.scale,
-    )
+        *((0.0, 0.0, 0.0, 0.0) if on_device else (stored.decay, stored.weight, stored.column_weight, stored.scale)),
+    )  # type: ignore[return-value]  # numbers, where they are not on the device
 
 
 def _laid(step: FusedStep) -> Laid:
@@ -298,10 +303,10 @@ def _insert(
     count, sketch = group.count, "second" if into_second else "first"
     rows = group.sorted[0 if into_second else 1]
     assert rows is not None
-    if any(rows.is_pending):
-        hash_rows[(group.programs[f"hash_{sketch}"],)](
-            words,
-            count,
+    for begin, end in rows.runs():  # hashing would overwrite an order that was kept
+        hash_rows[(sum(ceil(order.of[0], TILE_SKETCH) for order in rows.orders[begin:end]),)](
+            words[begin * COUNT :],
+            end - begin,
             OF_SECOND=into_second,
             DEPTH=depth,
             SPARSE=key.sparse,
@@ -309,7 +314,9 @@ def _insert(
             TILE_ROWS=TILE_SKETCH,
             **OPTIONS,
         )
-        rows.sort(0 if into_second else 1)
+    rows.sort(0 if into_second else 1)
+    if capturing():
+        hold(*(tensor for order in rows.orders for tensor in order.batch.tensors()))
     slots, columns = key.insert_tile
     insert[(group.programs[f"insert_{sketch}"],)](
         words,

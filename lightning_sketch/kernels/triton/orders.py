@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_sketch.kernels.schema import FusedStep, Stored
 from lightning_sketch.kernels.triton import layout
@@ -53,6 +54,10 @@ class Batch:
         self.edges = torch.empty(self.buckets + 1 if self.by_bucket else self.entries, dtype=torch.int32, device=device)
         self.keys = None if self.by_bucket else torch.empty_like(self.order)
 
+    def tensors(self) -> list[Tensor]:
+        """The memory."""
+        return [self.order, self.edges] + ([] if self.keys is None else [self.keys])
+
     def sort(self) -> None:
         """Sort the keys that are in `order`; rows with the same one stay in their order."""
         if self.entries > layout.WAVE and self.by_bucket:  # a layer on its own
@@ -96,7 +101,7 @@ class Order:
 
     Args:
         entry, key: its first ones.
-        of: what the order depends on.
+        of: what the order depends on, the number of rows first.
     """
 
     batch: Batch
@@ -104,11 +109,11 @@ class Order:
     key: int
     of: tuple[int, ...]
 
-    def words(self) -> tuple[int, int, int, int, int]:
+    def words(self) -> tuple[int, int, int, int, int, int]:
         """Words of `table`."""
         batch = self.batch
         keys = 0 if batch.keys is None else batch.keys.data_ptr()
-        return batch.order.data_ptr(), batch.edges.data_ptr(), keys, self.entry, self.key
+        return batch.order.data_ptr(), batch.edges.data_ptr(), keys, self.entry, self.key, self.of[0]
 
 
 @dataclass
@@ -126,6 +131,14 @@ class Sorting:
     orders: list[Order]
     is_pending: list[bool]
     batches: list[Batch]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Beginnings and ends of the pending layers that lie side by side."""
+        edges = [at for at in range(len(self.orders) + 1) if self._pends(at) != self._pends(at - 1)]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    def _pends(self, at: int) -> bool:
+        return 0 <= at < len(self.orders) and self.is_pending[at]
 
     def sort(self, which: int) -> None:
         """Sort, and keep what steps of all rows will need again."""

@@ -19,7 +19,7 @@ _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
 _SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
-_ORDER = ("order", "edges", "keys", "entry", "key")
+_ORDER = ("order", "edges", "keys", "entry", "key", "rows")
 #: Kernels whose programs are numbered through all layers.
 PROGRAMS = (
     *("observe", "settle", "add", "fold", "reduce", "finish", "apply"),
@@ -48,6 +48,7 @@ def _word(name: str) -> tl.constexpr:
 
 
 WORDS = tl.constexpr(COUNT)
+SCRATCH_WORDS = tl.constexpr(len(_SCRATCH))  # from LEFT_OUT on
 PARAM, GRAD, IDS, ROWS, COLUMNS = map(_word, ("param", "grad", "ids", "rows", "columns"))
 ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset", "all_rows"))
 SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
@@ -61,22 +62,27 @@ OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
 LEFT_OUT, MEANS, ROW_SUMS, PARTIALS, GROUPS = map(_word, ("count", "means", "row_sums", "partials", "groups"))
 SHAPE, HASHES, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "hashes", "largest", "sums", "exponents"))
 SECOND_SORTED, FIRST_SORTED = map(_word, ("second_order", "first_order"))
-# Of rows by bucket, from their first word.
-EDGES, KEYS, ENTRY, KEY = map(tl.constexpr, range(1, 5))
+# Of rows by bucket, from their first word; rows as ROWS, but never 0 for a step that is to change nothing.
+EDGES, KEYS, ENTRY, KEY, SORTED = map(tl.constexpr, range(1, 6))
 OBSERVE, SETTLE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH_SECOND, HASH_FIRST, INSERT_SECOND, INSERT_FIRST, HASH = (
     _word(f"{kernel}_program") for kernel in PROGRAMS
 )
 
 
 @inlined
-def find(words: tl.tensor, layers: tl.tensor, FIRST_PROGRAM: tl.constexpr, SEARCH: tl.constexpr) -> tl.tuple:
+def find(
+    words: tl.tensor, layers: tl.tensor, FIRST_PROGRAM: tl.constexpr, SEARCH: tl.constexpr, RUN: tl.constexpr = False
+) -> tl.tuple:
     """Where the words of this program's layer begin, and this program's number within the layer (int64).
 
     Args:
         FIRST_PROGRAM: the word that numbers the layer's first program.
         SEARCH: steps of the binary search; ``2 ** SEARCH`` is at least the number of layers.
+        RUN: whether there may be other layers before these.
     """
     program = tl.program_id(0)
+    if RUN:
+        program += tl.load(words + FIRST_PROGRAM)
     at = program * 0
     for step in tl.static_range(SEARCH):
         further = at + (1 << (SEARCH - 1 - step))
