@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_sketch import Codec, CountSketch, Drop, Factored, Policy, RowWise, Rule, compress, kernels
 from lightning_sketch.kernels.schema import FusedStep, Kept, Kind, Stored
 from lightning_sketch.kernels.triton import launch, layout, orders
-from tests.kernels.fused_cases import Case, by_reference, train
+from lightning_sketch.optimizer import on_device
+from tests.kernels.fused_cases import Case, by_reference, start, train
 
 BOTH = CountSketch(compression=4)
 SHAPES = ((30, 7), (24, 17), (40, 7))
@@ -168,6 +169,22 @@ def test_a_layer_that_int32_cannot_number_is_refused() -> None:
     batch.add(1 << 30, Stored(Kind.SKETCH, torch.empty(0), depth=3, width=5))
     with pytest.raises(ValueError, match=r"3,221,225,472 rows times hash functions.*depth"):
         batch.allocate(torch.device("meta"))
+
+
+def test_a_first_step_that_changes_nothing_sorts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient scaler's verdict on the device leaves such a step no rows; the order is kept."""
+    monkeypatch.setattr(on_device, "DEVICES", ("cpu",))
+    (layer, optimizer, generator), (other, plain, _) = (start(Case("adamw", BOTH, BOTH, 30, 5)) for _ in range(2))
+    optimizer.param_groups[0]["fused"] = True
+    optimizer.grad_scale = torch.tensor(1.0)
+    for overflows in (True, False):
+        grad = torch.randn(30, 5, generator=generator)
+        layer.weight.grad = grad * (torch.inf if overflows else 1.0)
+        optimizer.found_inf = torch.tensor(float(overflows))
+        optimizer.step()
+    other.weight.grad = grad
+    plain.step()
+    assert torch.equal(optimizer.state[layer.weight]["exp_avg_table"], plain.state[other.weight]["exp_avg_table"])
 
 
 def _spoiled(second: Codec, dtype: torch.dtype, spoil: float) -> dict[str, Tensor]:
