@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -84,12 +84,14 @@ class Kept:
         packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
             the first.
         laid: how Triton's kernels are launched for such a step, and what of it that depends on.
+        orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
         resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
     """
 
     fusable: bool | None = None
     packed: bytearray | None = None
     laid: tuple[tuple[bool, ...], Any] | None = None
+    orders: list[Any] = field(default_factory=lambda: [None, None])
     resident: Any = None
 
 
