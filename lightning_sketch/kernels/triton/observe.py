@@ -141,10 +141,9 @@ def _settle(
             if KIND == FACTORED:
                 tl.store(held + i, means, mask=present)
                 tl.debug_barrier()  # read by other threads than those that store
-                for chunk in range(chunks):
+                for part in range(tl.cdiv(columns, PART)):  # one part at a time, for fewer registers: the same sums
                     _stream(
-                        layer, block, chunk, KIND, HALF, SPARSE, DECAYED, ALIGNED, True,
-                        BLOCK_ROWS, PARTS, TILE_ROWS, PART,
+                        layer, block, part, KIND, HALF, SPARSE, DECAYED, ALIGNED, True, BLOCK_ROWS, 1, TILE_ROWS, PART
                     )  # fmt: skip
     tl.store(held + i, means, mask=present)
     if KIND == ROW_SKETCH:
