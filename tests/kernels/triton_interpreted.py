@@ -120,7 +120,7 @@ def test_any_shape(
 def test_parts_of_large_layers(second: str, first: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this small layer were large: waves of rows, rows wider than a tile, several programs for the same rows."""
     small = {"TILE": 64, "TILE_COLUMNS": 16, "LINE_BYTES": 64, "WIDEST_ROW": 16, "SPAN": 32, "WAVE": 16}
-    small |= {"LOADS": 2, "OBSERVING_WARPS": 2, "INSERTED_COLUMNS": 16, "INSERTED_SLOTS": 4, "FEWER_OBSERVED_ROWS": 8}
+    small |= {"OBSERVED_COLUMNS": 16, "INSERTED_COLUMNS": 16, "INSERTED_SLOTS": 4, "FEWER_OBSERVED_ROWS": 8}
     for name, value in small.items():
         monkeypatch.setattr(layout, name, value)
     for name in ("SPAN", "TILE_COLUMNS"):

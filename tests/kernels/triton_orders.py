@@ -207,7 +207,7 @@ def _spoiled(second: Codec, dtype: torch.dtype, spoil: float) -> dict[str, Tenso
 def test_rows_of_several_chunks_are_left_out(
     second: Codec, dtype: torch.dtype, spy: Spy, left_out: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"LINE_BYTES": 64, "LOADS": 2, "OBSERVING_WARPS": 2, "FEWER_OBSERVED_ROWS": 8}.items():
+    for name, value in {"OBSERVED_COLUMNS": 32, "FEWER_OBSERVED_ROWS": 8}.items():
         monkeypatch.setattr(layout, name, value)
     monkeypatch.setattr(layout, "SETTLED_AT_ONCE", 8)
     found = _spoiled(second, dtype, torch.nan)

@@ -21,7 +21,6 @@ from lightning_sketch.kernels.triton.insert import hash_rows, insert
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
-    OBSERVING_WARPS,
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
@@ -225,16 +224,15 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     }
     common |= {"ALIGNED": key.aligned, "SEARCH": search}
     if key.observed:
-        parts, rows, columns = key.observe_tile
+        rows, columns = key.observe_tile
         seen = common | {
             "KIND": int(key.second),
             "DEPTH": key.second_depth if key.second == Kind.ROW_SKETCH else 0,
             "BLOCK_ROWS": key.block_rows,
-            "PARTS": parts,
             "TILE_ROWS": rows,
-            "PART": columns,
+            "TILE_COLUMNS": columns,
         }
-        options = OPTIONS | {"num_warps": OBSERVING_WARPS}
+        options = OPTIONS | {"num_warps": 1}
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
             settle[(programs["settle"],)](words, count, **seen, **options)

@@ -22,9 +22,10 @@ QUANTIZED_PARTS = 8
 #: Columns of a program that need not have whole rows.
 SPAN = 4096
 #: Rows of which a program of `observe` leaves one partial sum for each column; fewer where that would be few programs.
-OBSERVED_ROWS, FEWER_OBSERVED_ROWS, ENOUGH_PROGRAMS = 128, 32, 1024
-#: Warps of `observe`, each of which reads whole rows, and loads of 16 bytes that a thread has under way.
-OBSERVING_WARPS, LOADS = 8, 4
+OBSERVED_ROWS, FEWER_OBSERVED_ROWS, ENOUGH_PROGRAMS = 64, 32, 1024
+#: Columns of a program of `observe`, which is one warp: what it adds up it never waits for another one for. Some
+#: versions of Triton (3.6) would move sums through shared memory between several.
+OBSERVED_COLUMNS = 1024
 #: Rows of a tile of `observe` at most, where they are narrow.
 MOST_OBSERVED = 256
 #: Columns up to which `observe` does what `settle` does: one launch less. With more that would take registers.
@@ -98,20 +99,19 @@ class Key(NamedTuple):
         return self.second in (Kind.FACTORED, Kind.ROW_SKETCH) or (self.leave_out and self.inserts)
 
     @property
-    def observe_tile(self) -> tuple[int, int, int]:
-        """Parts, rows and columns of a part of a tile of `observe`: a warp reads a row's part in 16 bytes a lane."""
-        return _observe_tile(self.width, 2 if self.half else 4)
+    def observe_tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile of `observe`."""
+        return _observe_tile(self.width)
 
     @property
     def block_rows(self) -> int:
         """Rows of a program of `observe`."""
-        return max(self.observed_rows, self.observe_tile[1])
+        return max(self.observed_rows, self.observe_tile[0])
 
     @property
     def one_chunk(self) -> bool:
         """Whether a program of `observe` has whole rows, and settles them, too."""
-        parts, _, part = self.observe_tile
-        return self.at_once and self.width <= min(SETTLED_AT_ONCE, parts * part)
+        return self.at_once and self.width <= min(SETTLED_AT_ONCE, self.observe_tile[1])
 
     @property
     def insertions(self) -> list[tuple[bool, bool, int]]:
@@ -139,6 +139,7 @@ class Key(NamedTuple):
             columns = min(self.width, WIDEST_ROW)
         elif self.second == Kind.SM3:
             columns = min(self.width, LINE_BYTES // 4)
+            tile = tile if self.quantized else tile // 2
         elif self.rowless:
             columns = min(self.width, TILE)
         elif self.quantized:
@@ -153,7 +154,9 @@ class Key(NamedTuple):
         """Warps of a program of `apply`."""
         rows, columns = self.apply_tile
         if self.second == Kind.SM3:
-            return 8  # maxima both ways take registers
+            # One warp finds maxima both ways without waiting for others; beside a first moment that takes too many
+            # registers.
+            return 8 if self.quantized else 1 if self.first == Kind.NONE else 2
         # Whole rows lie in registers twice, gradient and parameter, and so do codes.
         return min(16, max(4, rows * columns // (256 if self.second == Kind.ROW or self.quantized else 512)))
 
@@ -201,8 +204,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     if _is_rowless(sparse, second.kind, first.kind, momentum.kind):
         rows, columns = 1, rows * columns
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
-    parts, _, part = _observe_tile(width, step.param.element_size())
-    chunks = ceil(columns, parts * part)
+    chunks = ceil(columns, _observe_tile(width)[1])
     sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
     is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH)
     key = Key(
@@ -272,11 +274,9 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     )
 
 
-def _observe_tile(width: int, itemsize: int) -> tuple[int, int, int]:
-    part = min(width, LINE_BYTES // itemsize)
-    parts = min(LOADS, width // part)
-    rows = OBSERVING_WARPS * (LINE_BYTES // itemsize) * LOADS // (parts * part)
-    return parts, min(MOST_OBSERVED, rows), part
+def _observe_tile(width: int) -> tuple[int, int]:
+    columns = min(width, OBSERVED_COLUMNS)
+    return min(MOST_OBSERVED, OBSERVED_COLUMNS // columns), columns
 
 
 def hashing(sketch: Stored) -> tuple[int, int, int]:

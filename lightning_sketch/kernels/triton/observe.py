@@ -49,13 +49,10 @@ def _stream(
     ALIGNED: tl.constexpr,
     AGAIN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    PART: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ) -> None:
-    """Store sums of squares of a block's rows over a chunk of PARTS * PART columns; of FACTORED, those of columns.
-
-    A row of a tile lies in one warp, PARTS loads of a thread one behind the other: the loop needs no barrier.
+    """Store sums of squares of a block's rows over a chunk of TILE_COLUMNS columns; of FACTORED, those of columns.
 
     Args:
         AGAIN: only sums of columns, and of rows whose means are not NaN.
@@ -64,38 +61,27 @@ def _stream(
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     sign, weight_decay = number(layer, SIGN), number(layer, WEIGHT_DECAY)
     row_sums = unaligned(layer, ROW_SUMS) + chunk * rows
-    within = (tl.arange(0, PARTS) * PART)[:, None] + tl.arange(0, PART)[None, :]
-    column = chunk * (PARTS * PART) + within
+    column = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     inside = column < columns
-    total = tl.zeros([PARTS, TILE_ROWS, PART], tl.float32)
+    total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     STEPS: tl.constexpr = BLOCK_ROWS // TILE_ROWS
-    # Lanes of a warp that read a row; its sum stays in LEFT pieces, so that a lane holds one piece of one step.
-    LANES: tl.constexpr = min(32, max(1, PART // (8 if HALF else 4)))
-    LEFT: tl.constexpr = max(1, LANES // STEPS)
-    steps = tl.arange(0, STEPS)
-    sums = tl.zeros([TILE_ROWS, STEPS, LEFT], tl.float32)
     for step in range(STEPS):
         i, row, present = rows_of_tile(layer, block * STEPS + step, SPARSE, TILE_ROWS)
         here = present
         if AGAIN:
             means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
             here = present & (means == means)
-        mask = here[None, :, None] & inside[:, None, :]
-        at = (i * columns)[None, :, None] + column[:, None, :]
-        at_param = (row * columns)[None, :, None] + column[:, None, :]
+        mask = here[:, None] & inside[None, :]
+        at = (i * columns)[:, None] + column[None, :]
+        at_param = (row * columns)[:, None] + column[None, :]
         g = gradient(grad, param, at, at_param, mask, sign, weight_decay, DECAYED)
         squares = g * g
         if KIND == FACTORED:
             total += squares
         if not AGAIN:
-            pieces = tl.sum(tl.reshape(tl.sum(squares, axis=0), [TILE_ROWS, LEFT, PART // LEFT]), axis=2)
-            sums = tl.where((steps == step)[None, :, None], pieces[:, None, :], sums)
-    if not AGAIN:
-        # Not in the loop: other threads store than those that add up, so all warps wait for one another.
-        i = block * BLOCK_ROWS + steps[None, :] * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
-        tl.store(row_sums + i, tl.sum(sums, axis=2), mask=i < rows)
+            tl.store(row_sums + i, tl.sum(squares, axis=1), mask=present)
     if KIND == FACTORED:
-        tl.store(unaligned(layer, PARTIALS) + block * columns + column, tl.sum(total, axis=1), mask=inside)
+        tl.store(unaligned(layer, PARTIALS) + block * columns + column, tl.sum(total, axis=0), mask=inside)
 
 
 @inlined
@@ -110,13 +96,12 @@ def _settle(
     LEAVE_OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    PART: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ) -> None:
     """Store means of a block's rows, from their sums over all chunks, in the order of the chunks."""
     columns, rows = numel_of_row(layer, ALIGNED), tl.load(layer + ROWS)
-    chunks = tl.cdiv(columns, PARTS * PART)
+    chunks = tl.cdiv(columns, TILE_COLUMNS)
     i, row, present = rows_of_tile(layer, block, SPARSE, BLOCK_ROWS)
     row_sums = unaligned(layer, ROW_SUMS)
     sums = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -141,10 +126,21 @@ def _settle(
             if KIND == FACTORED:
                 tl.store(held + i, means, mask=present)
                 tl.debug_barrier()  # read by other threads than those that store
-                for part in range(tl.cdiv(columns, PART)):  # one part at a time, for fewer registers: the same sums
+                for chunk in range(chunks):
                     _stream(
-                        layer, block, part, KIND, HALF, SPARSE, DECAYED, ALIGNED, True, BLOCK_ROWS, 1, TILE_ROWS, PART
-                    )  # fmt: skip
+                        layer,
+                        block,
+                        chunk,
+                        KIND,
+                        HALF,
+                        SPARSE,
+                        DECAYED,
+                        ALIGNED,
+                        True,
+                        BLOCK_ROWS,
+                        TILE_ROWS,
+                        TILE_COLUMNS,
+                    )
     tl.store(held + i, means, mask=present)
     if KIND == ROW_SKETCH:
         exponents = tl.load(layer + EXPONENTS).to(tl.pointer_type(tl.int32))
@@ -171,11 +167,10 @@ def observe(
     SEARCH: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    PART: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ) -> None:
-    """A program sees a chunk of PARTS * PART columns of BLOCK_ROWS rows, and stores sums of their squares.
+    """A program sees a chunk of TILE_COLUMNS columns of BLOCK_ROWS rows, and stores sums of their squares.
 
     Args:
         KIND: of the second moment.
@@ -186,16 +181,16 @@ def observe(
         block = tile
         chunk = tile * 0
     else:
-        chunks = tl.cdiv(numel_of_row(layer, ALIGNED), PARTS * PART)
+        chunks = tl.cdiv(numel_of_row(layer, ALIGNED), TILE_COLUMNS)
         block = tile // chunks
         chunk = tile % chunks
     _stream(
-        layer, block, chunk, KIND, HALF, SPARSE, DECAYED, ALIGNED, False, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+        layer, block, chunk, KIND, HALF, SPARSE, DECAYED, ALIGNED, False, BLOCK_ROWS, TILE_ROWS, TILE_COLUMNS
     )  # fmt: skip
     if ONE_CHUNK:
         tl.debug_barrier()  # sums are read by other threads than those that store them
         _settle(
-            layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+            layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, TILE_ROWS, TILE_COLUMNS
         )  # fmt: skip
 
 
@@ -212,9 +207,8 @@ def settle(
     ALIGNED: tl.constexpr,
     SEARCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    PART: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ) -> None:
     """A program stores the means of BLOCK_ROWS rows' squares.
 
@@ -224,5 +218,5 @@ def settle(
     """
     layer, block = find(words, layers, SETTLE, SEARCH)
     _settle(
-        layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+        layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, TILE_ROWS, TILE_COLUMNS
     )  # fmt: skip
