@@ -12,6 +12,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else TRITON
 #: Files of a few tests that take minutes each: where files are divided over workers, the others fill up beside them.
 LONGEST = (
     "test_triton.py",
+    "test_triton_compiled.py",
     "test_sanitizers.py",
     "test_restore.py",
     "test_exactness.py",

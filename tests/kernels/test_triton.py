@@ -1,4 +1,4 @@
-"""The Triton kernels, in processes of their own: in Triton's interpreter, and compiled for GPUs that are not here."""
+"""The Triton kernels in Triton's interpreter, in processes of their own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ INTERPRETED = [f"triton_{subject}.py" for subject in ("interpreted", "left_out",
 
 @pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_equal_the_reference_in_the_interpreter(file: str) -> None:
-    _pytest(file, TRITON_INTERPRET="1")
+    run_apart(file, TRITON_INTERPRET="1")
 
 
-def test_kernels_compile_for_devices_without_spills(tmp_path: Path) -> None:
-    print(_pytest("triton_compiled.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)))
-
-
-def _pytest(file: str, **environment: str) -> str:
+def run_apart(file: str, **environment: str) -> str:
     """Run the tests of a file, and return what was printed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)],

@@ -37,6 +37,7 @@ from lightning_sketch import (
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
 from lightning_sketch.kernels.triton import device_numbers, insert, launch, observe, quantized, row_sketch
+from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.optimizer import on_device
 from lightning_sketch.optimizer.step import own_tensors, step_compressed
 from tests.kernels.fused_cases import Case, start, train
@@ -138,17 +139,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-def test_no_kernel_spills(
+def test_no_kernel_spills_nor_stores_what_another_warp_has_yet_to_read(
     arch: str, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     target = TARGETS[arch]
     found = launched(target)
-    for second, first in CODECS:
+    for number, (second, first) in enumerate(CODECS):
         for sparse in (False, True):
             for dtype in (torch.float32, torch.bfloat16):
-                train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, dtype=dtype, steps=1))
-    for columns in (1, 64, 8192):
+                if arch == "sm_90" or sparse is (number % 2 == 0):  # by turns where it takes no other code
+                    train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, dtype=dtype, steps=1))
+    for columns in (1, 50, 64, 8192):
         train(Case("adamw", RowWise(), BFloat16(), rows=256, columns=columns, steps=1))
+    for second in (SM3(), Factored()):
+        train(Case("adamw", second, Drop(), rows=256, columns=50, steps=1))
     train(Case("adam", CountSketch(compression=4, depth=8), CountSketch(compression=4, depth=8), 256, 512, steps=1))
     train(Case("nesterov", Drop(), BFloat16(), 256, 512, steps=1))
     for second in (RowWise(), SM3(), Quantized(bits=4, block=1024)):  # with the most registers
@@ -156,17 +160,24 @@ def test_no_kernel_spills(
     train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
 
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
-    assert len(used) > 50
+    assert len(used) > 40
     print(f"\n{arch}: registers and bytes of local memory of {len(used)} kernels")
     found_out = {}
+    stores, racing = 0, []
     for name, arguments, compiled in used.values():
         registers, local = _resources(compiled.asm, tmp_path / "cubin")
         line = f"{registers:3} {local:2} {name:12} {_constants(arguments)}"
         print(f"  {line}")
         found_out[line] = registers, local
+        threads = target.warp_size * arguments.get("num_warps", OPTIONS["num_warps"])
+        stored, unread = _stored_unread(compiled.asm["ttgir"], threads)
+        stores += stored
+        racing += [f"{line}: {each}" for each in unread]
     assert not [line for line, (_, local) in found_out.items() if local]
     assert not [line for line, (registers, _) in found_out.items() if registers > MOST_REGISTERS[target.backend]]
     assert {name for name, _, _ in used.values()} == {function.fn.__name__ for function in KERNELS}
+    assert stores > 4
+    assert not racing
 
 
 @pytest.mark.parametrize(("second", "first"), CODECS[:-1], ids=repr)
@@ -182,27 +193,12 @@ def test_nothing_is_compiled_again_from_step_to_step(
     assert {compiled.hash for _, _, compiled in found} == before
 
 
-def test_nothing_is_stored_where_another_warp_has_yet_to_read(launched: Callable[[GPUTarget], Launched]) -> None:
-    """Of a tile with fewer elements than threads, several threads hold each: one stores what others are to have read.
-
-    The interpreter cannot show it, having no threads.
-    """
-    found = launched(TARGETS["sm_90"])
-    for second, first in CODECS:
-        for columns in (1, 50, 512):
-            for sparse in (False, True):
-                train(Case("adamw", second, first, rows=256, columns=columns, sparse=sparse, steps=1))
-    train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
-    checked = 0
-    for name, arguments, compiled in {compiled.hash: each for each in found if (compiled := each[2])}.values():
-        stored, racing = _stored_unread(compiled.asm["ttgir"], 32 * arguments["num_warps"])
-        assert not racing, f"{name} {_constants(arguments)}: {racing}"
-        checked += stored
-    assert checked > 4
-
-
 def _stored_unread(ttgir: str, threads: int) -> tuple[int, list[str]]:
-    """Stores of tiles that were loaded before, held by several threads; and those with no barrier since the load."""
+    """Stores of tiles that were loaded before, held by several threads; and those with no barrier since the load.
+
+    Of a tile with fewer elements than threads, several threads hold each: one stores what others are to have read. The
+    interpreter cannot show it, having no threads.
+    """
     loaded: dict[str, int] = {}
     barriers = [number for number, line in enumerate(ttgir.splitlines()) if "barrier" in line]
     stores, racing = 0, []
