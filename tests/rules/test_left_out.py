@@ -7,18 +7,17 @@ element, elements are left out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Quantized, RowWise
 from lightning_sketch.rules import run
 from lightning_sketch.sharding.gradient import RowGradient
 from tests.kernels.fused_cases import by_reference
-from tests.rules.left_out import RULES, SHARDS, Part, spoil, values_like
+from tests.rules.left_out import RULES, SHARDS, Part, check, spoil, values_like
 from tests.tiny import assert_same
 
 SECOND: dict[str, Codec] = {
@@ -72,38 +71,6 @@ def _cases() -> list[Any]:
 
 
 engines = pytest.mark.parametrize("engine", ENGINES)
-
-
-def check(make: Callable[[], Part], given: Iterable[Tensor], rows: Tensor | None = None) -> None:
-    """Steps of gradients that are not finite, and of others between them, are steps without what is not finite.
-
-    Args:
-        given: of all rows, or of `rows`.
-        rows: local ids, int64 ``[k]``.
-    """
-    found, expected = make(), make()
-    shard, by_element = found.shard, found.bound.unit[1]
-    for number, values in enumerate(given):
-        finite = values_like(shard, number, values.dtype)
-        assert found.step(finite) == expected.step(finite, leave_out=False) == 0
-        spoiled = values.isfinite().logical_not()
-        bad_rows = spoiled.view(len(values), -1).any(dim=1)
-        count = found.step(values, rows)
-        assert count == int((spoiled if by_element else bad_rows).sum())
-        if by_element:
-            there = slice(None) if rows is None else rows
-            before = {key: x[there].clone() for key, x in expected.elementwise().items()}
-            expected.step(values.masked_fill(spoiled, 0.0), rows, leave_out=False)
-            for key, x in expected.elementwise().items():
-                x[there] = torch.where(spoiled, before[key], x[there])
-        else:
-            ids = torch.arange(shard.local_rows) if rows is None else rows
-            expected.step(values[~bad_rows], ids[~bad_rows], leave_out=False)
-        assert all(bool(x.isfinite().all()) for x in found.snapshot().values())
-        if found.same_order:
-            assert_same(found.snapshot(), expected.snapshot())
-        else:
-            torch.testing.assert_close(found.snapshot(), expected.snapshot(), rtol=1e-5, atol=1e-6)
 
 
 @engines

@@ -1,0 +1,40 @@
+"""What is not finite is left out of a step as if a sparse gradient did not have it: rows, or of element-wise codecs
+elements."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.conformance.cases import NADAM, OPTIMIZERS, PARTS, Case, every, give
+from tests.kernels.fused_cases import by_reference
+from tests.rules.left_out import check
+
+
+@every(PARTS)
+@pytest.mark.parametrize("engine", [by_reference, contextlib.nullcontext], ids=["reference", "compiled"])
+def test_what_is_not_finite_is_absent(case: Case, engine: type[contextlib.nullcontext]) -> None:
+    for shard in case.shards:
+        *_, (values, rows) = case.gradients(shard, steps=2)
+        some = values.clone()
+        count = len(values)
+        some.view(count, -1)[count // 2, 0] = torch.nan
+        some.view(-1)[0], some.view(-1)[-1] = torch.inf, -torch.inf
+        some[count // 3] = torch.nan
+        with engine():
+            check(lambda shard=shard: case.part(shard), [some, torch.full_like(values, torch.nan)], rows)
+
+
+@every(OPTIMIZERS, lambda case: case.family == NADAM)
+def test_without_a_rule_it_stays_in_its_row(case: Case) -> None:
+    """Such gradients do what they do in the optimizer's own step, and to no row beside."""
+    (shard,) = case.shards
+    model, optimizer = case.converted(torch.ones(shard.local_shape))
+    (values, _), *_ = case.gradients(shard)
+    values[3, 2] = torch.nan
+    for _ in range(2):
+        give(model, (values, None))
+        optimizer.step()
+    assert model.weight.isfinite().all(dim=1).equal(torch.arange(shard.local_rows) != 3)
