@@ -121,7 +121,9 @@ FAMILIES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     name: (cls, options) for name, (_, cls, options) in RULES.items()
 } | {NADAM: (NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True})}
 #: The parts of a layer that one rank holds. A flat segment begins and ends inside a row.
-LAYOUTS: dict[str, tuple[Shard, ...]] = {name: (SHARDS[name],) for name in ("whole", "row shard", "column shard")} | {
+LAYOUTS: dict[str, tuple[Shard, ...]] = {
+    name: (SHARDS[name],) for name in ("whole", "row shard", "column shard", "vector")
+} | {
     "flat segment": tuple(
         part.shard
         for part in layer_shards(
@@ -206,7 +208,11 @@ class Case:
     def kernel(self) -> bool | None:
         """Whether compiled kernels take its steps in float32."""
         kept = self.moments.get("first_moment") != Drop()  # what RMSprop is centered by, and its momentum
-        return False if self.family == "rmsprop, momentum" and kept else VARIANTS[self.variant].kernel
+        if (self.family == "rmsprop, momentum" and kept) or (
+            isinstance(self.codec, Quantized) and self.layout == "vector"
+        ):
+            return False
+        return VARIANTS[self.variant].kernel
 
     def optimizer(self, params: Any, **options: Any) -> Optimizer:
         """torch's own, as the family has it."""

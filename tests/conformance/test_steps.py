@@ -18,7 +18,10 @@ ENGINES: tuple[Callable[[], Any], ...] = (by_reference, contextlib.nullcontext)
 
 
 def is_exact(case: Case) -> bool:
-    return VARIANTS[case.variant].exact in ("both", case.density)
+    variant = VARIANTS[case.variant]
+    return variant.exact in ("both", case.density) or (
+        variant.exact_vectors and (case.density, case.layout) == ("dense", "vector")
+    )
 
 
 def trained(case: Case, shard: Shard, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], bool]:

@@ -27,7 +27,6 @@ OPTIONS = [
     {"weight_decay": 0.1, "maximize": True},
     {"alpha": 0.5, "eps": 1e-3, "lr": torch.tensor(0.02, dtype=torch.float64)},
 ]
-POLICIES = [everywhere(second=WIDE), everywhere(WIDE, WIDE), everywhere(LAZY, LAZY)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -37,15 +36,8 @@ def test_equals_torch_under_every_option(kind, options, dtype):
     assert_equals_torch(partial(RMSprop, **{"lr": 0.01} | kind | options), everywhere(WIDE, WIDE), dtype=dtype)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_equals_torch_under_every_exact_policy(kind, policy):
-    assert_equals_torch(partial(RMSprop, lr=0.01, **kind), policy)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_parameters_lose_one_rounding_a_step(dtype):
-    assert_follows_float32(partial(RMSprop, lr=0.001, eps=1e-2), everywhere(second=WIDE), dtype)
+def test_float16_parameters_lose_one_rounding_a_step():
+    assert_follows_float32(partial(RMSprop, lr=0.001, eps=1e-2), everywhere(second=WIDE), torch.float16)
 
 
 def test_dropped_first_moments_are_neither_centered_nor_moved_by_momentum():
