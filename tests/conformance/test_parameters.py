@@ -33,13 +33,12 @@ def test_a_parameter_of_any_shape(case: Case, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(model.weight, plain.weight, rtol=1e-6, atol=5e-6)
     assert model.weight.isfinite().all()
     expected = {key: value.shape for key, value in stock.state[plain.weight].items()}
-    for _ in range(2):
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        found = decompress(optimizer).state[model.weight]
-        assert {key: value.shape for key, value in found.items()} == expected
-        compress(optimizer, model, case.policy)  # which encodes
-        optimizer.step()
-        assert model.weight.isfinite().all()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = decompress(optimizer).state[model.weight]
+    assert {key: value.shape for key, value in found.items()} == expected
+    compress(optimizer, model, case.policy)  # which encodes
+    optimizer.step()
+    assert model.weight.isfinite().all()
 
 
 @every(OPTIMIZERS, lambda case: case.density == "sparse")
