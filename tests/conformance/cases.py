@@ -66,7 +66,7 @@ BF16, CODE8, CODE4, HALF = 2.0**-7, 2.0**-6, 0.3, 2.0**-9
 #: By class, with a name each. Everything there is about a codec is said here.
 OPTION_SETS: dict[type[Codec], dict[str, Variant]] = {
     Keep: {"Keep": Variant(Keep(), exact="both")},
-    Drop: {"Drop": Variant(Drop())},
+    Drop: {"Drop": Variant(Drop(), exact="both")},  # under `WITHOUT_FIRST`
     BFloat16: {
         "BFloat16": Variant(BFloat16(), distance=BF16),
         "BFloat16 to nearest": Variant(BFloat16(stochastic=False), distance=BF16),
@@ -120,6 +120,12 @@ NADAM = "nadam"
 FAMILIES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     name: (cls, options) for name, (_, cls, options) in RULES.items()
 } | {NADAM: (NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True})}
+_NO_BETA1, _NO_MOMENTUM = {"betas": (0.0, 0.999)}, {"momentum": 0.0}
+#: Options under which torch does without the first moment, too.
+WITHOUT_FIRST: dict[str, dict[str, Any]] = {
+    "adam": _NO_BETA1, "adamw": _NO_BETA1, "sparse_adam": _NO_BETA1, "sgd": _NO_MOMENTUM,
+    "rmsprop, momentum": {"momentum": 0.0, "centered": False}, "nesterov": {"momentum": 0.0, "nesterov": False},
+}  # fmt: skip
 #: The parts of a layer that one rank holds. A flat segment begins and ends inside a row.
 LAYOUTS: dict[str, tuple[Shard, ...]] = {
     name: (SHARDS[name],) for name in ("whole", "row shard", "column shard", "vector")

@@ -11,7 +11,6 @@ from tests.conformance.cases import NADAM, OPTIMIZERS, PARTS, Case, every, give
 from tests.kernels.fused_cases import by_reference
 from tests.rules.left_out import check
 
-
 #: Which rows a shard holds of a table makes no difference to what is left out of them.
 CASES = [case for case in PARTS if case.density == "dense" or case.layout == "whole"]
 

@@ -29,7 +29,7 @@ def test_a_parameter_of_any_shape(case: Case, shape: tuple[int, ...]) -> None:
             give(each, (values, None))
             its.step()
     variant = VARIANTS[case.variant]
-    if variant.exact or (variant.exact_vectors and len(shape) < 2):
+    if (variant.exact and case.variant != "Drop") or (variant.exact_vectors and len(shape) < 2):
         torch.testing.assert_close(model.weight, plain.weight, rtol=1e-6, atol=5e-6)
     assert model.weight.isfinite().all()
     expected = {key: value.shape for key, value in stock.state[plain.weight].items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.kernels import native
 from lightning_sketch.sharding import Shard
-from tests.conformance.cases import NADAM, OPTIMIZERS, PARTS, VARIANTS, Case, every, give
+from tests.conformance.cases import NADAM, OPTIMIZERS, PARTS, VARIANTS, WITHOUT_FIRST, Case, every, give
 from tests.kernels.fused_cases import assert_near, by_reference
 
 ENGINES: tuple[Callable[[], Any], ...] = (by_reference, contextlib.nullcontext)
@@ -36,7 +36,8 @@ def by_torch(case: Case, shard: Shard) -> Tensor:
     """The parameter by torch.optim. Rows are parameters of their own: an absent one is one without a gradient."""
     param = case.part(shard).bound.param
     units = [row.clone() for row in (param if case.density == "sparse" else param[None])]
-    optimizer = case.optimizer([unit.requires_grad_() for unit in units])
+    options = WITHOUT_FIRST[case.family] if case.variant == "Drop" else {}
+    optimizer = case.optimizer([unit.requires_grad_() for unit in units], **options)
     for step, (values, rows) in enumerate(case.gradients(shard)):
         for unit in units:
             unit.grad = None
