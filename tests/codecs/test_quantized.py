@@ -13,7 +13,6 @@ from benchmarks.launches import count_step
 from lightning_sketch import Policy, Quantized, Rule, compress, plan
 from lightning_sketch.codecs import codec_from, decode, encode, relative_error
 from lightning_sketch.codecs.quantized import NOISE_BITS, TINY
-from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
 from tests.codecs.harness import Driver, make_spec
 from tests.tiny import assert_same
@@ -143,17 +142,6 @@ def test_an_ema_stays_near_the_exact_one(codec, signed):
     assert (found - exact).norm() / exact.norm() < (0.05 if codec.bits == 8 else 0.5)
 
 
-@CODECS
-def test_replicas_agree_bit_for_bit(codec):
-    drivers = [Driver(codec, make_spec((30, 70), signed=True)) for _ in range(2)]
-    for step in range(5):
-        x = values_for((30, 70), True, step)
-        for replica, driver in enumerate(drivers):
-            torch.manual_seed(100 * step + replica)  # the rounding draws from no generator
-            driver.ema(x)
-    assert_same(drivers[0].tensors, drivers[1].tensors)
-
-
 def test_both_moments_and_other_layers_round_independently():
     x = torch.full((100, 128), 0.43)
     x[:, 0] = 1.0
@@ -164,34 +152,6 @@ def test_both_moments_and_other_layers_round_independently():
     for a, b in ((0, 1), (0, 2)):
         both = torch.stack((ups[a].flatten(), ups[b].flatten())).double()
         assert abs(torch.corrcoef(both)[0, 1].item()) < 5 / both.shape[1] ** 0.5
-
-
-@SIGNED
-@CODECS
-def test_rows_round_alike_in_a_shard_a_sparse_step_and_a_dense_one(codec, signed):
-    shape = (12, 140)
-    whole, sparse = (Driver(codec, make_spec(shape, signed=signed)) for _ in range(2))
-    part = Driver(codec, make_spec(shape, signed=signed, shard=Shard(shape, 8, 4)))
-    for step in range(3):
-        x = values_for(shape, signed, step)
-        whole.ema(x)
-        sparse.ema(x[8:], torch.arange(8, 12))
-        part.ema(x[8:])
-    assert torch.equal(whole.state[8:], sparse.state[8:])
-    assert torch.equal(whole.state[8:], part.state)
-    assert_same({k: v[8:] for k, v in whole.tensors.items()}, part.tensors)
-    assert bool((sparse.state[:8] == 0).all())
-
-
-@CODECS
-def test_absent_rows_keep_their_codes(codec):
-    driver = Driver(codec, make_spec((6, 20), signed=True))
-    driver.step(values_for((6, 20), True))
-    before = {key: value.clone() for key, value in driver.tensors.items()}
-    driver.ema(torch.ones(2, 20), torch.tensor([1, 4]))
-    for key, value in driver.tensors.items():
-        assert torch.equal(value[[0, 2, 3, 5]], before[key][[0, 2, 3, 5]])
-        assert not torch.equal(value[[1, 4]], before[key][[1, 4]])
 
 
 @CODECS
