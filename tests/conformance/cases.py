@@ -241,9 +241,9 @@ class Case:
         first, second = self.moments.get("first_moment"), self.moments.get("second_moment", Keep())
         return Part.make(self.family, first, second, shard, dtype)
 
-    def gradients(self, shard: Shard, steps: int = 3, seed: int = 1) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def gradients(self, shard: Shard, steps: int = 3) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Values, and ids of their rows where they are sparse: of all rows first, so that all have states."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1)
         for step in range(steps):
             rows: Tensor | None = None
             if self.density == "sparse":
