@@ -154,6 +154,8 @@ def excluded(variant: Variant, family: str, density: str = "", layout: str = "")
         return "without a rule it is the optimizer that steps a part of a layer: tests/stock/test_distributed.py"
     if density == "sparse" and layout == "flat segment":
         return "engines that flatten parameters have dense gradients"
+    if density == "sparse" and layout == "column shard":
+        return "FSDP2, which cuts columns, makes gradients dense"
     if density == "sparse" and layout == "vector":
         return "sparse gradients are of tables"
     return ""
