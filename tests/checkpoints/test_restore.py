@@ -13,17 +13,24 @@ from lightning_sketch.checkpoints import read_checkpoint, restore
 from lightning_sketch.layers.record import Layer, LayerShard
 from lightning_sketch.layers.reshard import dense_of
 from lightning_sketch.sharding import Shard
-from tests.checkpoints.engines import STEPS, TABLES, kinds, make
+from tests.checkpoints.engines import STEPS, TABLES, make
 from tests.deepspeed_tools import init_deepspeed
 from tests.ranks import run_ranks
 
-WORLDS = (1, 2, 3, 4)
+#: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, and four that the number
+#: of ranks may be halved.
+KINDS = {
+    1: ("single",),
+    2: ("rows", "columns", "zero1", "zero2", "zero3"),
+    3: ("rows", "columns", "zero1", "zero3"),
+    4: ("columns", "zero3"),
+}
 
 
 def write(rank: int, world_size: int, folder: str) -> None:
     """A checkpoint of every kind."""
     init_deepspeed(rank, world_size)
-    for kind in kinds(world_size):
+    for kind in KINDS[world_size]:
         run = make(kind)
         run.train(range(STEPS))
         run.save(Path(folder, f"{kind}-{world_size}"))
@@ -33,7 +40,7 @@ def move(rank: int, world_size: int, folder: str, sources: list[str]) -> dict[st
     """Restore every checkpoint into every kind, save there, and train on."""
     init_deepspeed(rank, world_size)
     found: dict[str, Any] = {}
-    for kind in kinds(world_size):
+    for kind in KINDS[world_size]:
         for source in sources:
             if world_size == 4 and source.endswith("-4") and source != f"{kind}-4":
                 continue  # engines on as many ranks: 2 and 3 show it
@@ -50,11 +57,11 @@ def move(rank: int, world_size: int, folder: str, sources: list[str]) -> dict[st
 def moved(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("portable")
     (folder / "moved").mkdir()
-    for world_size in WORLDS:
+    for world_size in KINDS:
         run_ranks(write, world_size, str(folder))
     sources = sorted(path.name for path in folder.iterdir() if path.name != "moved")
     errors: dict[str, Any] = {}
-    for world_size in WORLDS:
+    for world_size in KINDS:
         errors |= run_ranks(move, world_size, str(folder), sources)[0]
     return folder, errors
 
@@ -96,9 +103,9 @@ def check_moved(name: str, key: str, before: Tensor, after: Tensor) -> None:
 @pytest.mark.distributed
 def test_every_checkpoint_moves_everywhere(moved):
     folder, errors = moved
-    assert len(errors) == 11 * 16 + 5 * 12
+    assert len(errors) == 10 * 12 + 2 * 11
     written = {path.name: states_of(path) for path in folder.iterdir() if path.name != "moved"}
-    assert len(written) == 16
+    assert len(written) == 12
     for name in errors:
         before, after = written[name.split("-to-")[0]], states_of(folder / "moved" / name)
         assert before.keys() == after.keys(), name

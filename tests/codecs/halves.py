@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_sketch import ElementwiseCodec
 
@@ -24,7 +25,8 @@ class Halves(ElementwiseCodec):
     def encode(self, values: Tensor, signed: bool) -> dict[str, Tensor]:
         if not self.relative:
             return {"half": values.half()}
-        largest = values.flatten(1).abs().amax(dim=1) if values.ndim > 1 else values.abs()
+        # A zero beside each row, because a row may be of no elements.
+        largest = pad(values.abs().flatten(1), (0, 1)).amax(dim=1) if values.ndim > 1 else values.abs()
         over = largest.where(largest > 0, torch.ones_like(largest)).view(-1, *[1] * (values.ndim - 1))
         return {
             "half": (values / over).half(),

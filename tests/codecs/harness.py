@@ -7,28 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import (
-    SM3,
-    BFloat16,
-    Codec,
-    CountSketch,
-    Factored,
-    Keep,
-    Quantized,
-    RowWise,
-    StateSpec,
-    allocate,
-    decode,
-)
+from lightning_sketch.codecs import Codec, Drop, StateSpec, allocate, decode
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.gradient import RowGradient
+from tests.conformance.cases import VARIANTS
 
 #: Every codec that stores anything, in each of its algorithms.
-STORING: tuple[Codec, ...] = (
-    Keep(), BFloat16(), BFloat16(stochastic=False), CountSketch(width=5), CountSketch(width=5, lazy=True),
-    CountSketch(width=5, update="paper"), CountSketch(width=1000), SM3(), SM3(variant="I"), RowWise(),
-    RowWise(lazy=True), RowWise(compression=4), Factored(), Quantized(), Quantized(bits=4, block=16),
-)  # fmt: skip
+STORING: tuple[Codec, ...] = tuple(v.codec for v in VARIANTS.values() if not isinstance(v.codec, Drop))
 
 
 def make_spec(shape: tuple[int, ...], *, signed: bool = False, shard: Shard | None = None, **fields: Any) -> StateSpec:

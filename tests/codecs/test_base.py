@@ -11,29 +11,31 @@ import torch
 from lightning_sketch import SM3, CountSketch, Drop, Factored, Keep, RowWise
 from lightning_sketch.codecs import allocate, codec_from, decode, encode, relative_error
 from lightning_sketch.codecs.base import key_of
+from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding import base as sharding_base
-from tests.codecs.harness import STORING, Driver, make_spec, sparse_steps
+from tests.codecs.harness import STORING, Driver, make_spec, scattered, sparse_steps
+from tests.tiny import assert_same
 
 every_codec = pytest.mark.parametrize("codec", STORING, ids=repr)
 SHAPES = [(), (7,), (7, 1), (7, 5), (6, 4, 3), (5, 2, 3, 2), (0,), (0, 4), (3, 0), (1, 9)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_codec
-def test_a_constant_state_survives_encoding_in_any_shape(codec, shape):
+def test_a_constant_state_survives_encoding_in_any_shape(codec):
     # A constant is of rank 1, its row means and maxima say all, and 3.0 is exact in bfloat16; only hashing loses it.
-    spec = make_spec(shape)
-    dense = torch.full(shape, 3.0)
-    tensors = encode(codec, spec, dense)
-    found = decode(codec, spec, tensors)
-    assert found.shape == torch.Size(spec.local_shape)
-    assert found.dtype == spec.param_dtype
-    hashed = isinstance(codec, CountSketch | RowWise) and any(t.shape != shape for t in _tables(tensors))
-    if not hashed:
-        torch.testing.assert_close(found.view(shape), dense)
-        assert relative_error(codec, spec, tensors, dense) < 1e-6
-    else:
-        assert bool((found >= 3 - 1e-5).all())
+    for shape in SHAPES:
+        spec = make_spec(shape)
+        dense = torch.full(shape, 3.0)
+        tensors = encode(codec, spec, dense)
+        found = decode(codec, spec, tensors)
+        assert found.shape == torch.Size(spec.local_shape), shape
+        assert found.dtype == spec.param_dtype
+        hashed = isinstance(codec, CountSketch | RowWise) and any(t.shape != shape for t in _tables(tensors))
+        if not hashed:
+            torch.testing.assert_close(found.view(shape), dense)
+            assert relative_error(codec, spec, tensors, dense) < 1e-6, shape
+        else:
+            assert bool((found >= 3 - 1e-5).all()), shape
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -72,11 +74,11 @@ def test_relative_error_of_nothing():
     assert relative_error(Keep(), spec, {"exp_avg_sq": torch.ones(4, 2)}, torch.zeros(4, 2)) == float("inf")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_codec
-def test_nbytes_is_what_is_allocated(codec, shape):
-    spec = make_spec(shape, param_dtype=torch.bfloat16)
-    assert codec.nbytes(spec) == sum(t.nbytes for t in _tables(allocate(codec, spec)))
+def test_nbytes_is_what_is_allocated(codec):
+    for shape in SHAPES:
+        spec = make_spec(shape, param_dtype=torch.bfloat16)
+        assert codec.nbytes(spec) == sum(t.nbytes for t in _tables(allocate(codec, spec))), shape
 
 
 def test_nbytes_allocates_nothing():
@@ -106,6 +108,35 @@ def test_nothing_depends_on_the_block_size(codec, monkeypatch):
     for (rows, x), expected in zip(sparse_steps(50, 4, steps=5, touched=20), read, strict=True):
         torch.testing.assert_close(cut.ema(x.square(), rows), expected)
     torch.testing.assert_close(cut.state, whole.state)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("codec", [c for c in STORING if c.elementwise], ids=repr)
+def test_a_row_by_itself_is_stored_alike_on_every_replica_and_shard_and_left_alone_where_absent(codec, signed):
+    """A codec that rounds at random goes by the row's place, and draws from no generator."""
+    shape = (12, 140)
+    whole, sparse = (Driver(codec, make_spec(shape, signed=signed)) for _ in range(2))
+    part = Driver(codec, make_spec(shape, signed=signed, shard=Shard(shape, 8, 4)))
+    for step in range(3):
+        x = torch.randn(shape) if signed else torch.randn(shape).square()
+        whole.ema(x), part.ema(x[8:])
+        before = {key: value.clone() for key, value in sparse.tensors.items()}
+        sparse.ema(x if step == 0 else x[8:], None if step == 0 else torch.arange(8, 12))
+        assert_same({k: v[8:] for k, v in sparse.tensors.items()}, {k: v[8:] for k, v in whole.tensors.items()})
+        assert_same({k: v[8:] for k, v in whole.tensors.items()}, part.tensors)
+        assert step == 0 or all(torch.equal(v[:8], before[k][:8]) for k, v in sparse.tensors.items())
+
+
+LINEAR = [c for c in STORING if isinstance(c, CountSketch | RowWise | Factored) and not c.lazy]
+
+
+@pytest.mark.parametrize("codec", [c for c in LINEAR if getattr(c, "update", "") != "paper"], ids=repr)
+def test_absent_rows_decay_as_under_a_dense_gradient(codec):
+    sparse, dense = Driver(codec, make_spec((40, 3))), Driver(codec, make_spec((40, 3)))
+    for rows, x in sparse_steps(40, 3, steps=10, touched=6):
+        found = sparse.ema(x.square(), rows)
+        torch.testing.assert_close(found, dense.ema(scattered(x.square(), rows, 40))[rows])
+    torch.testing.assert_close(sparse.state, dense.state)
 
 
 @pytest.mark.parametrize("codec", [SM3(), RowWise(), Factored()], ids=repr)

@@ -31,11 +31,11 @@ def test_a_decay_of_zero_forgets_everything():
 
 @pytest.mark.parametrize("beta", [0.9, 0.3, 0.0])
 @pytest.mark.parametrize("codec", [CountSketch(width=3), RowWise(), SM3(), Factored()], ids=repr)
-def test_thousands_of_steps_equal_an_undivided_float64_ema(codec, beta):
+def test_hundreds_of_steps_equal_an_undivided_float64_ema(codec, beta):
     """beta = 0.9 renormalises every 211 steps, 0.3 every 19, 0 always."""
     generator = torch.Generator().manual_seed(0)
     driver, true = Driver(codec, make_spec((3, 1))), torch.zeros(3, 1, dtype=torch.float64)
-    for _ in range(2000):
+    for _ in range(700):
         x = torch.rand(3, 1, generator=generator)
         driver.ema(x, beta=beta)
         true = beta * true + (1 - beta) * x.double()

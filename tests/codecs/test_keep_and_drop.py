@@ -29,14 +29,6 @@ def test_keep_stores_in_the_parameters_dtype(dtype):
     assert bool((driver.state == 1).all())
 
 
-def test_keep_leaves_absent_rows_alone():
-    driver = Driver(Keep(), make_spec((4, 1)))
-    driver.step(torch.ones(4, 1))
-    found = driver.ema(torch.tensor([[3.0]]), torch.tensor([2]), beta=0.5)
-    assert found.item() == 2.0
-    assert driver.state.flatten().tolist() == [1, 1, 2, 1]
-
-
 def test_drop_stores_nothing():
     spec = make_spec((4, 2), signed=True)
     assert allocate(Drop(), spec) == {}

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, AdamW, RMSprop
+from torch.optim import AdamW
 
 from benchmarks.launches import count_step
-from lightning_sketch import Policy, Quantized, Rule, compress, decompress, plan
+from lightning_sketch import Policy, Quantized, Rule, compress, plan
 from lightning_sketch.codecs import codec_from, decode, encode, relative_error
 from lightning_sketch.codecs.quantized import NOISE_BITS, TINY
-from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
 from tests.codecs.harness import Driver, make_spec
 from tests.tiny import assert_same
@@ -143,17 +142,6 @@ def test_an_ema_stays_near_the_exact_one(codec, signed):
     assert (found - exact).norm() / exact.norm() < (0.05 if codec.bits == 8 else 0.5)
 
 
-@CODECS
-def test_replicas_agree_bit_for_bit(codec):
-    drivers = [Driver(codec, make_spec((30, 70), signed=True)) for _ in range(2)]
-    for step in range(5):
-        x = values_for((30, 70), True, step)
-        for replica, driver in enumerate(drivers):
-            torch.manual_seed(100 * step + replica)  # the rounding draws from no generator
-            driver.ema(x)
-    assert_same(drivers[0].tensors, drivers[1].tensors)
-
-
 def test_both_moments_and_other_layers_round_independently():
     x = torch.full((100, 128), 0.43)
     x[:, 0] = 1.0
@@ -164,34 +152,6 @@ def test_both_moments_and_other_layers_round_independently():
     for a, b in ((0, 1), (0, 2)):
         both = torch.stack((ups[a].flatten(), ups[b].flatten())).double()
         assert abs(torch.corrcoef(both)[0, 1].item()) < 5 / both.shape[1] ** 0.5
-
-
-@SIGNED
-@CODECS
-def test_rows_round_alike_in_a_shard_a_sparse_step_and_a_dense_one(codec, signed):
-    shape = (12, 140)
-    whole, sparse = (Driver(codec, make_spec(shape, signed=signed)) for _ in range(2))
-    part = Driver(codec, make_spec(shape, signed=signed, shard=Shard(shape, 8, 4)))
-    for step in range(3):
-        x = values_for(shape, signed, step)
-        whole.ema(x)
-        sparse.ema(x[8:], torch.arange(8, 12))
-        part.ema(x[8:])
-    assert torch.equal(whole.state[8:], sparse.state[8:])
-    assert torch.equal(whole.state[8:], part.state)
-    assert_same({k: v[8:] for k, v in whole.tensors.items()}, part.tensors)
-    assert bool((sparse.state[:8] == 0).all())
-
-
-@CODECS
-def test_absent_rows_keep_their_codes(codec):
-    driver = Driver(codec, make_spec((6, 20), signed=True))
-    driver.step(values_for((6, 20), True))
-    before = {key: value.clone() for key, value in driver.tensors.items()}
-    driver.ema(torch.ones(2, 20), torch.tensor([1, 4]))
-    for key, value in driver.tensors.items():
-        assert torch.equal(value[[0, 2, 3, 5]], before[key][[0, 2, 3, 5]])
-        assert not torch.equal(value[[1, 4]], before[key][[1, 4]])
 
 
 @CODECS
@@ -242,69 +202,6 @@ def test_bytes_are_the_codes_and_a_number_for_every_block(codec, shape):
     model.weight.grad = torch.ones(shape)
     optimizer.step()
     assert planned == sum(v.nbytes for k, v in optimizer.state[model.weight].items() if k != "step")
-
-
-@CODECS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (AdamW, {}),
-        (SGD, {"momentum": 0.9}),
-        (Adagrad, {"initial_accumulator_value": 0.1}),
-        (RMSprop, {"centered": True, "momentum": 0.9}),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-def test_every_family_trains_in_every_dtype(codec, dtype, cls, options):
-    torch.manual_seed(0)
-    model = nn.Linear(40, 30, dtype=dtype)  # its bias is a vector
-    optimizer = cls(model.parameters(), lr=0.01, **options)
-    moments = {"first_moment": codec} if cls is SGD else {"second_moment": codec}
-    if cls not in (SGD, Adagrad):
-        moments["first_moment"] = codec
-    compress(optimizer, model, Policy([Rule(name="*", **moments)]))
-    x = torch.randn(64, 40, dtype=dtype)
-    y = x @ torch.randn(40, 30, dtype=dtype) * 0.1
-    losses = []
-    for _ in range(60):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.75 * losses[0]
-    assert {t.dtype for p in model.parameters() for k, t in optimizer.state[p].items() if k != "step"} == {
-        torch.uint8,
-        torch.float32,
-    }
-    dense = decompress(optimizer).state[model.weight]
-    assert all(value.dtype == dtype and value.isfinite().all() for key, value in dense.items() if key != "step")
-
-
-@CODECS
-def test_saved_and_loaded_training_goes_on_bit_for_bit(codec):
-    def make():
-        torch.manual_seed(0)
-        model = nn.Linear(37, 20)
-        policy = Policy([Rule(name="*", first_moment=codec, second_moment=codec)])
-        return model, compress(AdamW(model.parameters(), lr=0.01), model, policy)
-
-    def train(model, optimizer, steps):
-        for step in steps:
-            generator = torch.Generator().manual_seed(step)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step()
-
-    (model, optimizer), (other, resumed) = make(), make()
-    train(model, optimizer, range(3))
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
-    for each in ((model, optimizer), (other, resumed)):
-        train(*each, range(3, 6))
-    assert_same(dict(other.state_dict()), dict(model.state_dict()))
-    assert_same(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_states_that_a_trainer_cast_are_put_back():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 
-from lightning_sketch import CountSketch, Factored, Policy, RowWise, Rule, compress, decompress
+from lightning_sketch import CountSketch, Policy, RowWise, Rule, compress, decompress
 from lightning_sketch.layers.counter import counter
 from tests.tiny import default_dtype
 
@@ -28,7 +28,7 @@ def test_it_counts_past_what_16_bits_can(default):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(
     ("make", "codec"),
-    [(AdamW, RowWise()), (AdamW, Factored()), (Adagrad, RowWise()), (SGD, CountSketch(compression=2))],
+    [(AdamW, RowWise()), (Adagrad, RowWise()), (SGD, CountSketch(compression=2))],
 )
 def test_the_steps_of_a_training_under_a_default_dtype(make, codec, sparse, default):
     layer = nn.Embedding(30, 4, sparse=sparse, dtype=torch.float32)

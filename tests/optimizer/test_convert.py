@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW
+from torch.optim import Adagrad, Adam, AdamW
 
 from lightning_sketch import BFloat16, Drop, Keep, Policy, Rule, compress, decompress, default_policy, report
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import COMPRESSED
-from tests.tiny import ADAM, ADAMW, CASES, CODECS, EXACTLY, FOR_SGD, LOSSY, Tiny, assert_same, on_table, snapshot, train
+from tests.tiny import ADAM, ADAMW, CASES, EXACTLY, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -116,33 +116,12 @@ def test_to_and_fro_before_the_first_step_leaves_a_fresh_optimizer(case):
     assert optimizer.state_dict()["param_groups"] == stock.state_dict()["param_groups"]
 
 
-@pytest.mark.parametrize("codecs", CODECS)
-@every_case
-def test_existing_moments_are_encoded_and_their_errors_reported(case, codecs):
-    if case.cls is SGD and codecs not in FOR_SGD:
-        codecs = "bfloat16"
-    model = Tiny()
-    optimizer = case.make(model.parameters())
-    train(model, optimizer, range(3), sparse=case.sparse)
-    dense = copy.deepcopy(optimizer.state[model.table.weight])
-    compress(optimizer, model, on_table(**CODECS[codecs]))
-    assert optimizer.state[model.table.weight]["step"] == dense.pop("step", 1)  # SGD keeps none
-    errors = dict(report(optimizer).conversion_errors)
-    assert errors.keys() == {"table.weight"}
-    decoded = decompress(optimizer).state[model.table.weight]
-    for state, error in errors["table.weight"].items():
-        true = dense[state].double()
-        assert error == pytest.approx(float((decoded[state] - true).norm() / true.norm()), rel=1e-5, abs=1e-9)
-        if codecs == "exact":
-            assert error == 0
-    train(model, optimizer, range(3, 5), sparse=case.sparse)
-
-
 def test_a_dropped_moment_has_error_one_and_comes_back_as_zeros():
     model = Tiny()
     optimizer = ADAM.make(model.parameters())
     train(model, optimizer, range(2))
     compress(optimizer, model, on_table(exp_avg=Drop(), exp_avg_sq=BFloat16()))
+    assert report(optimizer).conversion_errors.keys() == {"table.weight"}  # uncompressed layers have none
     assert report(optimizer).conversion_errors["table.weight"]["exp_avg"] == 1.0
     state = decompress(optimizer).state[model.table.weight]
     assert not state["exp_avg"].any()

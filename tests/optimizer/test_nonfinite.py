@@ -52,13 +52,13 @@ def bad_step(model: Tiny, optimizer: Any, step: int = 9) -> Any:
 
 
 @pytest.mark.parametrize("codecs", CODECS)
-def test_three_hundred_steps_with_a_bad_row_in_every_tenth(codecs):
+def test_sixty_steps_with_a_bad_row_in_every_tenth(codecs):
     """They end where a training without the updates of those rows ends."""
     (model, optimizer), (twin, expected) = made("skip", codecs), made("raise", codecs)
     twin.load_state_dict(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for step in range(300):
+        for step in range(60):
             give_gradients(model, step)
             give_gradients(twin, step)
             if step % 10 == 9:
@@ -76,7 +76,7 @@ def test_three_hundred_steps_with_a_bad_row_in_every_tenth(codecs):
                     twin.table.weight[0, 0] = before["table.weight"][0, 0]
                     for name in ("exp_avg", "exp_avg_sq"):
                         expected.state[twin.table.weight][name][0, 0] = before[f"table.weight.{name}"][0, 0]
-    assert report(optimizer).skipped == {"table.weight": 30}
+    assert report(optimizer).skipped == {"table.weight": 6}
     found, wanted = snapshot(model, optimizer), snapshot(twin, expected)
     if codecs in ("paper", "SM3-I momentum"):  # by the reference, whose arithmetic by rows differs in the last bit
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

@@ -10,14 +10,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor import distribute_tensor
-from torch.optim import SGD, AdamW, RMSprop
+from torch.optim import AdamW, RMSprop
 
 from lightning_sketch import BFloat16, Drop, Keep, Policy, RowWise, Rule, compress, decompress, report
 from tests.ranks import run_ranks
-from tests.tiny import ADAMW, CASES, CODECS, FOR_SGD, Tiny, assert_same, give_gradients, on_table, snapshot, train
+from tests.tiny import ADAMW, CODECS, EVERY, Tiny, assert_same, give_gradients, on_table, snapshot, train
 
 ROWS = on_table(first_moment=BFloat16(), second_moment=RowWise())
-EVERY = [(case, name) for case in CASES for name in CODECS if case.cls is not SGD or name in FOR_SGD]
 CASE_AND_CODECS = pytest.mark.parametrize(("case", "codecs"), EVERY, ids=lambda x: str(x))
 
 

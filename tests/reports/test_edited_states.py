@@ -9,7 +9,7 @@ import torch
 from torch.optim import Adagrad, AdamW, RMSprop
 
 from lightning_sketch import BFloat16, Policy, RowWise, Rule, compress, decompress
-from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, on_table, snapshot, train
+from tests.tiny import CODECS, EVERY, Tiny, on_table, snapshot, train
 
 ROWS = on_table(first_moment=BFloat16(), second_moment=RowWise())
 
@@ -55,11 +55,10 @@ def test_a_dense_state_that_asks_for_gradients_is_encoded_without(act):
     assert not any(state[key].requires_grad for key in state if key != "exp_avg" or act != "decompress")
 
 
-@pytest.mark.parametrize("codecs", CODECS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "codecs"), EVERY, ids=str)
 def test_states_zeroed_in_place_are_forgotten_in_steps_and_in_checkpoints(case, codecs):
     """Scales, too, are zeroed then."""
-    policy = on_table(**CODECS[codecs if codecs in FOR_SGD or str(case) != "SGD" else "sketch"])
+    policy = on_table(**CODECS[codecs])
     found = []
     for saved in (False, True):
         torch.manual_seed(0)

@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import SGD, AdamW, SparseAdam
+from torch.optim import AdamW, SparseAdam
 
 from lightning_sketch import compress, decompress, decompress_state_dict, plan, report, resize_states
-from tests.tiny import ADAM, CASES, CODECS, FOR_SGD, on_table
-
-PAIRS = [
-    *((ADAM, codecs) for codecs in CODECS),
-    *((case, "rows") for case in CASES),
-    *((case, "sketch") for case in CASES),
-]
+from tests.tiny import ADAM, CASES, CODECS, EVERY, on_table
 
 
 def make(case, *, sparse=False):
@@ -30,10 +24,6 @@ def step(model, optimizer):
     optimizer.step()
 
 
-def policy_of(case, codecs):
-    return on_table(**CODECS["bfloat16" if case.cls is SGD and codecs not in FOR_SGD else codecs])
-
-
 def allocated(optimizer):
     """Shapes and dtypes of all states."""
     return [
@@ -42,9 +32,9 @@ def allocated(optimizer):
     ]
 
 
-@pytest.mark.parametrize(("case", "codecs"), PAIRS, ids=str)
+@pytest.mark.parametrize(("case", "codecs"), EVERY, ids=str)
 def test_steps_allocate_what_real_ones_do(case, codecs):
-    policy, found = policy_of(case, codecs), []
+    policy, found = on_table(**CODECS[codecs]), []
     for mode in (None, FakeTensorMode()):
         with mode or torch.enable_grad():
             model, optimizer = make(case, sparse=case.sparse)

@@ -13,7 +13,7 @@ from torch.optim import Adam, AdamW
 import lightning_sketch
 from lightning_sketch import OptimizerStateCompression, Policy, RowWise, Rule, compress, restore
 from lightning_sketch.integrations.moving import must_move
-from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, assert_same, on_table, snapshot, train
+from tests.tiny import CODECS, EVERY, Tiny, assert_same, on_table, snapshot, train
 
 #: The default policy of version 0.1, which docs/guide.md names.
 FORMER = Policy(
@@ -55,11 +55,8 @@ def test_a_checkpoint_of_the_former_default_names_its_policy():
     assert_same(snapshot(model, again), snapshot(model, old))
 
 
-@pytest.mark.parametrize("codecs", CODECS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "codecs"), EVERY, ids=str)
 def test_the_printed_policy_loads_the_checkpoint_of_any_codec_and_optimizer(case, codecs):
-    if case.cls.__name__ == "SGD" and codecs not in FOR_SGD:
-        codecs = "bfloat16"
     policy = Policy([*on_table(**CODECS[codecs]).rules, Rule(name="kept.bias", first_moment="BFloat16")], seed=41)
     if "Adagrad" in str(case):
         policy = Policy(policy.rules[:1], seed=41)

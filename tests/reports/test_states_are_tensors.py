@@ -23,16 +23,16 @@ from lightning_sketch import compress, decompress, decompress_state_dict, restor
 from lightning_sketch.checkpoints.rewrite import convert_checkpoint
 from lightning_sketch.codecs import scale_tensor
 from lightning_sketch.sharding import local
+from tests import tiny
 from tests.ranks import run_ranks
-from tests.tiny import ADAM, CASES, CODECS, FOR_SGD, Case, Tiny, assert_same, on_table, snapshot, train
+from tests.tiny import ADAM, CODECS, Case, Tiny, assert_same, on_table, snapshot, train
 
 WITH_SCALE = ("sketch", "exact", "rows", "sketched rows", "factored", "SM3", "SM3-I momentum")
 EVERY = [
     (case, name, sparse)
-    for case in CASES
-    for name in CODECS
+    for case, name in tiny.EVERY
     for sparse in (False, True)
-    if (sparse or not case.sparse) and (str(case) != "SGD" or name in FOR_SGD)
+    if sparse or not case.sparse
     if not (sparse and (case.kwargs.get("weight_decay") or str(case) == "RMSprop"))  # torch refuses the kept layer's
 ]
 every_pair = pytest.mark.parametrize(("case", "name", "sparse"), EVERY, ids=lambda x: str(x))

@@ -12,13 +12,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor import distribute_tensor
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 from lightning_sketch import Drop, Keep, Policy, RowWise, Rule, compress
 from tests.kernels.fused_cases import FIRST, RULES, SECOND, by_reference, unraised
 from tests.kernels.fused_cases import Case as Fused
 from tests.ranks import run_ranks
-from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, give_gradients, on_table, train
+from tests.tiny import CODECS, EVERY, Tiny, give_gradients, on_table, train
 
 KERNELS = {"compiled": nullcontext, "reference": by_reference}
 
@@ -37,12 +37,9 @@ def test_every_parameter_and_state_that_a_step_changes_has_its_version_raised(ru
             assert unraised(case) == [], case
 
 
-@pytest.mark.parametrize("codecs", CODECS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "codecs"), EVERY, ids=str)
 def test_the_versions_that_are_raised_are_those_that_torch_raises(case, codecs):
     """A frozen parameter's is not, nor that of one without a gradient."""
-    if case.cls is SGD and codecs not in FOR_SGD:
-        codecs = "bfloat16"
     stock, own = (Tiny() for _ in range(2))
     optimizers = case.make(stock.parameters()), case.make(own.parameters())
     compress(optimizers[1], own, on_table(**CODECS[codecs]))

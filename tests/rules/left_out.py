@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_sketch.rules import (
 )
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.gradient import RowGradient
+from tests.tiny import assert_same
 
 RULES: dict[str, tuple[UpdateRule, type[Optimizer], dict[str, Any]]] = {
     "adam": (AdamRule(), Adam, {"weight_decay": 0.1, "maximize": True}),
@@ -56,26 +58,29 @@ class Part:
 
     rule: UpdateRule
     group: dict[str, Any]
-    shard: Shard
+    part: LayerShard
     bound: BoundPart
     tensors: dict[str, Any]
     steps: int = 0
     fused: bool = False
+
+    @property
+    def shard(self) -> Shard:
+        return self.part.shard
 
     @classmethod
     def make(
         cls, rule: str, first: Codec | None, second: Codec, shard: Shard, dtype: torch.dtype = torch.float32
     ) -> Part:
         """A part with random parameters; signed states have `first` (`second` where it is ``None``)."""
-        torch.manual_seed(0)
         found, stock, options = RULES[rule]
-        param = torch.randn(shard.local_shape).to(dtype)
+        param = torch.randn(shard.local_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         group = stock([torch.zeros(1)], lr=0.1, **options).param_groups[0]  # type: ignore[call-arg]
         codecs = {state.name: (first or second) if state.signed else second for state in found.states(group)}
         signed = {state.name: state.signed for state in found.states(group)}
         part = LayerShard(Layer("table", 7, shard.global_shape, signed, codecs), shard)
         tensors = part.allocate(param, group)
-        return cls(found, group, shard, BoundPart.bind(part, param, group, tensors), tensors)
+        return cls(found, group, part, BoundPart.bind(part, param, group, tensors), tensors)
 
     def step(self, values: Tensor, rows: Tensor | None = None, *, leave_out: bool = True) -> int:
         """One step; how much it left out."""
@@ -88,6 +93,12 @@ class Part:
         self.fused = kernel is not None and layer.fusable() and self.rule.fusable(layer.states)
         counts = run(self.rule, [layer])
         return 0 if counts is None else int(counts)
+
+    def load(self, saved: dict[str, Tensor], steps: int | None = None) -> None:
+        """Go on from a `snapshot`, which is not copied."""
+        param = saved.pop("param")
+        self.tensors, self.steps = saved, self.steps if steps is None else steps
+        self.bound = BoundPart.bind(self.part, param, self.group, saved)
 
     @property
     def same_order(self) -> bool:
@@ -125,3 +136,35 @@ def spoil(values: Tensor) -> list[Tensor]:
     ends.view(-1)[0], ends.view(-1)[-1] = torch.inf, -torch.inf
     row[rows // 3] = torch.nan
     return [one, ends, row, torch.full_like(values, torch.nan)]
+
+
+def check(make: Callable[[], Part], given: Iterable[Tensor], rows: Tensor | None = None) -> None:
+    """Steps of gradients that are not finite, and of others between them, are steps without what is not finite.
+
+    Args:
+        given: of all rows, or of `rows`.
+        rows: local ids, int64 ``[k]``.
+    """
+    found, expected = make(), make()
+    shard, by_element = found.shard, found.bound.unit[1]
+    for number, values in enumerate(given):
+        finite = values_like(shard, number, values.dtype)
+        assert found.step(finite) == expected.step(finite, leave_out=False) == 0
+        spoiled = values.isfinite().logical_not()
+        bad_rows = spoiled.view(len(values), -1).any(dim=1)
+        count = found.step(values, rows)
+        assert count == int((spoiled if by_element else bad_rows).sum())
+        if by_element:
+            there = slice(None) if rows is None else rows
+            before = {key: x[there].clone() for key, x in expected.elementwise().items()}
+            expected.step(values.masked_fill(spoiled, 0.0), rows, leave_out=False)
+            for key, x in expected.elementwise().items():
+                x[there] = torch.where(spoiled, before[key], x[there])
+        else:
+            ids = torch.arange(shard.local_rows) if rows is None else rows
+            expected.step(values[~bad_rows], ids[~bad_rows], leave_out=False)
+        assert all(bool(x.isfinite().all()) for x in found.snapshot().values())
+        if found.same_order:
+            assert_same(found.snapshot(), expected.snapshot())
+        else:
+            torch.testing.assert_close(found.snapshot(), expected.snapshot(), rtol=1e-5, atol=1e-6)

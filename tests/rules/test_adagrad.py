@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import Adagrad, Adam
 
-from lightning_sketch import SM3, CountSketch, Drop, Factored, Policy, RowWise, Rule
+from lightning_sketch import SM3, Drop, Policy, RowWise, Rule
 from tests.rules.oracle import (
     LAZY,
     WIDE,
@@ -21,7 +21,6 @@ from tests.rules.oracle import (
     sparse_gradients,
 )
 
-EXACT = [WIDE, LAZY, CountSketch(width=1000, update="paper")]
 OPTIONS = [
     {}, {"weight_decay": 0.1}, {"maximize": True}, {"lr_decay": 0.3}, {"initial_accumulator_value": 0.5},
     {"lr": torch.tensor(0.05, dtype=torch.float64), "eps": 1e-3},
@@ -35,30 +34,16 @@ def test_equals_torch_under_every_option(options, dtype):
     assert_equals_torch(partial(Adagrad, **{"lr": 0.1} | options), everywhere(second=WIDE), dtype=dtype)
 
 
-@pytest.mark.parametrize("codec", EXACT, ids=repr)
-def test_equals_torch_under_every_exact_codec(codec):
-    assert_equals_torch(partial(Adagrad, lr=0.1, initial_accumulator_value=0.1), everywhere(second=codec))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_parameters_lose_one_rounding_a_step(dtype):
-    assert_follows_float32(partial(Adagrad, lr=0.01, eps=1e-4), everywhere(second=WIDE), dtype)
-
-
-@pytest.mark.parametrize("codec", [SM3(), SM3(variant="I"), RowWise(), Factored()], ids=repr)
-def test_vectors_and_scalars_are_exact_under_any_second_moment(codec):
-    make = partial(Adagrad, lr=0.1, initial_accumulator_value=0.2, weight_decay=0.01)
-    assert_equals_torch(make, everywhere(second=codec), shapes=[(), (7,), (0,)])
+def test_float16_parameters_lose_one_rounding_a_step():
+    assert_follows_float32(partial(Adagrad, lr=0.01, eps=1e-4), everywhere(second=WIDE), torch.float16)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"maximize": True, "lr_decay": 0.1, "initial_accumulator_value": 0.5}], ids=str
 )
-@pytest.mark.parametrize("codec", EXACT, ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torch_on_sparse_gradients(codec, options, dtype):
+def test_equals_torch_on_sparse_gradients(options):
     assert_equals_torch(
-        partial(Adagrad, lr=0.1, **options), everywhere(second=codec), dtype=dtype,
+        partial(Adagrad, lr=0.1, **options), everywhere(second=LAZY),
         shapes=[(30, 4), (9, 2, 3), (12, 1)], grads=sparse_gradients, steps=25,
     )  # fmt: skip
 

@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch.optim import Adam, AdamW, SparseAdam
 
-from lightning_sketch import SM3, CountSketch, Drop, Factored, RowWise
 from tests.rules.oracle import (
     LAZY,
-    SHAPES,
     WIDE,
     assert_equals_torch,
     assert_follows_float32,
-    converted,
     everywhere,
-    feed,
     sparse_gradients,
 )
 
@@ -25,8 +21,6 @@ POLICIES = {
     "second": everywhere(second=WIDE),
     "first": everywhere(first=WIDE),
     "both": everywhere(WIDE, WIDE),
-    "both lazy": everywhere(LAZY, LAZY),
-    "paper": everywhere(CountSketch(width=1000, update="paper"), CountSketch(width=1000, update="paper")),
 }
 OPTIONS = [
     {}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}, {"betas": (0.0, 0.5), "eps": 1e-3},
@@ -42,76 +36,22 @@ def test_equals_torch_under_every_option(cls, options, dtype):
     assert_equals_torch(partial(cls, **{"lr": 0.01} | options), POLICIES["both"], dtype=dtype)
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("moment", ["first", "second"])
 @pytest.mark.parametrize("cls", [Adam, AdamW])
-def test_equals_torch_under_every_exact_policy(cls, policy):
-    assert_equals_torch(partial(cls, lr=0.01, weight_decay=0.1), policy)
+def test_equals_torch_with_one_moment_exact_and_one_kept(cls, moment):
+    assert_equals_torch(partial(cls, lr=0.01, weight_decay=0.1), POLICIES[moment])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_parameters_lose_one_rounding_a_step(dtype):
-    assert_follows_float32(partial(AdamW, lr=0.01, weight_decay=0.1, eps=1e-4), POLICIES["both"], dtype)
+def test_float16_parameters_lose_one_rounding_a_step():
+    assert_follows_float32(partial(AdamW, lr=0.01, weight_decay=0.1, eps=1e-4), POLICIES["both"], torch.float16)
 
 
-@pytest.mark.parametrize("codec", [SM3(), SM3(variant="I"), RowWise(), Factored()], ids=repr)
-def test_vectors_and_scalars_are_exact_under_any_second_moment(codec):
-    assert_equals_torch(partial(AdamW, lr=0.01), everywhere(second=codec), shapes=[(), (7,), (0,)])
-
-
-def test_a_dropped_first_moment_is_beta1_zero():
-    make = partial(AdamW, lr=0.01, weight_decay=0.1)
-    ours, optimizer = converted(partial(make, betas=(0.9, 0.99)), everywhere(Drop(), WIDE), SHAPES)
-    zero, reference = converted(partial(make, betas=(0.0, 0.99)), everywhere(WIDE, WIDE), SHAPES)
-    for step in range(10):
-        torch.manual_seed(step)
-        grads = [torch.randn(p.shape) for p in ours.parameters()]
-        feed(ours, optimizer, grads), feed(zero, reference, grads)
-    for a, b in zip(ours.parameters(), zero.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("policy", [everywhere(second=LAZY), everywhere(LAZY, LAZY), everywhere(first=LAZY)], ids=repr)
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"betas": (0.5, 0.9), "eps": 1e-3}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sparse_adam_equals_torch_on_sparse_gradients(policy, options, dtype):
+def test_sparse_adam_equals_torch_on_sparse_gradients(options):
     assert_equals_torch(
-        partial(SparseAdam, lr=0.01, **options), policy, dtype=dtype, shapes=[(30, 4), (9, 2, 3), (12, 1)],
+        partial(SparseAdam, lr=0.01, **options), everywhere(LAZY, LAZY), shapes=[(30, 4), (9, 2, 3), (12, 1)],
         grads=sparse_gradients, steps=25,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("cls", [Adam, AdamW])
-def test_adam_takes_sparse_gradients_as_sparse_adam_does(cls):
-    """torch refuses them. SparseAdam adds eps before the bias correction, so none is added here."""
-    ours, optimizer = converted(partial(cls, lr=0.01, weight_decay=0.0, eps=1e-30), everywhere(LAZY, LAZY))
-    theirs, reference = converted(partial(SparseAdam, lr=0.01, eps=1e-30), everywhere(LAZY, LAZY))
-    for step in range(20):
-        feed(ours, optimizer, sparse_gradients(ours, step)), feed(theirs, reference, sparse_gradients(ours, step))
-    torch.testing.assert_close(ours.p0, theirs.p0)
-
-
-def test_decoupled_weight_decay_shrinks_touched_rows_only():
-    model, optimizer = converted(partial(AdamW, lr=0.1, weight_decay=0.5), everywhere(Drop(), RowWise()))
-    before = model.p0.detach().clone()
-    feed(
-        model,
-        optimizer,
-        [torch.sparse_coo_tensor([[3, 7, 3]], torch.tensor([[1.0] * 3, [-1.0] * 3, [1.0] * 3]), (20, 3))],
-    )
-    expected = before.clone()
-    expected[[3, 7]] *= 1 - 0.1 * 0.5
-    expected[3] -= 0.1
-    expected[7] += 0.1
-    torch.testing.assert_close(model.p0.detach(), expected)
-
-
-def test_coupled_weight_decay_enters_the_gradient_of_touched_rows_only():
-    model, optimizer = converted(partial(Adam, lr=0.1, weight_decay=0.5), everywhere(Drop(), WIDE))
-    before = model.p0.detach().clone()
-    feed(model, optimizer, [torch.sparse_coo_tensor([[3]], torch.zeros(1, 3), (20, 3))])
-    expected = before.clone()
-    expected[3] -= 0.1 * before[3].sign()
-    torch.testing.assert_close(model.p0.detach(), expected)
 
 
 def test_a_schedule_of_the_learning_rate_is_followed():

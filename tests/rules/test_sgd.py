@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lightning_sketch import CountSketch, Drop
 from tests.rules.oracle import (
     LAZY,
-    SHAPES,
     WIDE,
     assert_equals_torch,
     assert_follows_float32,
-    converted,
     everywhere,
-    feed,
-    sparse_gradients,
 )
 
 OPTIONS = [
@@ -37,14 +32,8 @@ def test_equals_torch_under_every_option(options, dtype):
     assert_equals_torch(make, everywhere(first=WIDE), dtype=dtype)
 
 
-@pytest.mark.parametrize("codec", [LAZY, CountSketch(width=1000, update="paper")], ids=repr)
-def test_equals_torch_under_every_exact_codec(codec):
-    assert_equals_torch(partial(SGD, lr=0.01, momentum=0.9, dampening=0.1), everywhere(first=codec))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_parameters_lose_one_rounding_a_step(dtype):
-    assert_follows_float32(partial(SGD, lr=0.001, momentum=0.9), everywhere(first=WIDE), dtype)
+def test_float16_parameters_lose_one_rounding_a_step():
+    assert_follows_float32(partial(SGD, lr=0.001, momentum=0.9), everywhere(first=WIDE), torch.float16)
 
 
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"dampening": 0.5}], ids=str)
@@ -61,32 +50,3 @@ def test_equals_torch_on_sparse_gradients_of_the_same_rows(options):
 
     make = partial(SGD, lr=0.05, momentum=0.9, **options)
     assert_equals_torch(make, everywhere(first=LAZY), shapes=[(9, 4), (8, 2, 2)], grads=same_rows)
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sparse_gradients_move_and_decay_touched_rows_only(nesterov):
-    model, optimizer = converted(partial(SGD, lr=0.05, momentum=0.9, nesterov=nesterov), everywhere(first=LAZY))
-    w, buffer = model.p0.detach().clone(), torch.zeros(20, 3)
-    for step in range(20):
-        grads = sparse_gradients(model, step)
-        feed(model, optimizer, grads)
-        rows, g = (part := grads[0].coalesce()).indices()[0], part.values()
-        buffer[rows] = 0.9 * buffer[rows] + g
-        w[rows] -= 0.05 * (g + 0.9 * buffer[rows] if nesterov else buffer[rows])
-        torch.testing.assert_close(model.p0.detach(), w, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_a_dropped_buffer_is_no_momentum(nesterov):
-    ours, optimizer = converted(
-        partial(SGD, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.1), everywhere(first=Drop()), SHAPES
-    )
-    expected = [p.detach().clone() for p in ours.parameters()]
-    for step in range(3):
-        torch.manual_seed(step)
-        grads = [torch.randn(p.shape) for p in ours.parameters()]
-        feed(ours, optimizer, grads)
-        for w, g in zip(expected, grads, strict=True):
-            w -= 0.1 * (g + 0.1 * w)
-    for p, w in zip(ours.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.detach(), w)

@@ -55,26 +55,6 @@ def test_with_a_dropped_first_moment(make, second):
     _assert_equal_runs(make, everywhere(Drop(), second))
 
 
-@pytest.mark.parametrize("codec", [BFloat16(), SM3(), SM3(variant="I"), *LINEAR, SKETCH], ids=repr)
-@optimizers
-def test_an_empty_sparse_gradient_moves_nothing(make, codec):
-    first = codec if codec in (SKETCH, BFloat16()) else SKETCH
-    model, optimizer = converted(make, everywhere(first, codec))
-    feed(model, optimizer, sparse_gradients(model, 0))
-    before = model.p0.detach().clone()
-    feed(model, optimizer, [torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3), (20, 3))])
-    assert torch.equal(model.p0, before)
-    assert optimizer.state[model.p0]["step"].item() == 2
-
-
-@optimizers
-def test_an_empty_sparse_gradient_may_be_the_first(make):
-    model, optimizer = converted(make, everywhere(SKETCH, RowWise()))
-    before = model.p0.detach().clone()
-    feed(model, optimizer, [torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3), (20, 3))])
-    assert torch.equal(model.p0, before)
-
-
 def test_sparse_and_dense_gradients_may_alternate():
     make, policy = OPTIMIZERS["AdamW"], everywhere(Drop(), CountSketch(width=7))
     mixed, first = converted(make, policy)
