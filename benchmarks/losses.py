@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.precision import bfloat16_product
+
 
 def sampled_softmax_loss(
     features: Tensor,
@@ -69,8 +71,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, table, exponentials, total = ctx.saved_tensors
         scale = grad / (len(total) * total)  # [batch, 1]
-        d_features = (exponentials @ table.bfloat16()).float() * scale
-        d_table = (exponentials.T @ (features * scale).bfloat16()).float()
+        d_features = bfloat16_product(exponentials, table.bfloat16()).float() * scale
+        d_table = bfloat16_product(exponentials.T, (features * scale).bfloat16()).float()
         return d_features, d_table, None
 
 

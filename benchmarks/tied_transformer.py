@@ -161,8 +161,13 @@ def tune_and_repeat(name: str, seeds: int) -> None:
 
     eps = DEFAULT_EPS[method.family]
     lr = climb(lambda rate: score(rate, eps), START_LR[method.family])
+    repeat(name, lr, eps, seeds)
+
+
+def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
+    """Runs on the test blocks without a search."""
     for seed in range(seeds):
-        cache.run(Setting(name, lr, eps, seed, test=True), run)
+        _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
 def _loss(model: Model, ids: Tensor) -> Tensor:
@@ -195,7 +200,9 @@ def _cache() -> Cache:
 
 def main() -> None:
     labels = {name: (method.label, DEFAULT_EPS[method.family]) for name, method in METHODS.items()}
-    run_command("tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat)
+    run_command(
+        "tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat, repeat=repeat
+    )
 
 
 if __name__ == "__main__":
