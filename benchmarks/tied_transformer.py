@@ -110,7 +110,7 @@ def run(setting: Setting) -> Result:
     torch.manual_seed(setting.seed)
     model = Model(corpus.vocabulary)
     optimizer = build(method, model, model.words, lr=setting.lr, eps=setting.eps)
-    batches = _sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
+    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
     schedule = quadratic_then_constant if method.family == "adagrad" else linear_up_and_down
     finite = _train(model, optimizer, batches, lambda step: schedule(step) * setting.lr)
     trained = time.perf_counter()
@@ -130,7 +130,7 @@ def _train(model: Model, optimizer: torch.optim.Optimizer, batches: Tensor, lr: 
             for step in range(STEPS):
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
-                _loss(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+                loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -170,7 +170,7 @@ def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
         _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
-def _loss(model: Model, ids: Tensor) -> Tensor:
+def loss_of(model: Model, ids: Tensor) -> Tensor:
     """Of predicting each of ``ids[:, 1:]`` from the words before it."""
     return softmax_loss(model(ids[:, :-1]).flatten(0, 1), model.words.weight, ids[:, 1:].flatten())
 
@@ -180,7 +180,7 @@ def _corpus() -> gcide.Corpus:
     return gcide.load(max_words=WORDS)
 
 
-def _sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
+def draw_sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
     """``count`` stretches of 65 words ``[count, 65]``, none across a block, none twice."""
     length = CONTEXT + 1
     rows = blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
@@ -189,8 +189,8 @@ def _sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Te
 
 @torch.no_grad()
 def _perplexity(model: Model, blocks: gcide.Ids, sequences: int) -> float | None:
-    ids = _sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
-    mean = sum(float(_loss(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
+    ids = draw_sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
+    mean = sum(float(loss_of(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
     return math.exp(mean) if mean < 50 else None
 
 
