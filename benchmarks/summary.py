@@ -33,8 +33,9 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
         elif method in before["methods"]:
             rows[method] = before["methods"][method]
     untuned: dict[str, Any] = {}
+    reference = best_of_first(rows) if rows else None
     for method, (label, _) in methods.items():
-        own = [result for result in groups[method] if _point(result) == best_of_first(rows)]
+        own = [result for result in groups[method] if _point(result) == reference]
         if own and not _is_tuned(groups[method]):
             test = over_seeds(own, "test")
             untuned[method] = {"label": label, "state_bytes": own[0]["state_bytes"], "best": {"test": test}}

@@ -9,8 +9,8 @@ the hidden layers.
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
 
-Matrix products in training take bfloat16 inputs where the CPU has the instructions; the softmax's
-gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
+Matrix products in training take bfloat16 inputs where the CPU has the instructions; there the
+softmax's gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
 
 Clipping is what makes seeds agree. The first steps' gradients are the largest (norms to 2.4; about 1
 at step 150), and at beta2 = 0.999 the second moments remember them for long. Unclipped, exact AdamW
