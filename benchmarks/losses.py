@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.precision import product_dtype
+
 
 def sampled_softmax_loss(
     features: Tensor,
@@ -42,12 +44,12 @@ def softmax_loss(features: Tensor, table: Tensor, target: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """A few rows of scores at a time, so that they stay in cache; only bfloat16 exponentials are kept."""
+    """A few rows of scores at a time, so that they stay in cache; only exponentials are kept, ready for products."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, table: Tensor, target: Tensor) -> Tensor:
         batch, vocabulary = len(features), len(table)
-        exponentials = features.new_empty(batch, vocabulary, dtype=torch.bfloat16)
+        exponentials = features.new_empty(batch, vocabulary, dtype=product_dtype(features.device))
         total = features.new_empty(batch, 1)
         buffer = features.new_empty(_ROWS, vocabulary)
         loss = features.new_zeros(())
@@ -69,8 +71,9 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, table, exponentials, total = ctx.saved_tensors
         scale = grad / (len(total) * total)  # [batch, 1]
-        d_features = (exponentials @ table.bfloat16()).float() * scale
-        d_table = (exponentials.T @ (features * scale).bfloat16()).float()
+        dtype = exponentials.dtype
+        d_features = (exponentials @ table.to(dtype)).float() * scale
+        d_table = (exponentials.T @ (features * scale).to(dtype)).float()
         return d_features, d_table, None
 
 

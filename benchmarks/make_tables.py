@@ -35,6 +35,10 @@ def main() -> None:
         source = RESULTS / f"{name.removesuffix('_marks')}.json"
         if source.exists():
             text = replace_between(text, name, make(json.loads(source.read_text())["methods"]), PAGE.name)
+    for name in ("sparse_lm", "tied_transformer"):
+        source = RESULTS / f"{name}.json"
+        if source.exists():
+            text = replace_between(text, f"{name}_untuned", untuned_table(json.loads(source.read_text())), PAGE.name)
     PAGE.write_text(text)
     for name, title in {
         "sparse_lm": "Language model, two sparse tables of 109,213 words",
@@ -97,6 +101,19 @@ def tied_table(rows: Rows) -> str:
         columns += [against(chosen, rows[name]["best"]) if name in rows else "" for name in ("adamw", "adamw_b0")]
         columns += [f"{chosen['lr']:g}", ", ".join(f"{x['lr']:g}: {x['valid']:.1f}" for x in row["tried"])]
         lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def untuned_table(stored: dict[str, Rows]) -> str:
+    """Methods without a search, at the settings that are best for exact states."""
+    untuned, first = stored.get("untuned", {}), next(iter(stored["methods"]))
+    exact = untuned.get(first, stored["methods"][first])  # where exact states were run again beside them, these
+    lines = ["| states | state | test perplexity by seed | against exact, same seeds |", "|---|---|---|---|"]
+    for row in untuned.values():
+        test = row["best"]["test"]
+        by_seed = ", ".join(f"{test[seed]:.2f}" for seed in sorted(test))
+        apart = "" if row is exact else f"{100 * (mean(paired(row['best'], exact['best'])) - 1):+.2f} %"
+        lines.append(f"| {row['label']} | {share(row, exact)} | {by_seed} | {apart} |")
     return "\n".join(lines)
 
 

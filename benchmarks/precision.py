@@ -25,3 +25,9 @@ def bfloat16_products() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Of a product's inputs: bfloat16, but float32 on CPUs below AVX-512, which are ten times as slow at the former."""
+    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated else torch.bfloat16

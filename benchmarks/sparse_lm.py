@@ -121,16 +121,20 @@ def tune_and_repeat(name: str, seeds: int) -> None:
         return perplexity(cache.run(Setting(name, lr, eps, seed=0), run))
 
     lr, eps = tune(score, lr=START_LR[family], epsilons=EPSILONS[family])
-    for seed in range(seeds):
-        cache.run(Setting(name, lr, eps, seed, test=True), run)
+    repeat(name, lr, eps, seeds)
     if name == "adam":  # the usual baseline: tuned in the learning rate alone
         default = EPSILONS[family][0]
         tried = [result["setting"] for result in cache.results() if result["setting"]["method"] == name]
         lr = min(
             (s["lr"] for s in tried if s["eps"] == default and s["seed"] == 0), key=lambda rate: score(rate, default)
         )
-        for seed in range(seeds):
-            cache.run(Setting(name, lr, default, seed, test=True), run)
+        repeat(name, lr, default, seeds)
+
+
+def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
+    """Runs on the test blocks without a search."""
+    for seed in range(seeds):
+        _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
 def _loss(model: Model, batches: Batches, step: int) -> Tensor:
@@ -205,7 +209,7 @@ def _cache() -> Cache:
 
 def main() -> None:
     labels = {name: (method.label, EPSILONS[method.family][0]) for name, method in METHODS.items()}
-    run_command("sparse_lm", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat)
+    run_command("sparse_lm", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat, repeat=repeat)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ METHODS: dict[str, Method] = {
         "Factored, first moment in 8 bits", "adam", _codec("Factored"), _codec("Quantized", bits=8)
     ),
     "bf16_factored": Method("Factored, first moment BFloat16", "adam", _codec("Factored"), _codec("BFloat16")),
+    "8bit_rw": Method("RowWise, first moment in 8 bits", "adam", _codec("RowWise"), _codec("Quantized", bits=8)),
+    "bf16_rw": Method("RowWise, first moment BFloat16", "adam", _codec("RowWise"), _codec("BFloat16")),
     "cs5": Method("CountSketch 5x, no first moment", "adam", _sketch(5), _DROP),
     "cs100": Method("CountSketch 100x, no first moment", "adam", _sketch(100), _DROP),
     "cs20_d1": Method("CountSketch 20x, depth 1, no first moment", "adam", _sketch(20, depth=1), _DROP),

@@ -21,21 +21,41 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
     """Summarise ``results``; ``methods`` gives each method's label and default eps, in table order.
 
     A method without runs here keeps the row it has: a new machine adds to the figures and does not wipe them out.
+    Methods without a search are listed apart, at the best setting of the first.
     """
     path = RESULTS / f"{name}.json"
-    before = json.loads(path.read_text())["methods"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {"methods": {}}
+    groups = {method: [result for result in results if result["setting"]["method"] == method] for method in methods}
     rows: dict[str, Any] = {}
     for method, (label, default_eps) in methods.items():
-        own = [result for result in results if result["setting"]["method"] == method]
-        if len({_point(result) for result in own}) >= LEAST_SETTINGS:
-            rows[method] = {"label": label} | _summary(own, default_eps)
-        elif method in before:
-            rows[method] = before[method]
-    stored = {"environment": _environment(), "methods": rows}
+        if _is_tuned(groups[method]):
+            rows[method] = {"label": label} | _summary(groups[method], default_eps)
+        elif method in before["methods"]:
+            rows[method] = before["methods"][method]
+    untuned: dict[str, Any] = {}
+    reference = best_of_first(rows) if rows else None
+    for method, (label, _) in methods.items():
+        own = [result for result in groups[method] if _point(result) == reference]
+        if own and not _is_tuned(groups[method]):
+            test = over_seeds(own, "test")
+            untuned[method] = {"label": label, "state_bytes": own[0]["state_bytes"], "best": {"test": test}}
+        elif method in before.get("untuned", {}):
+            untuned[method] = before["untuned"][method]
+    stored = {"environment": _environment(), "methods": rows, "untuned": untuned}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"{len(rows)} methods, {len(results)} runs -> {path.relative_to(RESULTS.parent.parent)}")
     return path
+
+
+def best_of_first(rows: Mapping[str, Any]) -> tuple[float, float]:
+    """The best ``(lr, eps)`` of the first method, which is exact."""
+    best = next(iter(rows.values()))["best"]
+    return best["lr"], best["eps"]
+
+
+def _is_tuned(own: Group) -> bool:
+    return len({_point(result) for result in own}) >= LEAST_SETTINGS
 
 
 def _summary(own: Group, default_eps: float) -> dict[str, Any]:

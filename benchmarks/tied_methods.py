@@ -99,9 +99,12 @@ def _4bit(ls: Any) -> Any:
 
 
 def _all_layers(first: Codec, second: Codec) -> Rules:
-    """The table and the matrices of the linear layers."""
-    table, hidden = _table(first, second), _hidden(first, second)
-    return lambda ls: table(ls) + hidden(ls)
+    """All tables, the one of places too, and the matrices of the linear layers."""
+    return lambda ls: [ls.Rule(role=("embedding", "hidden"), first_moment=first(ls), second_moment=second(ls))]
+
+
+def _preset(name: str) -> Rules:
+    return lambda ls: list(ls.Policy.preset(name).rules)
 
 
 def _everything(ls: Any) -> list[Any]:
@@ -130,10 +133,14 @@ METHODS: dict[str, Method] = {
     "hidden_factored": Method("hidden: Factored, first moment BFloat16", rules=_hidden(_bf16, _factored)),
     "hidden_sm3": Method("hidden: SM3-II (EMA), first moment kept", rules=_hidden(None, _sm3)),
     "sm3_recipe": Method("SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_recipe),
-    "all_bf16": Method("all layers: BFloat16 of both moments", rules=_all_layers(_bf16, _bf16)),
+    "all_bf16": Method('all layers: BFloat16 of both moments (preset "bf16")', rules=_preset("bf16")),
     "all_bf16_factored": Method("all layers: Factored, first moment BFloat16", rules=_all_layers(_bf16, _factored)),
-    "all_8bit": Method("all layers: 8 bits of both moments", rules=_all_layers(_8bit, _8bit)),
+    "all_8bit": Method('all layers: 8 bits of both moments (preset "8bit")', rules=_preset("8bit")),
     "all_8bit_factored": Method("all layers: Factored, first moment in 8 bits", rules=_all_layers(_8bit, _factored)),
     "all_4bit": Method("all layers: 4 bits of both moments", rules=_all_layers(_4bit, _4bit)),
+    "whole_model": Method(
+        'table: Factored, no first moment; hidden: Factored, first moment in 8 bits (preset "whole-model")',
+        rules=_preset("whole-model"),
+    ),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
 }

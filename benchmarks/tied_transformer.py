@@ -9,8 +9,8 @@ the hidden layers.
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
 
-Matrix products in training take bfloat16 inputs where the CPU has the instructions; the softmax's
-gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
+Matrix products in training take bfloat16 inputs where the CPU has the instructions; there the
+softmax's gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
 
 Clipping is what makes seeds agree. The first steps' gradients are the largest (norms to 2.4; about 1
 at step 150), and at beta2 = 0.999 the second moments remember them for long. Unclipped, exact AdamW
@@ -110,7 +110,7 @@ def run(setting: Setting) -> Result:
     torch.manual_seed(setting.seed)
     model = Model(corpus.vocabulary)
     optimizer = build(method, model, model.words, lr=setting.lr, eps=setting.eps)
-    batches = _sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
+    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
     schedule = quadratic_then_constant if method.family == "adagrad" else linear_up_and_down
     finite = _train(model, optimizer, batches, lambda step: schedule(step) * setting.lr)
     trained = time.perf_counter()
@@ -130,7 +130,7 @@ def _train(model: Model, optimizer: torch.optim.Optimizer, batches: Tensor, lr: 
             for step in range(STEPS):
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
-                _loss(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+                loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -161,11 +161,16 @@ def tune_and_repeat(name: str, seeds: int) -> None:
 
     eps = DEFAULT_EPS[method.family]
     lr = climb(lambda rate: score(rate, eps), START_LR[method.family])
+    repeat(name, lr, eps, seeds)
+
+
+def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
+    """Runs on the test blocks without a search."""
     for seed in range(seeds):
-        cache.run(Setting(name, lr, eps, seed, test=True), run)
+        _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
-def _loss(model: Model, ids: Tensor) -> Tensor:
+def loss_of(model: Model, ids: Tensor) -> Tensor:
     """Of predicting each of ``ids[:, 1:]`` from the words before it."""
     return softmax_loss(model(ids[:, :-1]).flatten(0, 1), model.words.weight, ids[:, 1:].flatten())
 
@@ -175,7 +180,7 @@ def _corpus() -> gcide.Corpus:
     return gcide.load(max_words=WORDS)
 
 
-def _sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
+def draw_sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
     """``count`` stretches of 65 words ``[count, 65]``, none across a block, none twice."""
     length = CONTEXT + 1
     rows = blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
@@ -184,8 +189,8 @@ def _sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Te
 
 @torch.no_grad()
 def _perplexity(model: Model, blocks: gcide.Ids, sequences: int) -> float | None:
-    ids = _sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
-    mean = sum(float(_loss(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
+    ids = draw_sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
+    mean = sum(float(loss_of(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
     return math.exp(mean) if mean < 50 else None
 
 
@@ -195,7 +200,9 @@ def _cache() -> Cache:
 
 def main() -> None:
     labels = {name: (method.label, DEFAULT_EPS[method.family]) for name, method in METHODS.items()}
-    run_command("tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat)
+    run_command(
+        "tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat, repeat=repeat
+    )
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def train(kind: str, case: Case, parts: int = 1) -> Parameters:
         mesh = init_device_mesh("cpu", (world_size,))
         fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: Shard(cut if id(p) in tables else 0))
     optimizers, schedulers = optimizers_of(module.model, kind.endswith("sparse"))
-    for optimizer in optimizers:
-        compress(optimizer, module, case.policy)
+    compress(optimizers, module, case.policy)
     trained: Any = DistributedDataParallel(module) if kind.startswith("ddp") else module
     if kind.startswith("zero"):
         (optimizer,), (scheduler,) = optimizers, schedulers

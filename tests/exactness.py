@@ -33,6 +33,7 @@ LABELS = {
     "rounded": "BFloat16 of both",
     "sm3": "Keep + SM3",
     "factored": "BFloat16 + Factored",
+    "quantized": "Quantized of both, 4 and 8 bits",
     "sketch": "CountSketch of both",
     "exact": "CountSketch as wide as the table",
     "sketched_rows": "Keep + RowWise(compression)",

@@ -86,6 +86,7 @@ DIAGONAL = (
     ("ddp", "factored"),
     ("rows", "sketched_rows"),
     ("rows", "exact"),
+    ("rows", "quantized"),
     ("columns", "sketch"),
     ("columns", "sm3"),
     ("zero1", "rounded"),
