@@ -47,7 +47,8 @@ class MemoryReport:
         state_by_codec: bytes of the states that exist now, by codec name.
         dense_state: bytes of those layers' states as torch would keep them.
         transient: upper bound of one step's temporaries over compressed layers, bytes; kept layers' temporaries are
-            torch's own.
+            torch's own. On CUDA it includes what dense steps of CountSketch keep from one step to the next: the order
+            of a layer's rows by bucket, 4 bytes for each row, each bucket and each hash function.
         conversion_errors: relative error of each state that was encoded from a dense one, by layer and state.
         skipped: in how many steps something of each layer was left out, because its gradient was not finite.
         kernels: what does the steps of compressed layers on the devices of the parameters.
@@ -199,7 +200,18 @@ def _fused_bytes(part: LayerShard, param: Tensor) -> int:
     scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.stored().values()), default=0)
     by_row += scratch * (rows + 64)
     threads = torch.get_num_threads()
-    return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
+    together = by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
+    return together + (_order_bytes(part, scattered) if param.device.type == "cuda" else 0)
+
+
+def _order_bytes(part: LayerShard, scattered: int) -> int:
+    """Rows by bucket of sketches on a CUDA device: kept for a dense gradient, sorted at every step for a sparse one."""
+    from lightning_sketch.kernels.triton import orders  # imports Triton
+
+    shapes = [shape for codec in part.layer.stored().values() if (shape := codec.table_shape(part.shard))]
+    hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
+    rows = scattered or part.shard.local_rows
+    return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
 
 
 def _strip_bytes(part: LayerShard) -> int:

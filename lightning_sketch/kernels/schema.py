@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -85,6 +85,7 @@ class Kept:
             the first.
         laid: how Triton's kernels are launched for such a step, and what of it that depends on.
         program: the last step of all layers of which this is the first, if it can be made again: a `Program`.
+        orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
         resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
     """
 
@@ -92,6 +93,7 @@ class Kept:
     packed: bytearray | None = None
     laid: tuple[tuple[bool, ...], Any] | None = None
     program: Any = None
+    orders: list[Any] = field(default_factory=lambda: [None, None])
     resident: Any = None
 
 

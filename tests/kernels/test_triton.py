@@ -14,12 +14,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
+INTERPRETED = [f"triton_{subject}.py" for subject in ("interpreted", "left_out", "on_device", "orders", "quantized")]
 
 
-FILES = ("triton_interpreted.py", "triton_left_out.py", "triton_on_device.py", "triton_quantized.py")
-
-
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_equal_the_reference_in_the_interpreter(file: str) -> None:
     _pytest(file, TRITON_INTERPRET="1")
 

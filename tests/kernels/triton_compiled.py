@@ -78,8 +78,9 @@ KERNELS = (
     of_columns.finish_sm3,
     of_columns.reduce_columns,
     insert.hash_rows,
-    insert.insert_rows,
+    insert.insert,
     observe.observe,
+    observe.settle,
     quantized.hash_columns,
     row_sketch.add_rows,
     row_sketch.fold_rows,
@@ -217,11 +218,36 @@ def _stored_unread(ttgir: str, threads: int) -> tuple[int, list[str]]:
     return stores, racing
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_observing_streams_without_barriers(
+    dtype: torch.dtype, launched: Callable[[GPUTarget], Launched], tmp_path: Path
+) -> None:
+    found = launched(TARGETS["sm_90"])
+    for second in (Factored(), RowWise(compression=4)):
+        train(Case("adamw", second, Drop(), rows=256, columns=4096, dtype=dtype, steps=1))
+    kernels_found = [compiled for name, _, compiled in found if name == "observe"]
+    assert len(kernels_found) == 2
+    for compiled in kernels_found:
+        loops = _loops(compiled.asm["ptx"])
+        assert any("ld.global" in loop for loop in loops)
+        assert not any("bar.sync" in loop or "st.shared" in loop for loop in loops)
+        assert _resources(compiled.asm, tmp_path / "cubin")[0] <= 64  # so that half of the warps run at a time
+
+
+def _loops(ptx: str) -> list[str]:
+    """What lies between labels and branches back to them."""
+    lines = ptx.splitlines()
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"(\$\w+):", line))}
+    ends = ((number, re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) for number, line in enumerate(lines))
+    return ["\n".join(lines[labels[to[1]] : end]) for end, to in ends if to and labels[to[1]] < end]
+
+
 def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) -> None:
     found = launched(TARGETS["sm_90"])
     for rows, columns in ((1000, 768), (1001, 1024), (4000, 640), (16, 512)):
         train(Case("adamw", CountSketch(compression=4), Drop(), rows, columns, steps=1))
-    assert len({compiled.hash for _, _, compiled in found}) == 4  # observe, hash_rows, insert_rows, apply
+    assert {name for name, _, _ in found} == {"observe", "settle", "hash_rows", "insert", "apply"}
+    assert len({compiled.hash for _, _, compiled in found}) == 5
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -29,10 +29,10 @@ from lightning_sketch import (
     kernels,
 )
 from lightning_sketch.codecs.bfloat16 import stochastic_round
-from lightning_sketch.kernels.reference import hash_rows
+from lightning_sketch.kernels.reference import hash_rows, signed
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.kernels.triton import insert, launch, layout
-from lightning_sketch.kernels.triton.bits import narrow, narrow_stochastically
+from lightning_sketch.kernels.triton import launch, layout
+from lightning_sketch.kernels.triton.bits import bucket_of, narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel
 from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train, unraised
 
@@ -119,12 +119,12 @@ def test_any_shape(
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_parts_of_large_layers(second: str, first: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this small layer were large: waves of rows, rows wider than a tile, several programs for the same rows."""
-    monkeypatch.setattr(insert, "WAVE", 16)
-    for name, value in {"TILE": 64, "TILE_COLUMNS": 16, "LINE_BYTES": 64, "WIDEST_ROW": 16, "SPAN": 32}.items():
+    small = {"TILE": 64, "TILE_COLUMNS": 16, "LINE_BYTES": 64, "WIDEST_ROW": 16, "SPAN": 32, "WAVE": 16}
+    small |= {"LOADS": 2, "OBSERVING_WARPS": 2, "INSERTED_COLUMNS": 16, "INSERTED_SLOTS": 4, "FEWER_OBSERVED_ROWS": 8}
+    for name, value in small.items():
         monkeypatch.setattr(layout, name, value)
     for name in ("SPAN", "TILE_COLUMNS"):
         monkeypatch.setattr(launch, name, getattr(layout, name))
-    monkeypatch.setattr(layout, "FEWER_OBSERVED_ROWS", 4)
     for columns in (5, 37):
         check(Case("adamw", SECOND[second], FIRST[first], 43, columns, sparse, steps=2))
 
@@ -259,12 +259,31 @@ def test_roundings_are_those_of_torch() -> None:
         torch.testing.assert_close(found.view(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@kernel("count", "seed", "level", "width", "row_offset")
+def _hash(
+    ids: tl.tensor,
+    buckets: tl.tensor,
+    signs: tl.tensor,
+    count: tl.int64,
+    seed: tl.int64,
+    level: tl.int64,
+    width: tl.int64,
+    row_offset: tl.int64,
+    TILE: tl.constexpr,
+) -> None:
+    at = tl.arange(0, TILE)
+    row_id = (tl.load(ids + at, mask=at < count, other=0) + row_offset).to(tl.uint64)
+    bucket, sign = bucket_of(row_id, seed.to(tl.uint64), level, width)
+    tl.store(buckets + at, bucket, mask=at < count)
+    tl.store(signs + at, sign, mask=at < count)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -3])
 def test_hashes_are_those_of_the_reference(seed: int) -> None:
     ids = torch.cat([torch.arange(40), torch.randint(0, 1 << 40, (40,))])
-    expected, _ = hash_rows(ids + 7, seed, 3, 1000)
+    expected, signs = hash_rows(ids + 7, seed, 3, 1000)
     for level in range(3):
-        found = torch.empty(80, dtype=torch.int32)
-        arguments = {"rows": 80, "row_offset": 7, "level": level, "width": 1000, "seed": seed}
-        insert.hash_rows[(1,)](ids, found, **arguments, TILE=128)
-        assert torch.equal(found.long(), expected[level])
+        buckets, found = torch.empty(80, dtype=torch.int64), torch.empty(80)
+        _hash[(1,)](ids, buckets, found, 80, signed(seed), level, 1000, 7, TILE=128)
+        assert torch.equal(buckets, expected[level])
+        assert torch.equal(found, signs[level].float())

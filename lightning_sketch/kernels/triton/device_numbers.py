@@ -135,6 +135,11 @@ def device_words(steps: Sequence[FusedStep], words: Sequence[bytes], scratch: Te
     return made
 
 
+def hold(*tensors: Tensor) -> None:
+    """Keep tensors, which a graph that is being captured will read, for as long as the process runs."""
+    _captured.append(tensors)
+
+
 class _Values:
     """Numbers of a step that are known on the device alone, each once."""
 

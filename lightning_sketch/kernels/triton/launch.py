@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
-from lightning_sketch.kernels.triton.device_numbers import device_words
-from lightning_sketch.kernels.triton.insert import insert
+from lightning_sketch.kernels.triton.device_numbers import device_words, hold
+from lightning_sketch.kernels.triton.insert import hash_rows, insert
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
+    OBSERVING_WARPS,
     SPAN,
     TILE_COLUMNS,
     TILE_FINISH,
@@ -27,12 +29,14 @@ from lightning_sketch.kernels.triton.layout import (
     TILE_SKETCH,
     Key,
     Laid,
+    ceil,
     lay_out,
 )
-from lightning_sketch.kernels.triton.observe import observe
+from lightning_sketch.kernels.triton.observe import observe, settle
+from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
 from lightning_sketch.kernels.triton.quantized import hash_columns
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
-from lightning_sketch.kernels.triton.table import COUNT, PADDING, ROW
+from lightning_sketch.kernels.triton.table import COUNT, PADDING, PROGRAMS, ROW
 
 
 def step(layers: Sequence[FusedStep]) -> Tensor:
@@ -62,15 +66,14 @@ class Group:
     Args:
         begin: the first of them.
         count: how many.
-        programs: of each kernel for all of them, in the order of `Laid.programs`.
-        inserted: those whose rows are inserted into sketches, with the means that `observe` stores, and which layer of
-            the table they are.
+        programs: of each kernel for all of them, by its name in `PROGRAMS`.
+        sorted: rows by bucket of the second and the first state's sketches, where these have orders of their own.
     """
 
     begin: int
     count: int
-    programs: tuple[int, int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0, 0)
-    inserted: list[tuple[FusedStep, Tensor, int]] = field(default_factory=list)
+    programs: dict[str, int] = field(default_factory=dict)
+    sorted: tuple[Sorting | None, Sorting | None] = (None, None)
 
 
 class Table:
@@ -99,33 +102,27 @@ class Table:
         self.groups: dict[Key, Group] = {}
         on_device = layers[0].on_device is not None  # of all, or of none
         # Tables that stay where they are hold distances from the beginning of both.
-        address, zero = (0, 0) if on_device else (self.scratch.data_ptr(), self.zeros.data_ptr())
-        at, at_zero, begin = address, zero + 8 * len(layers), 0
+        at, zero = (0, 0) if on_device else (self.scratch.data_ptr(), self.zeros.data_ptr())
+        at_zero, begin = zero + 8 * len(layers), 0
         words: list[bytes] = []
         order: list[FusedStep] = []
         for key, members in by_key.items():
             group = self.groups[key] = Group(begin, len(members))
-            observe = add = fold = reduce = finish = apply = hashing = 0
-            for number, step, laid in members:
-                means = at
-                partials = means + 4 * laid.floats[0]
-                groups = partials + 4 * laid.floats[1]
-                shape = groups + 4 * laid.floats[2]
-                hashes = shape + 4 * laid.floats[3]
-                at = hashes + 4 * laid.floats[4]
+            group.sorted = _orders(key, [step for _, step, _ in members])
+            programs = [0] * len(PROGRAMS)
+            for position, (number, step, laid) in enumerate(members):
+                pieces = []
+                for size in laid.floats:
+                    pieces.append(at)
+                    at += 4 * size
                 exponents = at_zero + 8 * laid.sums
-                scratch = (zero + 8 * number, means, partials, groups, shape, exponents, at_zero, exponents, hashes)
+                scratch = (zero + 8 * number, *pieces, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
                 order.append(step)
-                words.append(_pack(step, laid, scratch, (observe, add, fold, reduce, finish, apply, hashing)))
-                more = laid.programs
-                observe, add, fold = observe + more[0], add + more[1], fold + more[2]
-                reduce, finish, apply = reduce + more[3], finish + more[4], apply + more[5]
-                hashing += more[6]
-                if key.inserts:
-                    first = (means - address) // 4
-                    group.inserted.append((step, self.scratch[first : first + laid.rows], len(words) - 1))
-            group.programs = observe, add, fold, reduce, finish, apply, hashing
+                orders = [None if found is None else found.orders[position] for found in group.sorted]
+                words.append(_pack(step, laid, scratch, orders, programs))
+                programs = [sum(pair) for pair in zip(programs, laid.programs, strict=True)]
+            group.programs = dict(zip(PROGRAMS, programs, strict=True))
             begin += len(members)
         if on_device and order:
             self.words = device_words(order, words, self.scratch, self.zeros)
@@ -135,7 +132,20 @@ class Table:
         self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple[int, ...]) -> bytes:
+def _orders(key: Key, steps: list[FusedStep]) -> tuple[Sorting | None, Sorting | None]:
+    """Rows by bucket of each insertion of layers with one key: by the second state's sketches, and by the first's."""
+    second = first = None
+    for into_second, _, _ in key.insertions:
+        if into_second:
+            second = find_orders([(step, step.second) for step in steps if step.second], key.by_bucket, 0)
+        else:
+            first = find_orders([(step, step.first) for step in steps if step.first], key.by_bucket, 1)
+    return second, first
+
+
+def _pack(
+    step: FusedStep, laid: Laid, scratch: tuple[int, ...], orders: list[Order | None], programs: list[int]
+) -> bytes:
     """The words of a layer, named in table.py."""
     second, first, momentum = step.second, step.first, step.momentum
     on_device = step.on_device is not None
@@ -165,15 +175,17 @@ def _pack(step: FusedStep, laid: Laid, scratch: tuple[int, ...], programs: tuple
             1.0 / laid.columns,
             1.0 if second is None else 1.0 / float(second.scale),
             *scratch,
+            *(word for order in orders for word in (_UNSORTED if order is None else order.words())),
             *programs,
             laid.splits,
-            laid.programs[0],
+            laid.blocks,
         )
         + PADDING
     )
 
 
 _NOTHING = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+_UNSORTED = (0, 0, 0, 0, 0, 0)
 
 
 def _state(stored: Stored, on_device: bool) -> tuple[int | float, ...]:
@@ -203,7 +215,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     """All launches of the layers with one key."""
     count = group.count
     words = table.words[group.begin * COUNT :]
-    observing, adding, folding, reducing, finishing, applying, hashing = group.programs
+    programs = group.programs
     search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
     common: dict[str, Any] = {
         "HALF": key.half,
@@ -213,19 +225,21 @@ def _launch(key: Key, table: Table, group: Group) -> None:
     }
     common |= {"ALIGNED": key.aligned, "SEARCH": search}
     if key.observed:
-        rows, columns = key.observe_tile
-        observe[(observing,)](
-            words,
-            count,
-            KIND=int(key.second),
-            DEPTH=key.second_depth if key.second == Kind.ROW_SKETCH else 0,
-            **common,
-            TILE_ROWS=rows,
-            TILE_COLUMNS=columns,
-            **(OPTIONS | {"num_warps": key.observe_warps}),
-        )
+        parts, rows, columns = key.observe_tile
+        seen = common | {
+            "KIND": int(key.second),
+            "DEPTH": key.second_depth if key.second == Kind.ROW_SKETCH else 0,
+            "BLOCK_ROWS": key.block_rows,
+            "PARTS": parts,
+            "TILE_ROWS": rows,
+            "PART": columns,
+        }
+        options = OPTIONS | {"num_warps": OBSERVING_WARPS}
+        observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
+        if not key.one_chunk:
+            settle[(programs["settle"],)](words, count, **seen, **options)
     if key.second == Kind.ROW_SKETCH:
-        add_rows[(adding,)](
+        add_rows[(programs["add"],)](
             words,
             count,
             DEPTH=key.second_depth,
@@ -234,18 +248,16 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             TILE_ROWS=TILE_SKETCH,
             **OPTIONS,
         )
-        fold_rows[(folding,)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
+        fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
-        reduce_columns[(reducing,)](
+        reduce_columns[(programs["reduce"],)](
             words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
         )
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
-    if key.inserts:
-        for step, means, number in group.inserted:
-            layer = table.words[number * COUNT :]
-            insert(step, layer, means if key.observed and key.leave_out else None)
+    for into_second, into_first, depth in key.insertions:
+        _insert(key, group, words, common, into_second, into_first, depth)
     if key.quantized:
-        hash_columns[(hashing,)](
+        hash_columns[(programs["hash_columns"],)](
             words,
             count,
             SECOND_KIND=int(key.second),
@@ -255,7 +267,7 @@ def _launch(key: Key, table: Table, group: Group) -> None:
             **OPTIONS,
         )
     rows, columns = key.apply_tile
-    apply[(applying,)](
+    apply[(programs["apply"],)](
         words,
         count,
         SECOND_KIND=int(key.second),
@@ -281,7 +293,42 @@ def _launch(key: Key, table: Table, group: Group) -> None:
         **(OPTIONS | {"num_warps": key.apply_warps}),
     )
     if key.columns_used:
-        finish_sm3[(finishing,)](words, count, SEARCH=search, TILE=TILE_FINISH, **OPTIONS)
+        finish_sm3[(programs["finish"],)](words, count, SEARCH=search, TILE=TILE_FINISH, **OPTIONS)
+
+
+def _insert(
+    key: Key, group: Group, words: Tensor, common: dict[str, Any], into_second: bool, into_first: bool, depth: int
+) -> None:
+    """Insert rows into one or both states' sketches, in two launches at most, and a sort where no order was kept."""
+    count, sketch = group.count, "second" if into_second else "first"
+    rows = group.sorted[0 if into_second else 1]
+    assert rows is not None
+    for begin, end in rows.runs():  # hashing would overwrite an order that was kept
+        hash_rows[(sum(ceil(order.of[0], TILE_SKETCH) for order in rows.orders[begin:end]),)](
+            words[begin * COUNT :],
+            end - begin,
+            OF_SECOND=into_second,
+            DEPTH=depth,
+            SPARSE=key.sparse,
+            SEARCH=common["SEARCH"],
+            TILE_ROWS=TILE_SKETCH,
+            **OPTIONS,
+        )
+    rows.sort(0 if into_second else 1)
+    if capturing():
+        hold(*(tensor for order in rows.orders for tensor in order.batch.tensors()))
+    slots, columns = key.insert_tile
+    insert[(group.programs[f"insert_{sketch}"],)](
+        words,
+        count,
+        INTO_SECOND=into_second,
+        INTO_FIRST=into_first,
+        **common,
+        BY_BUCKET=key.by_bucket,
+        TILE_SLOTS=slots,
+        TILE_COLUMNS=columns,
+        **OPTIONS,
+    )
 
 
 def _aligned(step: FusedStep) -> bool:

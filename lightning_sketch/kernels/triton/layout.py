@@ -22,7 +22,17 @@ QUANTIZED_PARTS = 8
 #: Columns of a program that need not have whole rows.
 SPAN = 4096
 #: Rows of which a program of `observe` leaves one partial sum for each column; fewer where that would be few programs.
-OBSERVED_ROWS, FEWER_OBSERVED_ROWS, FEW_ROWS = 64, 16, 16_384
+OBSERVED_ROWS, FEWER_OBSERVED_ROWS, ENOUGH_PROGRAMS = 128, 32, 1024
+#: Warps of `observe`, each of which reads whole rows, and loads of 16 bytes that a thread has under way.
+OBSERVING_WARPS, LOADS = 8, 4
+#: Rows of a tile of `observe` at most, where they are narrow.
+MOST_OBSERVED = 256
+#: Columns up to which `observe` does what `settle` does: one launch less. With more that would take registers.
+SETTLED_AT_ONCE = 256
+#: Columns of a program of `insert`, and its buckets at most.
+INSERTED_COLUMNS, INSERTED_SLOTS = 128, 256
+#: Rows, times hash functions, that are sorted at once, so that temporaries do not grow with the table: 28 bytes each.
+WAVE = 1 << 21
 #: Partial sums of columns that a program of `reduce_columns` adds up.
 GROUP = 128
 #: Means of rows, and slots of a sketch of row scalars, of a program.
@@ -64,6 +74,8 @@ class Key(NamedTuple):
     split: bool
     width: int
     observed_rows: int
+    by_bucket: bool
+    together: bool
 
     @property
     def by_rows(self) -> bool:
@@ -86,15 +98,34 @@ class Key(NamedTuple):
         return self.second in (Kind.FACTORED, Kind.ROW_SKETCH) or (self.leave_out and self.inserts)
 
     @property
-    def observe_tile(self) -> tuple[int, int]:
-        """Rows and columns of a tile of `observe`."""
-        columns = min(self.width, LINE_BYTES // (2 if self.half else 4))
-        return max(self.observed_rows, 2048 // columns), columns
+    def observe_tile(self) -> tuple[int, int, int]:
+        """Parts, rows and columns of a part of a tile of `observe`: a warp reads a row's part in 16 bytes a lane."""
+        return _observe_tile(self.width, 2 if self.half else 4)
 
     @property
-    def observe_warps(self) -> int:
-        """Warps of a program of `observe`."""
-        return 8
+    def block_rows(self) -> int:
+        """Rows of a program of `observe`."""
+        return max(self.observed_rows, self.observe_tile[1])
+
+    @property
+    def one_chunk(self) -> bool:
+        """Whether a program of `observe` has whole rows, and settles them, too."""
+        parts, _, part = self.observe_tile
+        return self.at_once and self.width <= min(SETTLED_AT_ONCE, parts * part)
+
+    @property
+    def insertions(self) -> list[tuple[bool, bool, int]]:
+        """Launches of `insert`: into which of second and first state, and how many hash functions they have."""
+        if self.together:
+            return [(True, True, self.second_depth)]
+        second, first = self.second == Kind.SKETCH, self.first == Kind.SKETCH
+        return [(True, False, self.second_depth)] * second + [(False, True, self.first_depth)] * first
+
+    @property
+    def insert_tile(self) -> tuple[int, int]:
+        """Buckets and columns of a program of `insert`."""
+        columns = min(self.width, INSERTED_COLUMNS)
+        return min(INSERTED_SLOTS, TILE // columns), columns
 
     @property
     def apply_tile(self) -> tuple[int, int]:
@@ -139,20 +170,21 @@ class Laid:
     Args:
         key: what its kernels are compiled for.
         rows, columns: of the gradient, as kernels see it.
-        programs: numbers of programs of `observe`, `add_rows`, `fold_rows`, `reduce_columns`, `finish_sm3`, `apply`,
-            `hash_columns`.
+        programs: numbers of programs, in the order of `table.PROGRAMS`; of `hash_rows` those of a step that sorts rows.
+        blocks: of rows, each with a partial sum for every column.
         splits: programs of `apply` for the same rows.
-        floats: numbers of float32, each padded to 16 bytes: means of rows, partial sums of columns, their groups,
-            the shape of columns, and (as many words of 32 bits) hashes of columns.
+        floats: numbers of float32, each padded to 16 bytes: means of rows, sums of rows over chunks of columns, partial
+            sums of columns, their groups, the shape of columns, and (as many words of 32 bits) hashes of columns.
         sums, exponents: numbers of int64, and of 32 bits, that begin as zeros: of a sketch's slots; of columns' maxima.
     """
 
     key: Key
     rows: int
     columns: int
-    programs: tuple[int, int, int, int, int, int, int]
+    programs: tuple[int, ...]
+    blocks: int
     splits: int
-    floats: tuple[int, int, int, int, int]
+    floats: tuple[int, ...]
     sums: int
     exponents: int
 
@@ -169,6 +201,10 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     if _is_rowless(sparse, second.kind, first.kind, momentum.kind):
         rows, columns = 1, rows * columns
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
+    parts, _, part = _observe_tile(width, step.param.element_size())
+    chunks = ceil(columns, parts * part)
+    sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
+    is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH)
     key = Key(
         second.kind,
         first.kind,
@@ -191,34 +227,61 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         columns <= WIDEST_ROW,
         columns > SPAN and not _OWN_ROWS & {second.kind, first.kind},
         width,
-        OBSERVED_ROWS if second.kind == Kind.FACTORED and rows >= FEW_ROWS else FEWER_OBSERVED_ROWS,
+        OBSERVED_ROWS if is_summed and rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
+        not sparse or any(rows >= sketch.width or rows * sketch.depth > WAVE for sketch in sketches),
+        first.kind == second.kind == Kind.SKETCH and hashing(second) == hashing(first),
     )
-    observe = ceil(rows, key.observe_tile[0]) if key.observed else 0
+    blocks = ceil(rows, key.block_rows) if key.observed else 0
     add = fold = reduce = slots = 0
-    means, partials, of_groups, shape = rows if key.observed else 0, 0, 0, 0
+    means, row_sums = (rows, chunks * rows) if key.observed else (0, 0)
+    partials = of_groups = shape = 0
     if second.kind == Kind.ROW_SKETCH:
         slots = second.depth * second.width
         add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
     elif second.kind == Kind.FACTORED:
-        groups = ceil(observe, GROUP)
+        groups = ceil(blocks, GROUP)
         reduce = groups * ceil(columns, TILE_COLUMNS)
-        partials, of_groups, shape = observe * columns, groups * columns, columns
+        partials, of_groups, shape = blocks * columns, groups * columns, columns
     finish = ceil(columns, TILE_FINISH) if key.columns_used else 0
     splits = ceil(columns, SPAN) if key.split else 1
     apply = ceil(rows, key.apply_tile[0]) * splits
+    tile_slots, tile_columns = key.insert_tile
+    inserted = [
+        sketch.depth
+        * ceil(sketch.width if key.by_bucket else rows, tile_slots)
+        * ceil(columns, tile_columns)
+        * (sketch.kind == Kind.SKETCH)
+        for sketch in (second, first)
+    ]
+    hashed = [ceil(rows, TILE_SKETCH) * (sketch.kind == Kind.SKETCH) for sketch in (second, first)]
+    settle = 0 if key.one_chunk else blocks
+    hash_columns = ceil(columns, TILE_HASH) if key.quantized else 0
     hashes = sum(_padded(columns) for block in (key.second_block, key.first_block) if block)
-    floats = _padded(means), _padded(partials), _padded(of_groups), _padded(shape), hashes
+    floats = means, row_sums, partials, of_groups, shape, hashes
     zeros = columns if key.columns_used else slots
     return Laid(
         key,
         rows,
         columns,
-        (observe, add, fold, reduce, finish, apply, ceil(columns, TILE_HASH) if key.quantized else 0),
+        (blocks * chunks, settle, add, fold, reduce, finish, apply, *hashed, *inserted, hash_columns),
+        blocks,
         splits,
-        floats,
+        tuple(_padded(size) for size in floats),
         slots,
         zeros,
     )
+
+
+def _observe_tile(width: int, itemsize: int) -> tuple[int, int, int]:
+    part = min(width, LINE_BYTES // itemsize)
+    parts = min(LOADS, width // part)
+    rows = OBSERVING_WARPS * (LINE_BYTES // itemsize) * LOADS // (parts * part)
+    return parts, min(MOST_OBSERVED, rows), part
+
+
+def hashing(sketch: Stored) -> tuple[int, int, int]:
+    """What the bucket of a row depends on."""
+    return sketch.depth, sketch.width, sketch.seed
 
 
 def _block(state: Stored) -> int:

@@ -1,4 +1,8 @@
-"""What is seen of the gradient before anything changes: squares of rows and columns, and rows that are not finite."""
+"""What is seen of the gradient before anything changes: squares of rows and columns, and rows that are not finite.
+
+`observe` only streams: it reads a chunk of the columns of a block of rows, and leaves partial sums of rows and columns.
+`settle` makes means of the rows' sums and judges them. Where a row has only one chunk, `observe` does both.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,11 @@ from lightning_sketch.kernels.triton.table import (
     PARAM,
     PARTIALS,
     ROW_OFFSET,
+    ROW_SUMS,
+    ROWS,
     SECOND,
     SEED,
+    SETTLE,
     SIGN,
     WEIGHT_DECAY,
     WIDTH,
@@ -31,36 +38,123 @@ from lightning_sketch.kernels.triton.table import (
 
 
 @inlined
-def _squares(
+def _stream(
     layer: tl.tensor,
-    tile: tl.tensor,
-    i: tl.tensor,
-    row: tl.tensor,
-    good: tl.tensor,
+    block: tl.tensor,
+    chunk: tl.tensor,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
+    SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    AGAIN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """Sums of squares of a tile's rows, ``[TILE_ROWS]``; of FACTORED, those of columns are stored."""
-    columns = numel_of_row(layer, ALIGNED)
+    PART: tl.constexpr,
+) -> None:
+    """Store sums of squares of a block's rows over a chunk of PARTS * PART columns; of FACTORED, those of columns.
+
+    A row of a tile lies in one warp, PARTS loads of a thread one behind the other: the loop needs no barrier.
+
+    Args:
+        AGAIN: only sums of columns, and of rows whose means are not NaN.
+    """
+    columns, rows = numel_of_row(layer, ALIGNED), tl.load(layer + ROWS)
     grad, param = values(layer, GRAD, HALF, ALIGNED), values(layer, PARAM, HALF, ALIGNED)
     sign, weight_decay = number(layer, SIGN), number(layer, WEIGHT_DECAY)
-    partials = unaligned(layer, PARTIALS) + tile * columns
-    lane = tl.arange(0, TILE_COLUMNS)
-    total = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    for start in range(0, columns, TILE_COLUMNS):
-        inside = (start + lane) < columns
-        mask = good[:, None] & inside[None, :]
-        at = (i * columns + start)[:, None] + lane[None, :]
-        at_param = (row * columns + start)[:, None] + lane[None, :]
+    row_sums = unaligned(layer, ROW_SUMS) + chunk * rows
+    within = (tl.arange(0, PARTS) * PART)[:, None] + tl.arange(0, PART)[None, :]
+    column = chunk * (PARTS * PART) + within
+    inside = column < columns
+    total = tl.zeros([PARTS, TILE_ROWS, PART], tl.float32)
+    STEPS: tl.constexpr = BLOCK_ROWS // TILE_ROWS
+    # Lanes of a warp that read a row; its sum stays in LEFT pieces, so that a lane holds one piece of one step.
+    LANES: tl.constexpr = min(32, max(1, PART // (8 if HALF else 4)))
+    LEFT: tl.constexpr = max(1, LANES // STEPS)
+    steps = tl.arange(0, STEPS)
+    sums = tl.zeros([TILE_ROWS, STEPS, LEFT], tl.float32)
+    for step in range(STEPS):
+        i, row, present = rows_of_tile(layer, block * STEPS + step, SPARSE, TILE_ROWS)
+        here = present
+        if AGAIN:
+            means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
+            here = present & (means == means)
+        mask = here[None, :, None] & inside[:, None, :]
+        at = (i * columns)[None, :, None] + column[:, None, :]
+        at_param = (row * columns)[None, :, None] + column[:, None, :]
         g = gradient(grad, param, at, at_param, mask, sign, weight_decay, DECAYED)
-        total += g * g
+        squares = g * g
         if KIND == FACTORED:
-            tl.store(partials + start + lane, tl.sum(g * g, axis=0), mask=inside)
-    return tl.sum(total, axis=1)
+            total += squares
+        if not AGAIN:
+            pieces = tl.sum(tl.reshape(tl.sum(squares, axis=0), [TILE_ROWS, LEFT, PART // LEFT]), axis=2)
+            sums = tl.where((steps == step)[None, :, None], pieces[:, None, :], sums)
+    if not AGAIN:
+        # Not in the loop: other threads store than those that add up, so all warps wait for one another.
+        i = block * BLOCK_ROWS + steps[None, :] * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+        tl.store(row_sums + i, tl.sum(sums, axis=2), mask=i < rows)
+    if KIND == FACTORED:
+        tl.store(unaligned(layer, PARTIALS) + block * columns + column, tl.sum(total, axis=1), mask=inside)
+
+
+@inlined
+def _settle(
+    layer: tl.tensor,
+    block: tl.tensor,
+    KIND: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HALF: tl.constexpr,
+    SPARSE: tl.constexpr,
+    DECAYED: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PART: tl.constexpr,
+) -> None:
+    """Store means of a block's rows, from their sums over all chunks, in the order of the chunks."""
+    columns, rows = numel_of_row(layer, ALIGNED), tl.load(layer + ROWS)
+    chunks = tl.cdiv(columns, PARTS * PART)
+    i, row, present = rows_of_tile(layer, block, SPARSE, BLOCK_ROWS)
+    row_sums = unaligned(layer, ROW_SUMS)
+    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    for chunk in range(chunks):
+        sums += tl.load(row_sums + chunk * rows + i, mask=present, other=0.0)
+    means = sums * number(layer, OF_COLUMN)
+    held = unaligned(layer, MEANS)
+    good = present
+    if LEAVE_OUT:
+        # A finite sum has finite terms only. One that is not may just have overflowed.
+        doubtful = present & ((sums < float("inf")) == 0)
+        if tl.max(doubtful.to(tl.int32), axis=0) != 0:
+            # A narrow tile, whose registers do not matter to what is done every time.
+            bad = bad_rows(
+                values(layer, GRAD, HALF, ALIGNED), i, doubtful, columns, BLOCK_ROWS, max(1, 2048 // BLOCK_ROWS)
+            )
+            good = present & (bad == 0)
+            means = tl.where(bad, float("nan"), means)
+            tl.atomic_add(
+                tl.load(layer + LEFT_OUT).to(tl.pointer_type(tl.int64)), tl.sum(bad.to(tl.int32), axis=0).to(tl.int64)
+            )
+            if KIND == FACTORED:
+                tl.store(held + i, means, mask=present)
+                tl.debug_barrier()  # read by other threads than those that store
+                for part in range(tl.cdiv(columns, PART)):  # one part at a time, for fewer registers: the same sums
+                    _stream(
+                        layer, block, part, KIND, HALF, SPARSE, DECAYED, ALIGNED, True, BLOCK_ROWS, 1, TILE_ROWS, PART
+                    )  # fmt: skip
+    tl.store(held + i, means, mask=present)
+    if KIND == ROW_SKETCH:
+        exponents = tl.load(layer + EXPONENTS).to(tl.pointer_type(tl.int32))
+        width, seed = tl.load(layer + SECOND + WIDTH), tl.load(layer + SECOND + SEED).to(tl.uint64)
+        row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
+        bits = means.to(tl.int32, bitcast=True)
+        exponent = tl.where(means == means, (bits >> 23) & 0xFF, 256)  # 255: infinite; 256: NaN
+        for level in tl.static_range(DEPTH):
+            bucket, _ = bucket_of(row_id, seed, level, width)
+            tl.atomic_max(exponents + level * width + bucket, exponent, mask=good)
 
 
 @kernel("layers")
@@ -75,43 +169,60 @@ def observe(
     LEAVE_OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SEARCH: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:
-    """A program sees TILE_ROWS rows, and stores the means of their squares.
-
-    With LEAVE_OUT rows that are not finite are counted, enter no other sum, and have NaN for a mean. Of ROW_SKETCH the
-    largest exponent is found for each bucket, to which `add` aligns what it adds up.
+    """A program sees a chunk of PARTS * PART columns of BLOCK_ROWS rows, and stores sums of their squares.
 
     Args:
         KIND: of the second moment.
+        ONE_CHUNK: a row has no more columns; the program also does what `settle` does.
     """
     layer, tile = find(words, layers, OBSERVE, SEARCH)
-    i, row, present = rows_of_tile(layer, tile, SPARSE, TILE_ROWS)
-    columns = numel_of_row(layer, ALIGNED)
-    sums = _squares(layer, tile, i, row, present, KIND, HALF, DECAYED, ALIGNED, TILE_ROWS, TILE_COLUMNS)
-    good = present
-    if LEAVE_OUT:
-        # A finite sum has finite terms only. One that is not may just have overflowed.
-        if tl.max((present & ((sums < float("inf")) == 0)).to(tl.int32), axis=0) != 0:
-            grad = values(layer, GRAD, HALF, ALIGNED)
-            bad = bad_rows(grad, i, present, columns, TILE_ROWS, TILE_COLUMNS)
-            good = present & (bad == 0)
-            if KIND == FACTORED:
-                _squares(layer, tile, i, row, good, KIND, HALF, DECAYED, ALIGNED, TILE_ROWS, TILE_COLUMNS)
-            sums = tl.where(bad, float("nan"), sums)
-            tl.atomic_add(
-                tl.load(layer + LEFT_OUT).to(tl.pointer_type(tl.int64)),
-                tl.sum((present & bad).to(tl.int32), axis=0).to(tl.int64),
-            )
-    means = sums * number(layer, OF_COLUMN)
-    tl.store(unaligned(layer, MEANS) + i, means, mask=present)
-    if KIND == ROW_SKETCH:
-        exponents = tl.load(layer + EXPONENTS).to(tl.pointer_type(tl.int32))
-        width, seed = tl.load(layer + SECOND + WIDTH), tl.load(layer + SECOND + SEED).to(tl.uint64)
-        row_id = (row + tl.load(layer + ROW_OFFSET)).to(tl.uint64)
-        bits = means.to(tl.int32, bitcast=True)
-        exponent = tl.where(means == means, (bits >> 23) & 0xFF, 256)  # 255: infinite; 256: NaN
-        for level in tl.static_range(DEPTH):
-            bucket, _ = bucket_of(row_id, seed, level, width)
-            tl.atomic_max(exponents + level * width + bucket, exponent, mask=good)
+    if ONE_CHUNK:
+        block = tile
+        chunk = tile * 0
+    else:
+        chunks = tl.cdiv(numel_of_row(layer, ALIGNED), PARTS * PART)
+        block = tile // chunks
+        chunk = tile % chunks
+    _stream(
+        layer, block, chunk, KIND, HALF, SPARSE, DECAYED, ALIGNED, False, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+    )  # fmt: skip
+    if ONE_CHUNK:
+        tl.debug_barrier()  # sums are read by other threads than those that store them
+        _settle(
+            layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+        )  # fmt: skip
+
+
+@kernel("layers")
+def settle(
+    words: tl.tensor,
+    layers: tl.int32,
+    KIND: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HALF: tl.constexpr,
+    SPARSE: tl.constexpr,
+    DECAYED: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SEARCH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PART: tl.constexpr,
+) -> None:
+    """A program stores the means of BLOCK_ROWS rows' squares.
+
+    With LEAVE_OUT rows that are not finite are counted, enter no other sum, and have NaN for a mean: where a block has
+    one, its sums of columns are made once more. Of ROW_SKETCH the largest exponent is found for each bucket, to which
+    `add_rows` aligns what it adds up.
+    """
+    layer, block = find(words, layers, SETTLE, SEARCH)
+    _settle(
+        layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, PARTS, TILE_ROWS, PART
+    )  # fmt: skip

@@ -17,14 +17,22 @@ _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight"
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
-_SCRATCH = ("count", "means", "partials", "groups", "shape", "largest", "sums", "exponents", "hashes")
-_PROGRAMS = ("observe", "add", "fold", "reduce", "finish", "apply", "hash")
+_SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
+# Rows by bucket of a sketch: `orders.Order`.
+_ORDER = ("order", "edges", "keys", "entry", "key", "rows")
+#: Kernels whose programs are numbered through all layers.
+PROGRAMS = (
+    *("observe", "settle", "add", "fold", "reduce", "finish", "apply"),
+    *("hash_second", "hash_first", "insert_second", "insert_first"),
+    "hash_columns",
+)
 NAMES = (
     *_HEAD,
     *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
     *_RULE,
     *_SCRATCH,
-    *(f"{kernel}_program" for kernel in _PROGRAMS),
+    *(f"{state}_{word}" for state in ("second", "first") for word in _ORDER),
+    *(f"{kernel}_program" for kernel in PROGRAMS),
     "splits",
     "chunks",
 )
@@ -51,20 +59,30 @@ LR, SHRINK, EPS, WEIGHT_DECAY = map(_word, ("lr", "shrink", "eps", "weight_decay
 CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov", "sign"))
 # One over the number of columns, and over the second state's scale.
 OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))
-LEFT_OUT, MEANS, PARTIALS, GROUPS = map(_word, ("count", "means", "partials", "groups"))
-SHAPE, LARGEST, SUMS, EXPONENTS, HASHES = map(_word, ("shape", "largest", "sums", "exponents", "hashes"))
-OBSERVE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH = (_word(f"{kernel}_program") for kernel in _PROGRAMS)
+LEFT_OUT, MEANS, ROW_SUMS, PARTIALS, GROUPS = map(_word, ("count", "means", "row_sums", "partials", "groups"))
+SHAPE, HASHES, LARGEST, SUMS, EXPONENTS = map(_word, ("shape", "hashes", "largest", "sums", "exponents"))
+SECOND_SORTED, FIRST_SORTED = map(_word, ("second_order", "first_order"))
+# Of rows by bucket, from their first word; rows as ROWS, but never 0 for a step that is to change nothing.
+EDGES, KEYS, ENTRY, KEY, SORTED = map(tl.constexpr, range(1, 6))
+OBSERVE, SETTLE, ADD, FOLD, REDUCE, FINISH, APPLY, HASH_SECOND, HASH_FIRST, INSERT_SECOND, INSERT_FIRST, HASH = (
+    _word(f"{kernel}_program") for kernel in PROGRAMS
+)
 
 
 @inlined
-def find(words: tl.tensor, layers: tl.tensor, FIRST_PROGRAM: tl.constexpr, SEARCH: tl.constexpr) -> tl.tuple:
+def find(
+    words: tl.tensor, layers: tl.tensor, FIRST_PROGRAM: tl.constexpr, SEARCH: tl.constexpr, RUN: tl.constexpr = False
+) -> tl.tuple:
     """Where the words of this program's layer begin, and this program's number within the layer (int64).
 
     Args:
         FIRST_PROGRAM: the word that numbers the layer's first program.
         SEARCH: steps of the binary search; ``2 ** SEARCH`` is at least the number of layers.
+        RUN: whether there may be other layers before these.
     """
     program = tl.program_id(0)
+    if RUN:
+        program += tl.load(words + FIRST_PROGRAM)
     at = program * 0
     for step in tl.static_range(SEARCH):
         further = at + (1 << (SEARCH - 1 - step))
