@@ -68,6 +68,7 @@ class _Program:
     """A `Program` of layers of which each is a row of words."""
 
     def __init__(self, layers: Sequence[FusedStep], packed: bytearray) -> None:
+        self.kernel = step
         self.addresses = [layer.addresses() for layer in layers]
         self._words = Words(packed, len(layers), _NUMBER_WORDS, _SEED_WORDS)
 

@@ -6,7 +6,7 @@ same hyperparameters since the same time, have the same numbers: one of them lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,9 +19,11 @@ class Program(Protocol):
     """A step of all rows of some layers.
 
     Attributes:
+        kernel: what made it, a `FusedKernel`.
         addresses: of each layer, see `FusedStep.addresses`.
     """
 
+    kernel: Callable[[Sequence[FusedStep]], Tensor]
     addresses: list[list[int]]
 
     def follow(self, leaders: Sequence[int]) -> None:

@@ -55,8 +55,7 @@ class Prepared:
         self._followers = [layer for layer in layers if layer.leader is not layer]
         self._params = [layer.param for layer in layers]
         self._counted = [number for layer in self._followers for _, number, *_ in layer.numbers]
-        self._device = layers[0].param.device
-        self._kernel = kernels.fused_kernel(self._device)
+        self._device, self._kernel = layers[0].param.device, program.kernel
         with_gradient = {id(layer.param): layer for layer in reversed(layers)}
         self._groups: list[tuple[Any, ...]] = []
         self._idle: list[tuple[Tensor, Any]] = []  # compressed, but without a gradient
@@ -83,6 +82,8 @@ class Prepared:
         parts = tensors[0].bound
         program = None if not parts else parts[0].kept.program
         if program is None or len(program.addresses) != len(tensors) or not all(map(_can_repeat, tensors)):
+            return None
+        if program.kernel is not kernels.fused_kernel(tensors[0].param.device):  # somebody wrapped it
             return None
         try:
             made = cls(optimizer, tensors, program)
@@ -164,7 +165,6 @@ class Prepared:
                 of_leader[layer][0] if layer in of_leader else layer.fuse(rule, of_leader[layer.leader][1], leave_out)
                 for layer in self._layers
             ]
-            assert self._kernel is not None
             return self._kernel(every)
         renormalized = {
             layer

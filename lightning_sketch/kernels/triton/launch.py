@@ -172,6 +172,7 @@ class _Program:
     """A `Program` of the layers of a table."""
 
     def __init__(self, layers: Sequence[FusedStep], table: Table) -> None:
+        self.kernel = step
         self.addresses, self._table = [layer.addresses() for layer in layers], table
         self._keys = {number: key for key, group in table.groups.items() for number in _numbers(table, group)}
 
