@@ -40,9 +40,7 @@ class Prepared:
         valid: whether it can be used again.
     """
 
-    valid = True
-
-    def __init__(self, optimizer: Optimizer, tensors: list[OwnTensor], program: Program) -> None:
+    def __init__(self, optimizer: Optimizer, tensors: list[OwnTensor], program: Program, bound: int) -> None:
         layers = [_Layer(own, addresses) for own, addresses in zip(tensors, program.addresses, strict=True)]
         leaders: dict[Any, int] = {}
         led_by = [leaders.setdefault(layer.kind(), i) for i, layer in enumerate(layers)]
@@ -66,6 +64,7 @@ class Prepared:
             self._idle += [(param, optimizer.state.get(param)) for param in ours if id(param) not in with_gradient]
             first = (stepped[0].own.parts[0].layer.fqn, stepped[0].own.needed) if stepped else None
             self._groups.append((group, params, records, asked(group), first))
+        self.valid = bound <= len(layers) + sum(state is not None for _, state in self._idle)
         self._grads: list[Tensor] = []
         self._states: list[Tensor] = []
         for own in tensors:
@@ -86,10 +85,10 @@ class Prepared:
         if program.kernel is not kernels.fused_kernel(tensors[0].param.device):  # somebody wrapped it
             return None
         try:
-            made = cls(optimizer, tensors, program)
+            made = cls(optimizer, tensors, program, bound)
         except KeyError:  # an entry of a state that the kernel does not use, or a group without records
             return None
-        return made if bound <= len(tensors) + sum(state is not None for _, state in made._idle) else None
+        return made if made.valid else None
 
     def take_gradients(self, rule: UpdateRule, optimizer: Optimizer) -> bool:
         """Whether everything is as it was; then `tensors` have the gradients of now. Changes nothing.
