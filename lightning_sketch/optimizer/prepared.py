@@ -149,13 +149,19 @@ class Prepared:
         Returns:
             what `rules.run` does.
         """
-        grads, states, self._grads, self._states = self._grads, self._states, [], []
+        try:
+            return self._step(rule, leave_out)
+        finally:  # memory of gradients is free after the step, and that of states as soon as they are moved away
+            self._grads, self._states = [], []
+            for own in self.tensors:
+                del own.grad
+
+    def _step(self, rule: UpdateRule, leave_out: bool) -> Tensor:
+        grads, states = self._grads, self._states
         begun = [layer.numbers_of(rule) for layer in self._leaders]  # all of them before anything changes
         before = [layer.scales() for layer in self._leaders]
         _count(self._leaders)
         steps = [layer.fuse(rule, of_step, leave_out) for layer, of_step in zip(self._leaders, begun, strict=True)]
-        for own in self.tensors:
-            del own.grad  # it is free after the step
         if not self._program.takes(steps, grads):  # they are laid out otherwise, or hyperparameters ask for other code
             self.valid = False
             of_leader = dict(zip(self._leaders, zip(steps, begun, strict=True), strict=True))
