@@ -5,7 +5,8 @@ once, and again whenever what was bound is another object: the parameter, a tens
 (``load_state_dict``, offloading), or of another shape, dtype (``module.to()``) or order in memory; and when entries of
 the state come or go (a dense state that a user assigned). Of memory only views are asked whether it is still the same
 (flat tensors, DTensors). That is compared at every step. Numbers are not kept: hyperparameters come from the group and
-scales from the state at every step, and kernels are given tensors, never addresses of an earlier step.
+scales from the state at every step, and kernels are given tensors; addresses of an earlier step only by `prepared`,
+which compares them.
 """
 
 from __future__ import annotations
