@@ -59,6 +59,10 @@ class StateSpec:
     def local_shape(self) -> tuple[int, ...]:
         return self.shard.local_shape
 
+    def alike(self) -> StateSpec:
+        """What specs of the same state of other layers have in common, which may only differ in name and seed."""
+        return dataclasses.replace(self, fqn="", seed=0)
+
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the given shape holding the initial value."""
         return huge_pages.full(shape, self.fill, dtype or self.dtype, self.device)
@@ -97,6 +101,10 @@ class CodecState(ABC):
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
     #: lets nothing decay, and `stored` says weights as if no scale had decayed.
     deferred: bool = False
+    #: Whether `begin` changes nothing but a scale, and what `stored` says but tensors and the seed follows from
+    #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
+    #: by the same number.
+    can_follow: ClassVar[bool] = False
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -149,6 +157,9 @@ class CodecState(ABC):
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         """The scale, if there is one, and by what it is to decay, of a step that is `deferred`."""
         return None, 1.0
+
+    def follow(self, leader: CodecState) -> None:  # noqa: B027
+        """Let the scale decay as `leader`'s did, which was the same, in the step that it began."""
 
     @staticmethod
     def plain(tensor: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> bool:

@@ -105,6 +105,7 @@ class CountSketch(Codec):
 class _Sketch(ScaledState):
     table = Entry("table")  # [depth, width, *row_shape], the true sketch divided by the scale
     divided = ("table",)
+    can_follow: ClassVar[bool] = True
 
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)

@@ -94,6 +94,9 @@ class ScaledState(CodecState):
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self._scale, self._decay
 
+    def follow(self, leader: CodecState) -> None:
+        self.decay_scale(leader.deferred_scale()[1])
+
     def decay_scale(self, decay: Number) -> Number:
         """The scale after one step of `decay`, see `decayed`; the scale and its tensors are modified in place."""
         if self.deferred:
@@ -105,6 +108,7 @@ class ScaledState(CodecState):
             self.scale = decayed_on_device(self._scale, decay, tensors)
             return self.scale
         assert not isinstance(decay, Tensor)
+        self._decay = decay
         before: float = self._scale.item()
         scale = decayed(before, decay, (getattr(self, name) for name in self.divided))
         if scale != before:  # writing takes four times as long as reading

@@ -48,6 +48,7 @@ class _Factored(ScaledState):
     row = Entry("row")  # [local_rows], divided by the scale
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
+    can_follow: ClassVar[bool] = True
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)

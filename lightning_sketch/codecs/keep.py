@@ -39,6 +39,7 @@ class DenseState(CodecState):
 
     elementwise = True
     dense = Entry("")  # [local_rows, *row_shape], or a scalar's own shape
+    can_follow: ClassVar[bool] = True
     decay: Number
     weight: Number
 

@@ -87,6 +87,7 @@ class Quantized(Codec):
 class _Quantized(CodecState):
     adds_values: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
+    can_follow: ClassVar[bool] = True
 
     codes = Entry("codes")  # rows: [local_rows, bytes]; vector: [bytes]
     absmax = Entry("absmax")  # rows: [local_rows, blocks]; vector: [blocks]

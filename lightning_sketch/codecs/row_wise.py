@@ -78,6 +78,7 @@ class RowWise(Codec):
 class _Rows(ScaledState):
     row = Entry("row")  # [local_rows], the true value divided by the scale
     divided = ("row",)
+    can_follow: ClassVar[bool] = True
 
     def __init__(self, spec: StateSpec, tensors: Tensors, lazy: bool) -> None:
         super().__init__(spec, tensors)
@@ -109,6 +110,8 @@ class _Rows(ScaledState):
 
 
 class _SketchedRows(CodecState):
+    can_follow: ClassVar[bool] = True
+
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
         super().__init__(spec, tensors)
         self.inner = inner
@@ -128,6 +131,9 @@ class _SketchedRows(CodecState):
 
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self.inner.deferred_scale()
+
+    def follow(self, leader: CodecState) -> None:
+        self.inner.follow(leader)
 
     def stored(self) -> Stored:
         inner = self.inner.stored()

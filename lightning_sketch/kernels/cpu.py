@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import native
+from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 
 # ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
@@ -22,6 +23,14 @@ _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
 # What in them is something else at every step, and where it begins.
 _STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
 _HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f i"), struct.calcsize("@ 4q")
+
+# The same as words: numbers of 32 bits from `negate` to `leave_out` and of every state, seeds of 64 bits.
+_STATES_AT = [_HEAD.size + i * _STATE.size for i in range(3)]
+_NUMBER_WORDS = [
+    *range(struct.calcsize("@ 8q 2i") // 4, struct.calcsize("@ 8q 4i 7f i") // 4),
+    *(at // 4 + word for at in _STATES_AT for word in range(8, 12)),
+]
+_SEED_WORDS = [(at + _STATE_STEP_AT) // 8 for at in _STATES_AT]
 
 _ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
@@ -38,17 +47,49 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     grads: list[Tensor] = []
     ids: list[Tensor] = []
     states: list[Tensor] = []
-    packed = bytearray()
+    packed, rows = bytearray(), []
     for number, layer in enumerate(layers):
         if layer.grad.numel() == 0:
             continue
         for part in _parts(layer):
             packed += _pack(part, number, params, grads, ids, states)
+            rows.append(number)
     left_out = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
     if packed:
         increment_version(params + states)  # kernels write through addresses, of which autograd knows nothing
         _launch(params, grads, ids, states, left_out, torch.frombuffer(packed, dtype=torch.uint8))
+    if (kept := layers[0].kept) is not None:
+        whole = not ids and rows == list(range(len(layers)))  # none is empty, in two parts, or has some rows only
+        kept.program = _Program(layers, packed) if whole else None
     return left_out
+
+
+class _Program:
+    """A `Program` of layers of which each is a row of words."""
+
+    def __init__(self, layers: Sequence[FusedStep], packed: bytearray) -> None:
+        self.kernel = step
+        self.addresses = [layer.addresses() for layer in layers]
+        self._words = Words(packed, len(layers), _NUMBER_WORDS, _SEED_WORDS)
+
+    def follow(self, leaders: Sequence[int]) -> None:
+        self._words.follow(leaders)
+
+    def takes(self, steps: Sequence[FusedStep], grads: Sequence[Tensor]) -> bool:
+        return True
+
+    def again(
+        self, steps: Sequence[FusedStep], params: list[Tensor], grads: list[Tensor], states: list[Tensor]
+    ) -> Tensor:
+        packed = bytearray()
+        for step in steps:
+            (part,) = _parts(step)
+            packed += _pack(part, 0, [], [], [], [])  # positions stay as they are
+        self._words.write(packed)
+        left_out = torch.zeros(len(params), dtype=torch.int64, device="cpu")
+        increment_version(params + states)
+        _launch(params, grads, [], states, left_out, self._words.rows.view(-1).view(torch.uint8))
+        return left_out
 
 
 def _launch(*arguments: list[Tensor] | Tensor) -> None:

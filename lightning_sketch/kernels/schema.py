@@ -84,6 +84,7 @@ class Kept:
         packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
             the first.
         laid: how Triton's kernels are launched for such a step, and what of it that depends on.
+        program: the last step of all layers of which this is the first, if it can be made again: a `Program`.
         orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
         resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
     """
@@ -91,6 +92,7 @@ class Kept:
     fusable: bool | None = None
     packed: bytearray | None = None
     laid: tuple[tuple[bool, ...], Any] | None = None
+    program: Any = None
     orders: list[Any] = field(default_factory=lambda: [None, None])
     resident: Any = None
 
@@ -153,6 +155,10 @@ class FusedStep:
         """Everything that the step changes but the parameter."""
         stored = [state for state in (self.second, self.first, self.momentum) if state is not None]
         return [t for state in stored for t in (state.data, state.columns, state.scale_at) if t is not None]
+
+    def addresses(self) -> list[int]:
+        """Where the parameter and `tensors` are."""
+        return [self.param.data_ptr(), *(tensor.data_ptr() for tensor in self.tensors())]
 
 
 #: dtypes of parameters and gradients that fused kernels take.

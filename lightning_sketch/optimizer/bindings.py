@@ -5,120 +5,25 @@ once, and again whenever what was bound is another object: the parameter, a tens
 (``load_state_dict``, offloading), or of another shape, dtype (``module.to()``) or order in memory; and when entries of
 the state come or go (a dense state that a user assigned). Of memory only views are asked whether it is still the same
 (flat tensors, DTensors). That is compared at every step. Numbers are not kept: hyperparameters come from the group and
-scales from the state at every step, and kernels are given tensors, never addresses of an earlier step.
+scales from the state at every step, and kernels are given tensors; addresses of an earlier step only by `prepared`,
+which compares them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels import huge_pages
-from lightning_sketch.kernels.schema import DeviceNumbers, Kept
-from lightning_sketch.layers.record import Layer, LayerShard, compute_dtype, part_of
+from lightning_sketch.layers.record import Layer, LayerShard, part_of
+from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.optimizer.on_device import stay_on_device
-from lightning_sketch.rules import LayerStep
+from lightning_sketch.optimizer.prepared import Prepared
 from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.sharding.fake import is_fake_tensor
-from lightning_sketch.sharding.gradient import RowGradient
-
-
-@dataclass(slots=True)
-class BoundPart:
-    """A part of a layer, bound to its rows of a tensor and to its states.
-
-    Args:
-        param: its rows of the tensor, ``[local_rows, *row_shape]``.
-        states: codec states by torch's name; a dropped state is absent.
-        momentum: SM3's EMA of the update, if the codec has one.
-        momentum_beta: the factor of that EMA.
-        lazy: whether all-zero rows of a gradient count as absent.
-        dtype: dtype of arithmetic.
-        unit: its layer's name, and whether what steps leave out is counted by element, not by row.
-        on_device: whether the numbers of steps stay on the device.
-        kept: what its steps found out.
-    """
-
-    param: Tensor
-    states: Mapping[str, CodecState]
-    momentum: CodecState | None
-    momentum_beta: float
-    lazy: bool
-    dtype: torch.dtype
-    unit: tuple[str, bool]
-    on_device: bool = False
-    kept: Kept = field(default_factory=Kept)
-
-    @classmethod
-    def bind(
-        cls,
-        part: LayerShard,
-        param: Tensor,
-        group: Mapping[str, Any],
-        tensors: dict[str, Any],
-        *,
-        on_device: bool = False,
-    ) -> BoundPart:
-        """Bind `part` to the optimizer's `param` and its ``optimizer.state[param]``, which is allocated.
-
-        Args:
-            on_device: whether the numbers of steps stay on the device; scales are moved there.
-        """
-        states: dict[str, CodecState] = {}
-        momentum, momentum_beta = None, 0.0
-        for state, codec in part.layer.stored().items():
-            spec = part.spec(state, param, group)
-            if on_device:
-                spec = replace(spec, on_device=True)
-            states[state] = codec.bind(spec, tensors)
-            if codec.momentum:
-                momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
-        lazy, dtype = part.layer.lazy, compute_dtype(param)
-        unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
-        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
-
-    def step(
-        self,
-        gradient: RowGradient,
-        numbers: Any,
-        step: int | Tensor,
-        *,
-        negate: bool,
-        leave_out: bool = False,
-        on_device: DeviceNumbers | None = None,
-    ) -> LayerStep:
-        """One step, to be run (it modifies the parameter and its states in place).
-
-        Args:
-            gradient: of this part.
-            numbers: hyperparameters of this step, from `UpdateRule.numbers`.
-            step: number of this step, from 1.
-            negate: maximize.
-            leave_out: whether rows or elements that are not finite are left out.
-            on_device: what stays on the device, the step's number among it.
-        """
-        if self.lazy:  # rows without a gradient are found now, and with them those to be left out
-            gradient, leave_out = gradient.touched_only(leave_out=leave_out), False
-        return LayerStep(  # by position: by name it takes twice as long
-            self.param,
-            gradient,
-            self.states,
-            self.momentum,
-            self.momentum_beta,
-            numbers,
-            step,
-            self.dtype,
-            negate,
-            self.kept,
-            leave_out,
-            on_device=on_device,
-        )
 
 
 class Bindings:
@@ -128,6 +33,8 @@ class Bindings:
         self._kept: dict[int, _Binding] = {}
         #: Whether a step has looked at the gradients of kept layers.
         self.kept_checked = False
+        #: The last step, if it can be made again.
+        self.prepared: Prepared | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -135,7 +42,7 @@ class Bindings:
     def clear(self) -> None:
         """Let go of everything; tensors are bound anew."""
         self._kept.clear()
-        self.kept_checked = False
+        self.kept_checked, self.prepared = False, None
 
     def keep_those_in(self, states: Mapping[Tensor, Any]) -> None:
         """Let go of tensors without a state: of layers that are gone, or whose states were dropped."""

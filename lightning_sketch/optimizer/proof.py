@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_sketch import kernels
 from lightning_sketch.kernels.schema import DeviceNumbers
 from lightning_sketch.layers.record import Layer, LayerShard
-from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.optimizer.on_device import numbers_of
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.sharding import Shard

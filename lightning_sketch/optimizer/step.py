@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,44 +16,15 @@ from lightning_sketch.layers.counter import counter
 from lightning_sketch.layers.record import RECORDS, LayerShard
 from lightning_sketch.optimizer.amp import amp_on_device, grad_scale, overflowed
 from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
-from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.bound import OwnTensor
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.nonfinite import judge
 from lightning_sketch.optimizer.on_device import asked, check_capturable, check_capture, numbers_of, stay_on_device
+from lightning_sketch.optimizer.prepared import Prepared
 from lightning_sketch.optimizer.proof import proved
 from lightning_sketch.rules import UpdateRule, run
 from lightning_sketch.sharding import is_dtensor, placed_like, show_shards
 from lightning_sketch.sharding.fake import is_fake
-from lightning_sketch.sharding.gradient import RowGradient
-
-
-@dataclass(slots=True)
-class OwnTensor:
-    """A tensor with a gradient that our rules step.
-
-    Args:
-        group: its parameter group.
-        param: the tensor.
-        grad: its gradient, which torch's step does not see.
-        parts: what lies in it.
-        needed: states that the group's hyperparameters ask for.
-        state: ``optimizer.state[param]``, empty before the first step.
-        bound: the parts, bound; ``None`` if they have yet to be.
-        gradients: of each part, unscaled; empty under ``FakeTensorMode``, where rows cannot be read.
-        scale: what `grad` is still to be divided by; ``None`` for nothing.
-        on_device: whether the numbers of its steps stay on its device.
-    """
-
-    group: dict[str, Any]
-    param: Tensor
-    grad: Tensor
-    parts: tuple[LayerShard, ...]
-    needed: set[str]
-    state: dict[str, Any]
-    bound: list[BoundPart] | None
-    gradients: list[RowGradient]
-    scale: float | None = None
-    on_device: bool = False
 
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
@@ -74,6 +44,10 @@ def own_tensors(optimizer: CompressedGroups, *, compiling: bool = False) -> list
             states are not what the codecs store.
     """
     rule, bindings, states = optimizer.rule, optimizer.compression.bindings, optimizer.state
+    if (prepared := bindings.prepared) is not None:
+        if prepared.take_gradients(rule, optimizer):
+            return prepared.tensors
+        bindings.prepared = None
     bindings.keep_those_in(states)
     ours: list[OwnTensor] = []
     fake: bool | None = None
@@ -164,11 +138,36 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
     Raises:
         FloatingPointError: something was left out, and ``nonfinite="raise"``. Everything else was stepped.
     """
-    if ready and not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
+    if not ready:
+        return
+    compression = optimizer.compression
+    bindings, leave_out = compression.bindings, compression.nonfinite != "propagate"
+    prepared, bindings.prepared = bindings.prepared, None  # unless the step is made
+    if prepared is not None and ready is prepared.tensors:
+        left_out: Tensor | None = prepared.step(optimizer.rule, leave_out=leave_out)
+        units = prepared.units
+        bindings.prepared = prepared if prepared.valid else None
+    elif not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
         for own in ready:
             if not own.state:
                 _allocate(optimizer, own)
         return
+    else:
+        left_out = _step_each(optimizer, ready, leave_out=leave_out)
+        units = [part.unit for own in ready for part in own.bound or ()]
+        bindings.prepared = Prepared.make(optimizer, ready, bound=len(bindings))
+    if not leave_out or left_out is None:
+        return
+    if capturing():
+        compression.left_out.add_captured(left_out, units)
+    elif compression.left_out.is_late(left_out):
+        compression.left_out.add(left_out, units, capturable=ready[0].on_device)
+    elif bool(left_out.any()):
+        judge(compression.nonfinite, compression.skipped, left_out, units)
+
+
+def _step_each(optimizer: CompressedGroups, ready: list[OwnTensor], *, leave_out: bool) -> Tensor | None:
+    """A step of which nothing is prepared: what `run` returns."""
     rule, compression = optimizer.rule, optimizer.compression
     counts: list[Tensor] = []
     for own in ready:
@@ -187,8 +186,7 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
         torch._foreach_add_(counts, [counter(1.0)] * len(counts))
-    leave_out = compression.nonfinite != "propagate"
-    left_out = run(
+    return run(
         rule,
         (
             part.step(gradient, of_step, step, negate=negate, leave_out=leave_out, on_device=on_device)
@@ -196,18 +194,6 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
-    if not leave_out or left_out is None:
-        return
-    if capturing():
-        compression.left_out.add_captured(left_out, [part.unit for own in ready for part in own.bound or ()])
-        return
-    late = compression.left_out.is_late(left_out)
-    if late or bool(left_out.any()):
-        units = [part.unit for own in ready for part in own.bound or ()]
-        if late:
-            compression.left_out.add(left_out, units, capturable=ready[0].on_device)
-        else:
-            judge(compression.nonfinite, compression.skipped, left_out, units)
 
 
 #: Of a tensor's step: `UpdateRule.numbers`, the step's number, whether to maximize, and what stays on the device.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import Policy, Rule, compress
 from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
-from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.dtensor import even_shard

@@ -43,7 +43,7 @@ def _train(codecs: tuple[Codec, Codec], happens: Happens, *, forget: bool) -> di
         model.weight.grad = torch.randn(20, 8)
         happens(model, optimizer, step)
         if forget:
-            optimizer.__dict__.pop("_bindings", None)
+            optimizer.compression.bindings.clear()
         optimizer.step()
     return snapshot(model, optimizer)
 

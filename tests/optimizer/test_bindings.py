@@ -70,7 +70,7 @@ def _run(happens, *, forget, make=AdamW, **kwargs):
         _give(model, step)
         model, optimizer = happens(model, optimizer, step) or (model, optimizer)
         if forget:
-            optimizer.__dict__.pop("_bindings", None)
+            optimizer.compression.bindings.clear()
         optimizer.step()
     return snapshot(model, optimizer), optimizer
 
@@ -526,7 +526,7 @@ def _moved_shards(rank, world_size):
             if replace:
                 model.weight._local_tensor = model.weight._local_tensor.clone()
             if forget:
-                optimizer.__dict__.pop("_bindings", None)
+                optimizer.compression.bindings.clear()
             optimizer.step()
         found.append(model.weight.full_tensor().detach().clone())
         assert len(optimizer.compression.bindings) == 1

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAda
 from lightning_sketch import Codec, kernels
 from lightning_sketch.codecs.decay import ScaledState
 from lightning_sketch.layers.record import Layer, LayerShard
-from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import (
     AdagradRule,
     AdamRule,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import CountSketch, Policy, Rule, compress
 from lightning_sketch.layers.record import LayerShard
-from lightning_sketch.optimizer.bindings import BoundPart
+from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.deepspeed import Segment, read_layout

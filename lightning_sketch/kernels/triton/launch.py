@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels.capture import capturing
+from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.reference import signed
 from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
 from lightning_sketch.kernels.triton.apply import apply
@@ -35,7 +36,7 @@ from lightning_sketch.kernels.triton.observe import observe, settle
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
 from lightning_sketch.kernels.triton.quantized import hash_columns
 from lightning_sketch.kernels.triton.row_sketch import add_rows, fold_rows
-from lightning_sketch.kernels.triton.table import COUNT, PADDING, PROGRAMS, ROW
+from lightning_sketch.kernels.triton.table import COUNT, FLOATS, NAMES, PADDING, PROGRAMS, ROW, SCRATCH
 
 
 def step(layers: Sequence[FusedStep]) -> Tensor:
@@ -45,17 +46,15 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
         how many rows (elements where all states are element-wise) of each were left out, int64 ``[len(layers)]`` on the
         device, for which it does not wait.
     """
-    device = layers[0].param.device
-    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
-        table = Table(layers, device)
-        for key, group in table.groups.items():
-            _launch(key, table, group)
+    table = Table(layers)
+    left_out = table.launch()
     changed = [layer.param for layer in layers]
     for layer in layers:
         changed += layer.tensors()
     increment_version(changed)  # kernels write through addresses, of which autograd knows nothing
-    return table.left_out
+    if (kept := layers[0].kept) is not None:
+        kept.program = _Program(layers, table) if table.repeats else None
+    return left_out
 
 
 @dataclass
@@ -76,17 +75,18 @@ class Group:
 
 
 class Table:
-    """The words of all layers, and the memory that they point to.
+    """The words of all layers.
 
     Args:
         layers: steps on one device.
 
     Attributes:
         groups: layers by key.
-        left_out: int64 ``[len(layers)]``, in the order of the layers.
+        numbers: for each row of the table, which of `layers` it is of.
+        words: the rows; ``None`` if there are none, or numbers stay on the device.
     """
 
-    def __init__(self, layers: Sequence[FusedStep], device: torch.device) -> None:
+    def __init__(self, layers: Sequence[FusedStep]) -> None:
         by_key: dict[Key, list[tuple[int, FusedStep, Laid]]] = {}
         floats, zeros = 0, len(layers)  # float32, and words of 64 bits
         for number, step in enumerate(layers):
@@ -95,14 +95,9 @@ class Table:
                 by_key.setdefault(laid.key, []).append((number, step, laid))
                 floats += sum(laid.floats)
                 zeros += laid.sums + (laid.exponents + 3) // 2
-        self.scratch = torch.empty(floats, dtype=torch.float32, device=device)
-        self.zeros = torch.zeros(zeros, dtype=torch.int64, device=device)
-        self.left_out = self.zeros[: len(layers)]
+        self._device, self._count, self._sizes = layers[0].param.device, len(layers), (floats, zeros)
         self.groups: dict[Key, Group] = {}
-        on_device = layers[0].on_device is not None  # of all, or of none
-        # Tables that stay where they are hold distances from the beginning of both.
-        at, zero = (0, 0) if on_device else (self.scratch.data_ptr(), self.zeros.data_ptr())
-        at_zero, begin = zero + 8 * len(layers), 0
+        at, at_zero, begin = 0, 8 * len(layers), 0  # distances from the beginning of the memory that programs share
         words: list[bytes] = []
         order: list[FusedStep] = []
         for key, members in by_key.items():
@@ -115,7 +110,7 @@ class Table:
                     pieces.append(at)
                     at += 4 * size
                 exponents = at_zero + 8 * laid.sums
-                scratch = (zero + 8 * number, *pieces, exponents, at_zero, exponents)
+                scratch = (8 * number, *pieces, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
                 order.append(step)
                 orders = [None if found is None else found.orders[position] for found in group.sorted]
@@ -123,12 +118,97 @@ class Table:
                 programs = [sum(pair) for pair in zip(programs, laid.programs, strict=True)]
             group.programs = dict(zip(PROGRAMS, programs, strict=True))
             begin += len(members)
-        if on_device and order:
-            self.words = device_words(order, words, self.scratch, self.zeros)
-            return
-        host = torch.frombuffer(bytearray(b"".join(words)) or bytearray(8), dtype=torch.int64)
-        # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
-        self.words = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        self.numbers = [number for members in by_key.values() for number, _, _ in members]
+        self.words: Words | None = None
+        self._resident: tuple[list[FusedStep], list[bytes]] | None = None
+        if layers[0].on_device is not None:  # of all, or of none
+            self._resident = order, words
+        elif words:
+            self.words = Words(bytearray(b"".join(words)), len(words), _NUMBER_WORDS, _SEED_WORDS)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it serves for further steps of the layers, with other gradients and numbers."""
+        if self.words is None or len(self.numbers) < self._count:
+            return False
+        return not any(key.sparse or key.insertions for key in self.groups)  # orders of rows may change
+
+    def launch(self) -> Tensor:
+        """All launches of a step, which returns what `step` does."""
+        device, (floats, zeros) = self._device, self._sizes
+        if not self.groups:
+            return torch.zeros(zeros, dtype=torch.int64, device=device)
+        guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with guard:
+            scratch = torch.empty(floats, dtype=torch.float32, device=device)
+            zeroed = torch.zeros(zeros, dtype=torch.int64, device=device)
+            if self._resident is not None:
+                table = device_words(*self._resident, scratch, zeroed)
+            else:
+                assert self.words is not None
+                host = self.words.rows + _SCRATCH_WORDS * scratch.data_ptr() + _ZEROS_WORDS * zeroed.data_ptr()
+                # Pinned, so that the copy waits for nothing; torch keeps that memory until the copy is made.
+                pinned = host.pin_memory() if device.type == "cuda" else host
+                table = pinned.to(device, non_blocking=True).view(-1)
+            for key, group in self.groups.items():
+                _launch(key, table, group)
+        return zeroed[: self._count]
+
+
+def _marks(names: Collection[str]) -> Tensor:
+    """1 for some words of a row, 0 for the others."""
+    return torch.tensor([name in names for name in NAMES] + [False] * (COUNT - len(NAMES))).long()
+
+
+_ZEROS = ("count", "largest", "sums", "exponents")
+_ZEROS_WORDS, _SCRATCH_WORDS = _marks(_ZEROS), _marks([name for name in SCRATCH if name not in _ZEROS])
+_NUMBER_WORDS = [2 * NAMES.index(name) for name in FLOATS]
+_SEED_WORDS = [NAMES.index(f"{state}_seed") for state in ("second", "first", "momentum")]
+_GRAD_WORD = NAMES.index("grad")
+
+
+class _Program:
+    """A `Program` of the layers of a table."""
+
+    def __init__(self, layers: Sequence[FusedStep], table: Table) -> None:
+        self.kernel = step
+        self.addresses, self._table = [layer.addresses() for layer in layers], table
+        self._keys = {number: key for key, group in table.groups.items() for number in _numbers(table, group)}
+
+    def follow(self, leaders: Sequence[int]) -> None:
+        numbers, words = self._table.numbers, self._table.words
+        assert words is not None
+        rows = {number: row for row, number in enumerate(numbers)}
+        words.follow([rows[leaders[number]] for number in numbers])
+        leading = sorted(set(leaders))
+        self._leading = leading
+        self._in_rows = sorted(range(len(leading)), key=lambda i: rows[leading[i]])  # steps, in the order of the table
+
+    def takes(self, steps: Sequence[FusedStep], grads: Sequence[Tensor]) -> bool:
+        if any(_laid(step).key != self._keys[number] for number, step in zip(self._leading, steps, strict=True)):
+            return False
+        keys = self._keys
+        return all(grad.data_ptr() % 16 == 0 or not keys[number].aligned for number, grad in enumerate(grads))
+
+    def again(
+        self, steps: Sequence[FusedStep], params: list[Tensor], grads: list[Tensor], states: list[Tensor]
+    ) -> Tensor:
+        table, words, packed = self._table, self._table.words, bytearray()
+        assert words is not None
+        for i in self._in_rows:
+            packed += _pack(steps[i], _laid(steps[i]), _NO_SCRATCH, [None, None], _NO_PROGRAMS)
+        words.write(packed)
+        words.rows[:, _GRAD_WORD] = torch.tensor([grads[number].data_ptr() for number in table.numbers])
+        left_out = table.launch()
+        increment_version(params + states)
+        return left_out
+
+
+def _numbers(table: Table, group: Group) -> list[int]:
+    return table.numbers[group.begin : group.begin + group.count]
+
+
+_NO_SCRATCH, _NO_PROGRAMS = (0,) * len(SCRATCH), [0] * len(PROGRAMS)
 
 
 def _orders(key: Key, steps: list[FusedStep]) -> tuple[Sorting | None, Sorting | None]:
@@ -210,10 +290,10 @@ def _laid(step: FusedStep) -> Laid:
     return found
 
 
-def _launch(key: Key, table: Table, group: Group) -> None:
+def _launch(key: Key, table: Tensor, group: Group) -> None:
     """All launches of the layers with one key."""
     count = group.count
-    words = table.words[group.begin * COUNT :]
+    words = table[group.begin * COUNT :]
     programs = group.programs
     search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
     common: dict[str, Any] = {

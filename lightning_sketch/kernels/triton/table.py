@@ -17,7 +17,7 @@ _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight"
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
 _RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
-_SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
+SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
 _ORDER = ("order", "edges", "keys", "entry", "key", "rows")
 #: Kernels whose programs are numbered through all layers.
@@ -30,14 +30,14 @@ NAMES = (
     *_HEAD,
     *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
     *_RULE,
-    *_SCRATCH,
+    *SCRATCH,
     *(f"{state}_{word}" for state in ("second", "first") for word in _ORDER),
     *(f"{kernel}_program" for kernel in PROGRAMS),
     "splits",
     "chunks",
 )
-_FLOATS = {*_RULE, *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _NUMBERS)}
-ROW = struct.Struct("<" + "".join("f4x" if name in _FLOATS else "q" for name in NAMES))
+FLOATS = {*_RULE, *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _NUMBERS)}
+ROW = struct.Struct("<" + "".join("f4x" if name in FLOATS else "q" for name in NAMES))
 #: Words of a layer. A multiple of 16 bytes, so that a part of the table is aligned as the table is.
 COUNT = len(NAMES) + len(NAMES) % 2
 PADDING = bytes(8 * COUNT - ROW.size)
@@ -48,7 +48,7 @@ def _word(name: str) -> tl.constexpr:
 
 
 WORDS = tl.constexpr(COUNT)
-SCRATCH_WORDS = tl.constexpr(len(_SCRATCH))  # from LEFT_OUT on
+SCRATCH_WORDS = tl.constexpr(len(SCRATCH))  # from LEFT_OUT on
 PARAM, GRAD, IDS, ROWS, COLUMNS = map(_word, ("param", "grad", "ids", "rows", "columns"))
 ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset", "all_rows"))
 SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
