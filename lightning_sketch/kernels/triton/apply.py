@@ -124,6 +124,7 @@ def apply(
     KEPT: tl.constexpr = (
         SECOND_KIND == ROW and AT_ONCE and not OBSERVED
     )  # a program's gradient, between two looks at it
+    AHEAD: tl.constexpr = KEPT and TILE_ROWS <= 8  # of many narrow rows it would take too many registers
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
     if SPAN:
@@ -189,7 +190,8 @@ def apply(
             g = gradient(grad, param, at_grad, at, mask, sign, weight_decay, DECAYED)
             if KEPT:
                 whole = g
-                whole_param = load(param, at, mask)  # on its way while the squares are summed
+                if AHEAD:
+                    whole_param = load(param, at, mask)  # on its way while the squares are summed
             squares += g * g
         sums = tl.sum(squares, axis=1)
         means = sums * number(layer, OF_COLUMN)
@@ -406,7 +408,7 @@ def apply(
                 MOMENTUM_KIND,
                 BY_ELEMENTS,
             )
-        if KEPT:
+        if AHEAD:
             before = whole_param
         elif not CODED:
             before = load(param, at, mask)

@@ -23,7 +23,7 @@ QUANTIZED_PARTS = 8
 SPAN = 4096
 #: Rows of which a program of `observe` leaves one partial sum for each column; fewer where that would be few programs.
 OBSERVED_ROWS, FEWER_OBSERVED_ROWS, ENOUGH_PROGRAMS = 64, 32, 1024
-#: Columns of a program of `observe`, which is one warp: what it adds up it never waits for another one for. Some
+#: Columns of a program of `observe`, one warp: what it adds up it never waits for another one for. Some
 #: versions of Triton (3.6) would move sums through shared memory between several.
 OBSERVED_COLUMNS = 1024
 #: Rows of a tile of `observe` at most, where they are narrow.
@@ -112,6 +112,11 @@ class Key(NamedTuple):
     def one_chunk(self) -> bool:
         """Whether a program of `observe` has whole rows, and settles them, too."""
         return self.at_once and self.width <= min(SETTLED_AT_ONCE, self.observe_tile[1])
+
+    @property
+    def observe_warps(self) -> int:
+        """Warps of a program of `observe`: one, but where it also settles, which takes registers."""
+        return 8 if self.one_chunk else 1
 
     @property
     def insertions(self) -> list[tuple[bool, bool, int]]:
