@@ -358,12 +358,13 @@ def _some_rows(w, count):
 def _measured_transient(optimizer) -> int:
     """Largest sum of live allocations within a step, bytes; the state exists already."""
     optimizer.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        optimizer.step()
+    for _ in range(2):  # of what was kept before its first session, the profiler does not see when it is freed
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            optimizer.step()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    assert abs(live) <= 4096  # a step leaves nothing behind but what it prepares for the next one
+    assert live == 0  # a step leaves nothing behind
     return peak

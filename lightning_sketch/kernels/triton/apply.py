@@ -121,10 +121,10 @@ def apply(
         SPAN: 0 for all columns.
     """
     BY_ELEMENTS: tl.constexpr = LEAVE_OUT and not BY_ROWS
-    KEPT: tl.constexpr = (
-        SECOND_KIND == ROW and AT_ONCE and not OBSERVED
-    )  # a program's gradient, between two looks at it
-    AHEAD: tl.constexpr = KEPT and TILE_ROWS <= 8  # of many narrow rows it would take too many registers
+    # Whether the gradient stays in registers between two looks at it, and the parameter is read ahead; of many narrow
+    # rows that would take too many.
+    KEPT: tl.constexpr = SECOND_KIND == ROW and AT_ONCE and not OBSERVED
+    AHEAD: tl.constexpr = KEPT and TILE_ROWS <= 8
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
     if SPAN:
