@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-Stored = dict[str, Any]
+KernelState = dict[str, Any]
 Row = dict[str, Any]
 
 NO_TEMPORARIES = 0.01  # bytes per parameter: what does not grow with the table, such as sums of columns, is below that
@@ -54,7 +54,7 @@ MARKS = (
 )
 
 
-def marks_table(stored: Stored) -> str:
+def marks_table(stored: KernelState) -> str:
     """Every mark, with the ratio at one and two threads, without and with the check of the gradient."""
     lines = [
         "| step | against | at most | no check, 1 thread | 2 threads | with the check, 1 thread | 2 threads "
@@ -69,7 +69,7 @@ def marks_table(stored: Stored) -> str:
     return "\n".join(lines)
 
 
-def worst(stored: Stored, mark: Mark, count: str, nonfinite: str) -> float | None:
+def worst(stored: KernelState, mark: Mark, count: str, nonfinite: str) -> float | None:
     """The largest ratio of the mark's rows; ``None`` where there are none."""
     rows = [row for row in _rows(stored, mark.group, count) if row["nonfinite"] == nonfinite and _belongs(row, mark)]
     return max((row["ratio"] for row in rows), default=None)
@@ -80,11 +80,11 @@ def _belongs(row: Row, mark: Mark) -> bool:
     return named and row["name"] != row["against"]
 
 
-def _rows(stored: Stored, group: str, count: str) -> list[Row]:
+def _rows(stored: KernelState, group: str, count: str) -> list[Row]:
     return [row for row in stored["threads"].get(count, {}).get(group, ()) if "error" not in row]
 
 
-def _ratio_line(stored: Stored, mark: Mark) -> str:
+def _ratio_line(stored: KernelState, mark: Mark) -> str:
     found = {check: [worst(stored, mark, count, check) for count in THREADS] for check in ("propagate", "raise")}
     cells = [f"{ratio:.2f}" if ratio is not None else "-" for ratios in found.values() for ratio in ratios]
     complete = {check: [r for r in ratios if r is not None] for check, ratios in found.items() if None not in ratios}
@@ -107,7 +107,7 @@ def verdict(met: dict[str, bool]) -> str:
     return "without the check only" if met.get("propagate") else "**no**"
 
 
-def _bound(stored: Stored, mark: Mark) -> str:
+def _bound(stored: KernelState, mark: Mark) -> str:
     """The largest ratio to the reference that bandwidth alone would leave, without the check."""
     ratios = []
     for count in THREADS:
@@ -120,7 +120,7 @@ def _bound(stored: Stored, mark: Mark) -> str:
     return f"{max(ratios):.2f}" if ratios else "-"
 
 
-def _temporaries(stored: Stored, text: str, groups: tuple[str, ...], shown: str, most: float) -> str:
+def _temporaries(stored: KernelState, text: str, groups: tuple[str, ...], shown: str, most: float) -> str:
     measure = "transient_bytes_per_parameter" if groups == DENSE_GROUPS else "transient_per_gradient_byte"
     cells: list[str] = []
     met: dict[str, bool] = {}
@@ -140,7 +140,7 @@ def _temporaries(stored: Stored, text: str, groups: tuple[str, ...], shown: str,
     return f"| {text} | - | {shown} | {' | '.join(cells)} | - | {verdict(met)} |"
 
 
-def _cold(stored: Stored) -> str:
+def _cold(stored: KernelState) -> str:
     extra = {
         count: row["extra"]
         for count in THREADS

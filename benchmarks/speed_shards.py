@@ -17,7 +17,7 @@ from benchmarks.roofline import dense_bytes
 from benchmarks.speed_cases import DENSE, LR, NONFINITE, Sizes
 from benchmarks.speed_measure import Contestant
 from lightning_sketch.layers.flat import FlatTensors
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.sharding.deepspeed import FlatLayout, Segment
 
@@ -76,7 +76,7 @@ def _flat(model: Model, gradients: list[Tensor], nonfinite: Any) -> tuple[Optimi
         layout.append((tensor, segments))
     optimizer.param_groups[0]["params"] = tensors
     anywhere = [[segment.param for segment in segments] for _, segments in layout]
-    records = [Layer.from_record(record) for record in optimizer.compression.records]  # type: ignore[attr-defined]
+    records = [LayerRecord.from_record(record) for record in optimizer.compression.records]  # type: ignore[attr-defined]
     optimizer.compression.flat = FlatTensors(  # type: ignore[attr-defined]
         FlatLayout("ZeRO-3", layout, None, anywhere), named_layers(model, None), {layer.fqn: layer for layer in records}
     )

@@ -21,7 +21,7 @@ from benchmarks.summary import RESULTS
 
 PAGE = DOCS / "performance.md"
 PICTURE = DOCS / "img" / "speed.png"
-Stored = dict[str, Any]
+KernelState = dict[str, Any]
 
 #: Groups that have a table of rows, and what the ratio there is against.
 RACES = {
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
-    stored: Stored = json.loads(arguments.results.read_text())
-    makers: dict[str, Callable[[Stored], str]] = {
+    stored: KernelState = json.loads(arguments.results.read_text())
+    makers: dict[str, Callable[[KernelState], str]] = {
         "speed_machine": machine,
         "speed_marks": marks_table,
         "speed_cold": cold_table,
@@ -59,7 +59,7 @@ def main() -> None:
     plot(stored, arguments.picture)
 
 
-def machine(stored: Stored) -> str:
+def machine(stored: KernelState) -> str:
     """What was measured on, with the bandwidth at each number of threads."""
     found = stored["environment"]
     lines = [
@@ -78,7 +78,7 @@ def machine(stored: Stored) -> str:
     return "\n".join(lines)
 
 
-def race_table(stored: Stored, group: str) -> str:
+def race_table(stored: KernelState, group: str) -> str:
     """Every row of a group, with times at each number of threads side by side."""
     counts = [count for count, groups in stored["threads"].items() if group in groups]
     if not counts:
@@ -106,7 +106,7 @@ def race_table(stored: Stored, group: str) -> str:
     return "\n".join(lines)
 
 
-def cold_table(stored: Stored) -> str:
+def cold_table(stored: KernelState) -> str:
     """The first step of a new process."""
     lines = ["| | threads | first step, ms | second step, ms | more, ms |", "|---|---|---|---|---|"]
     for count, groups in stored["threads"].items():

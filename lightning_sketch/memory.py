@@ -16,7 +16,7 @@ from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels import describe, fused_kernel
 from lightning_sketch.kernels.schema import DTYPES
 from lightning_sketch.layers.dtensor_states import of_others
-from lightning_sketch.layers.record import LayerShard, compute_dtype
+from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.stock import StockOptimizer
 from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
@@ -172,15 +172,15 @@ def report(optimizer: Any) -> MemoryReport:
     )
 
 
-def transient_bytes(rule: UpdateRule, part: LayerShard, param: Tensor) -> int:
+def transient_bytes(rule: UpdateRule, part: LayerPart, param: Tensor) -> int:
     """Upper bound of the temporaries of one step of a compressed layer on its own, bytes."""
     own = _fused_bytes(part, param) if fused(rule, part, param) else _block_bytes(part, param)
     return own + _copied_bytes(part, param)
 
 
-def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
+def fused(rule: UpdateRule, part: LayerPart, param: Tensor) -> bool:
     """Whether fused kernels do the steps of a layer; gradients are taken to be contiguous."""
-    stored = part.layer.stored()
+    stored = part.layer.persistent_codecs()
     if fused_kernel(param.device) is None or param.dtype not in DTYPES or not rule.fusable(stored):
         return False
     for state, codec in stored.items():
@@ -190,33 +190,33 @@ def fused(rule: UpdateRule, part: LayerShard, param: Tensor) -> bool:
     return True
 
 
-def _fused_bytes(part: LayerShard, param: Tensor) -> int:
+def _fused_bytes(part: LayerPart, param: Tensor) -> int:
     """Memory that the CPU kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
     depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
     rows = part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
     by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
-    scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.stored().values()), default=0)
+    scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.persistent_codecs().values()), default=0)
     by_row += scratch * (rows + 64)
     threads = torch.get_num_threads()
     together = by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
     return together + (_order_bytes(part, scattered) if param.device.type == "cuda" else 0)
 
 
-def _order_bytes(part: LayerShard, scattered: int) -> int:
+def _order_bytes(part: LayerPart, scattered: int) -> int:
     """Rows by bucket of sketches on a CUDA device: kept for a dense gradient, sorted at every step for a sparse one."""
     from lightning_sketch.kernels.triton import orders  # imports Triton
 
-    shapes = [shape for codec in part.layer.stored().values() if (shape := codec.table_shape(part.shard))]
+    shapes = [shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))]
     hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
     rows = scattered or part.shard.local_rows
     return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
 
 
-def _strip_bytes(part: LayerShard) -> int:
+def _strip_bytes(part: LayerPart) -> int:
     """Of dense steps in strips of a sketch's columns: where every row lies in it, and every thread's strip."""
-    shapes = [shape for codec in part.layer.stored().values() if (shape := codec.table_shape(part.shard))]
+    shapes = [shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))]
     if not shapes:
         return 0
     rows, columns, threads = part.shard.local_rows, part.shard.row_numel, torch.get_num_threads()
@@ -229,7 +229,7 @@ def _strip_bytes(part: LayerShard) -> int:
     return 2 * depth * rows + threads * (own + _STRIP_GAP)
 
 
-def _block_bytes(part: LayerShard, param: Tensor) -> int:
+def _block_bytes(part: LayerPart, param: Tensor) -> int:
     """Blocks of `block_numel` elements in the reference's step."""
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
     numel = min(rows * row, max(block_numel(param.device), row))
@@ -243,7 +243,7 @@ def _block_bytes(part: LayerShard, param: Tensor) -> int:
     return total
 
 
-def _copied_bytes(part: LayerShard, param: Tensor) -> int:
+def _copied_bytes(part: LayerPart, param: Tensor) -> int:
     """What is made of a gradient before the step: a sparse one coalesced, the touched rows of a dense one."""
     grad = param.grad
     if grad is None:
@@ -256,13 +256,13 @@ def _copied_bytes(part: LayerShard, param: Tensor) -> int:
     return 2 * rows * row * grad.element_size() + rows * hashes if part.layer.lazy else 0
 
 
-def _hashes(part: LayerShard) -> tuple[int, int]:
+def _hashes(part: LayerPart) -> tuple[int, int]:
     """Depth of the layer's sketches, and bytes of row ids, buckets and signs for each row."""
     depth = max((getattr(codec, "depth", 0) for codec in part.layer.codecs.values()), default=0)
     return depth, 8 * (4 + 3 * depth)
 
 
-def _count_part(part: LayerShard, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
+def _count_part(part: LayerPart, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
     names = sorted(part.layer.codecs, key=len, reverse=True)  # exp_avg_sq before exp_avg: one is a prefix of the other
     for key, value in state.items():
         owner = next((n for n in names if key.startswith(part.prefix + n)), None)

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, decompress
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from tests.tiny import ADAMW, CASES, CODECS, EXACTLY, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
 TOKENS = torch.tensor([[1, 2, 2], [5, 2, 7]])
@@ -115,7 +115,9 @@ def test_a_tied_weight_is_one_layer_with_two_names():
     exact = CountSketch(width=100)
     policy = Policy([Rule(name="kept.weight", first_moment=exact, second_moment=exact)])  # the second name
     optimizer, stock = compress(Adam(model.parameters()), model, policy), Adam(plain.parameters())
-    assert [Layer.from_record(record).fqn for record in optimizer.param_groups[0]["compression"]] == ["table.weight"]
+    assert [LayerRecord.from_record(record).fqn for record in optimizer.param_groups[0]["compression"]] == [
+        "table.weight"
+    ]
     for _ in range(3):
         for m, o in ((model, optimizer), (plain, stock)):
             o.zero_grad()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning_sketch.checkpoints.contents import SavedLayer, SavedOptimizer
 from lightning_sketch.layers.dtensor_states import sharding_of
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.policy.recorded import policy_hint
 
 
-def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
+def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
     """Whether `restore` has to load a checkpoint: it is plain, or of another number of shards.
 
     torch.distributed.checkpoint fails there, because it reads into tensors of the live optimizer's names and shapes.
@@ -21,12 +21,12 @@ def must_move(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
         ValueError: the checkpoint was written under another policy; the message names every layer and the reason.
     """
     problems: list[str] = []
-    decided: list[Layer] = []
+    decided: list[LayerRecord] = []
     plain = False
     sharded: list[tuple[SavedLayer, int]] = []  # what was compressed then and is now, and into how many shards now
     for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
-            found, live = saved.layers.get(fqn), None if record is None else Layer.from_record(record)
+            found, live = saved.layers.get(fqn), None if record is None else LayerRecord.from_record(record)
             decided += [] if live is None else [live]
             if found is None or found.layer is live is None:
                 continue

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, StateSpec, allocate, key_of, scale_tensor
-from lightning_sketch.layers.counter import counter, read_step
-from lightning_sketch.layers.dtensor_states import SHARDS, sources, torn
-from lightning_sketch.layers.record import RECORDS, Layer
+from lightning_sketch.layers.dtensor_states import SHARDS, sources, step_mismatch
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 from lightning_sketch.layers.reshard import LazyTensor, Source, reshard
+from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.sharding import Shard, is_dtensor
 
 
@@ -31,7 +31,7 @@ class SavedLayer:
     fqn: str
     shape: tuple[int, ...]
     step: float | None
-    layer: Layer | None
+    layer: LayerRecord | None
     states: Callable[[], dict[str, list[Source]]]
 
     def dropped(self, state: str) -> bool:
@@ -82,7 +82,7 @@ def from_state_dict(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]
     for number, group in enumerate(groups):
         keys = list(group["params"])
         fqns = keys if all(isinstance(key, str) for key in keys) else _names_of(names, number, len(keys))
-        decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
+        decided = [LayerRecord.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
         compressed = {layer.fqn: layer for layer in decided}
         for key, fqn in zip(keys, fqns, strict=True):
             if entry := state_dict["state"].get(key):
@@ -97,12 +97,12 @@ def from_state_dict(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]
     return SavedOptimizer(layers, named_groups)
 
 
-def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> SavedLayer:
+def from_entry(fqn: str, entry: Mapping[str, Any], layer: LayerRecord | None) -> SavedLayer:
     """Read one parameter's entry of a state dict, whose tensors may be lazy; see `from_state_dict`."""
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in entry.values()):
         raise ValueError(f"{fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
     step = None if entry.get("step") is None else read_step(entry["step"], fqn)
-    if problem := torn(entry):
+    if problem := step_mismatch(entry):
         raise ValueError(f"{fqn}: {problem}")
     if layer is not None:
         return SavedLayer(fqn, layer.shape, step, layer, lambda: dict(_compressed(layer, entry)))
@@ -115,7 +115,7 @@ def from_entry(fqn: str, entry: Mapping[str, Any], layer: Layer | None) -> Saved
 
 
 def encode_states(
-    found: SavedLayer, sources: Mapping[str, list[Source]], specs: Mapping[str, StateSpec], layer: Layer
+    found: SavedLayer, sources: Mapping[str, list[Source]], specs: Mapping[str, StateSpec], layer: LayerRecord
 ) -> Iterator[tuple[str, dict[str, Any], float | None]]:
     """Encode a layer's states for one new shard.
 
@@ -131,7 +131,7 @@ def encode_states(
     Raises:
         ValueError: a state is missing, or its parts do not cover the shard.
     """
-    for state, codec in layer.stored().items():
+    for state, codec in layer.persistent_codecs().items():
         if state in sources:
             yield state, *reshard(codec, specs[state], sources[state])
         elif found.dropped(state):
@@ -157,9 +157,9 @@ def tensors_of(codec: Codec, state: str, ndim: int, entry: Mapping[str, Any]) ->
     return found
 
 
-def _compressed(layer: Layer, entry: Mapping[str, Any]) -> Iterator[tuple[str, list[Source]]]:
+def _compressed(layer: LayerRecord, entry: Mapping[str, Any]) -> Iterator[tuple[str, list[Source]]]:
     whole = Shard.whole(layer.shape)
-    for state, codec in layer.stored().items():
+    for state, codec in layer.persistent_codecs().items():
         found = tensors_of(codec, state, max(1, len(layer.shape)), entry)
         if SHARDS in entry:
             yield state, list(sources(layer, state, codec, entry, whole))
@@ -177,4 +177,4 @@ def _names_of(names: Sequence[Sequence[str]] | None, number: int, count: int) ->
 
 def as_float_tensor(step: float | None) -> Tensor:
     """A step count as converted optimizers keep it. SGD counts none; its buffer exists, so one step was made."""
-    return counter(1.0 if step is None else step)
+    return step_tensor(1.0 if step is None else step)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sketch.checkpoints.collectives import run_on_all_ranks, verify_together
 from lightning_sketch.checkpoints.contents import (
     SavedLayer,
     SavedOptimizer,
@@ -17,13 +18,12 @@ from lightning_sketch.checkpoints.contents import (
     encode_states,
 )
 from lightning_sketch.checkpoints.open import Opened, open_checkpoint
-from lightning_sketch.checkpoints.together import all_or_none, verify_together
-from lightning_sketch.layers.counter import counter
 from lightning_sketch.layers.dtensor_states import dense_like
-from lightning_sketch.layers.flat import FlatTensor, NamedSegment, layer_shards
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.flat import FlatTensor, NamedSegment, layer_parts
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import Source, fill_dense
 from lightning_sketch.layers.roles import named_layers
+from lightning_sketch.layers.step_count import step_tensor
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.stock import StockOptimizer
@@ -80,12 +80,12 @@ def restore(target: Any, path: str | Path, *, optimizer: int = 0) -> Errors:
         order = None if model is None else [layer.fqn for layer in named_layers(model).values()]
         return open_checkpoint(path, inner.compression.names, optimizer=optimizer, order=order)
 
-    found = all_or_none(open_)
+    found = run_on_all_ranks(open_)
     try:
         verify_together(found.unverified)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    loaded = all_or_none(lambda: _Restored(inner, found.saved))
+    loaded = run_on_all_ranks(lambda: _Restored(inner, found.saved))
     loaded.commit(wrapper)
     return loaded.errors
 
@@ -136,7 +136,7 @@ class _Restored:
                 if record is None:
                     self.states.append((param, self._kept(found, param, group)))
                 else:
-                    part = LayerShard(Layer.from_record(record), shard_of(param, fqn))
+                    part = LayerPart(LayerRecord.from_record(record), shard_of(param, fqn))
                     part.check_shape()
                     state = {"step": as_float_tensor(found.step)} | self._part(found, part, param, group)
                     self.states.append((param, state))
@@ -167,10 +167,10 @@ class _Restored:
                 state |= self._kept_run(flat, inside, start, stop, part.prefix)
         return state
 
-    def _part(self, found: SavedLayer, part: LayerShard, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _part(self, found: SavedLayer, part: LayerPart, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The states of one part of a compressed layer."""
         tensors: dict[str, Any] = {}
-        specs = {state: part.spec(state, param, group) for state in part.layer.stored()}
+        specs = {state: part.spec(state, param, group) for state in part.layer.persistent_codecs()}
         for state, encoded, error in encode_states(found, self._sources(found), specs, part.layer):
             tensors |= encoded
             if error is None:
@@ -189,14 +189,14 @@ class _Restored:
     def _kept(self, found: SavedLayer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """torch's own state of a kept parameter."""
         saved_group = {**group, **self.saved.group_of(found.fqn)}
-        layer = Layer(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
-        part = LayerShard(layer, shard_of(param, found.fqn))
+        layer = LayerRecord(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
+        part = LayerPart(layer, shard_of(param, found.fqn))
         sources = self._sources(found)
         self._check_complete(found, sources, layer.signed)
         state: dict[str, Any] = {}
         if found.step is not None:
             on_device = bool(group.get("fused") or group.get("capturable"))
-            state["step"] = counter(found.step, param.device if on_device else "cpu")
+            state["step"] = step_tensor(found.step, param.device if on_device else "cpu")
             if "weight_decay" not in group:
                 state["step"] = int(found.step)  # SparseAdam counts in a Python int
         for name in layer.signed:
@@ -228,7 +228,7 @@ class _Restored:
         sources, group = self._sources(found), self.saved.group_of(found.fqn)
         signed = self._dense_states(group)
         self._check_complete(found, sources, signed)
-        for part in layer_shards(Layer(found.fqn, 0, found.shape, signed, {}), segment):
+        for part in layer_parts(LayerRecord(found.fqn, 0, found.shape, signed, {}), segment):
             assert part.span is not None
             start, stop = part.span.start - origin, part.span.stop - origin
             for name, flat in state.items():

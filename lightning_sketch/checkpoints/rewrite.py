@@ -25,7 +25,7 @@ from lightning_sketch.checkpoints.integrity import large, verify
 from lightning_sketch.checkpoints.open import find_state_dict, read_checkpoint
 from lightning_sketch.codecs import Keep
 from lightning_sketch.layers.dtensor_states import SHARD_DIM, SHARD_STEPS, SHARDS, tensor_axes
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import LazyTensor, Source, fill_dense
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.optimizer.state_dict import LAYOUT
@@ -37,7 +37,7 @@ from lightning_sketch.sharding.dtensor import even_shard
 from lightning_sketch.text import human_bytes, table
 
 #: The layers of a checkpoint that are to be compressed, by name.
-Decide = Callable[[SavedOptimizer], Mapping[str, Layer]]
+Decide = Callable[[SavedOptimizer], Mapping[str, LayerRecord]]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Rewrite:
                 if layer is not None:
                     yield key, self._entry(layer, decided.get(fqn), group)
 
-    def _entry(self, saved: SavedLayer, decided: Layer | None, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _entry(self, saved: SavedLayer, decided: LayerRecord | None, group: Mapping[str, Any]) -> dict[str, Any]:
         if saved.layer is not None and saved.layer.stock_count is not None:
             raise ValueError(
                 f"{saved.fqn} was written by an optimizer that has no update rule of ours, and what it keeps beside "
@@ -203,8 +203,8 @@ class _Rewrite:
         param = torch.empty(saved.shape, dtype=self.dtype, device="meta")
         if decided is None:
             names = list(old.codecs) if old is not None else list(sources)
-            layer = Layer(saved.fqn, 0, saved.shape, dict.fromkeys(names, True), dict.fromkeys(names, Keep()))
-            part = LayerShard(layer, Shard.whole(saved.shape))
+            layer = LayerRecord(saved.fqn, 0, saved.shape, dict.fromkeys(names, True), dict.fromkeys(names, Keep()))
+            part = LayerPart(layer, Shard.whole(saved.shape))
             entry: dict[str, Any] = {name: torch.zeros(saved.shape, dtype=self.dtype) for name in names}
             for name, found in sources.items():
                 spec = dataclasses.replace(part.spec(name, param, {}), device=torch.device("cpu"))
@@ -221,7 +221,7 @@ class _Rewrite:
         self,
         saved: SavedLayer,
         sources: Mapping[str, list[Source]],
-        decided: Layer,
+        decided: LayerRecord,
         group: Mapping[str, Any],
         param: Tensor,
     ) -> dict[str, Any]:
@@ -229,10 +229,10 @@ class _Rewrite:
         for rank in range(self.world_size):
             whole = self.world_size == 1
             shard = Shard.whole(decided.shape) if whole else even_shard(decided.shape, 0, self.world_size, rank)
-            part = LayerShard(decided, shard)
+            part = LayerPart(decided, shard)
             specs = {
                 state: dataclasses.replace(part.spec(state, param, group), device=torch.device("cpu"))
-                for state in decided.stored()
+                for state in decided.persistent_codecs()
             }
             tensors: dict[str, Any] = {}
             for state, encoded, error in encode_states(saved, sources, specs, decided):
@@ -260,11 +260,11 @@ def _keys(saved: SavedOptimizer, numbered: bool) -> list[Sequence[Any]]:
     return [[next(numbers) if numbered else fqn for fqn in group["params"]] for group in saved.groups]
 
 
-def _plain(saved: SavedOptimizer) -> Mapping[str, Layer]:
+def _plain(saved: SavedOptimizer) -> Mapping[str, LayerRecord]:
     return {}
 
 
-def _as_it_was(saved: SavedOptimizer) -> Mapping[str, Layer]:
+def _as_it_was(saved: SavedOptimizer) -> Mapping[str, LayerRecord]:
     return {fqn: found.layer for fqn, found in saved.layers.items() if found.layer is not None}
 
 
@@ -272,7 +272,7 @@ def _by_policy(policy: Policy, model: nn.Module) -> Decide:
     """What ``compress(optimizer, model, policy)`` would decide about the optimizer that wrote a checkpoint."""
     params = {named.fqn: named.param for named in named_layers(model).values()}
 
-    def decide(saved: SavedOptimizer) -> Mapping[str, Layer]:
+    def decide(saved: SavedOptimizer) -> Mapping[str, LayerRecord]:
         for fqn in saved.layers:
             if fqn not in params:
                 raise ValueError(f"the checkpoint holds {fqn}, which is no parameter of the model")
@@ -301,7 +301,7 @@ def _names(old: Mapping[str, Any], model: nn.Module | None) -> list[list[str]]:
         records = group.get(RECORDS) or [None] * len(group["params"])
         names.append(
             [
-                Layer.from_record(record).fqn if record else f"parameter {key}"
+                LayerRecord.from_record(record).fqn if record else f"parameter {key}"
                 for key, record in zip(group["params"], records, strict=True)
             ]
         )

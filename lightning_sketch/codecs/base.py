@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.kernels import huge_pages
-from lightning_sketch.kernels.schema import Stored
+from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.fake import is_fake
 
@@ -150,7 +150,7 @@ class CodecState(ABC):
         """Whether fused kernels take this state; if so, `stored` says how."""
         return False
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         """What a fused kernel needs to do ``add``, ``settle``, ``read`` and ``commit``; after ``begin``."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.schema import Kind, Stored
+from lightning_sketch.kernels.schema import KernelState, Kind
 from lightning_sketch.sharding import Block
 
 
@@ -52,8 +52,8 @@ class _BFloat16State(DenseState):
     def fusable(self) -> bool:
         return self.dense.dtype == torch.bfloat16 and super().fusable()
 
-    def stored(self) -> Stored:
-        stored = Stored(Kind.STOCHASTIC, self.dense, None, self.decay, self.weight)
+    def to_kernel(self) -> KernelState:
+        stored = KernelState(Kind.STOCHASTIC, self.dense, None, self.decay, self.weight)
         stored.seed = self.seed
         return stored
 

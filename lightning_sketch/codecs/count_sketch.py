@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
-from lightning_sketch.kernels.schema import MOST_DEPTH, Kind, Stored
+from lightning_sketch.kernels.schema import MOST_DEPTH, KernelState, Kind
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -171,12 +171,12 @@ class _LinearSketch(_Sketch):
         numel = self.depth * self.width * self.spec.shard.row_numel
         return self.depth <= MOST_DEPTH and self.plain(self.table, numel)
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         scale = self.scale
         weight = self.weight / scale
         if self.exact:
-            return Stored(Kind.SCALED, self.table[0], weight=weight, scale=scale)
-        return Stored(
+            return KernelState(Kind.SCALED, self.table[0], weight=weight, scale=scale)
+        return KernelState(
             Kind.SKETCH,
             self.table,
             weight=weight,

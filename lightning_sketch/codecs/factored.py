@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import over_rows, row_mean
-from lightning_sketch.kernels.schema import Kind, Stored
+from lightning_sketch.kernels.schema import KernelState, Kind
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -61,9 +61,9 @@ class _Factored(ScaledState):
         shard = self.spec.shard
         return self.plain(self.row, shard.local_rows) and self.plain(self.col, shard.row_numel)
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
-        return Stored(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
+        return KernelState(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
 
     def settle(self) -> None:
         self.shape = self._shape()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
-from lightning_sketch.kernels.schema import DTYPES, Kind, Stored
+from lightning_sketch.kernels.schema import DTYPES, KernelState, Kind
 from lightning_sketch.sharding import Block
 
 
@@ -63,8 +63,8 @@ class DenseState(CodecState):
         shard, dense = self.spec.shard, self.dense
         return dense.dtype in DTYPES and self.plain(dense, shard.local_rows * shard.row_numel, dense.dtype)
 
-    def stored(self) -> Stored:
-        return Stored(Kind.DENSE, self.dense, None, self.decay, self.weight)
+    def to_kernel(self) -> KernelState:
+        return KernelState(Kind.DENSE, self.dense, None, self.decay, self.weight)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.schema import MOST_BLOCK, Kind, Stored
+from lightning_sketch.kernels.schema import MOST_BLOCK, KernelState, Kind
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
@@ -203,10 +203,10 @@ class _Rows(_Quantized):
             and self.plain(self.absmax, shard.local_rows * blocks)
         )
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         codec = self.codec
         # by position: half as long
-        return Stored(
+        return KernelState(
             Kind.QUANTIZED,
             self.codes,
             self.absmax,

@@ -12,7 +12,7 @@ from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.kernels.reference import over_rows, row_mean
-from lightning_sketch.kernels.schema import Kind, Stored
+from lightning_sketch.kernels.schema import KernelState, Kind
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -95,9 +95,9 @@ class _Rows(ScaledState):
     def fusable(self) -> bool:
         return self.plain(self.row, self.spec.shard.local_rows)
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         scale = self.scale
-        return Stored(Kind.ROW, self.row, None, 1.0, self.weight / scale, 0.0, scale)  # by position: half as long
+        return KernelState(Kind.ROW, self.row, None, 1.0, self.weight / scale, 0.0, scale)  # by position: half as long
 
     def add(self, block: Block, x: Tensor) -> None:
         self.row[block.index] += row_mean(x) * (self.weight / self.scale)
@@ -135,8 +135,8 @@ class _SketchedRows(CodecState):
     def follow(self, leader: CodecState) -> None:
         self.inner.follow(leader)
 
-    def stored(self) -> Stored:
-        inner = self.inner.stored()
+    def to_kernel(self) -> KernelState:
+        inner = self.inner.to_kernel()
         return replace(inner, kind=Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW)
 
     def add(self, block: Block, x: Tensor) -> None:

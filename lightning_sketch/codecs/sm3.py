@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled, key_of
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
-from lightning_sketch.kernels.schema import Kind, Stored
+from lightning_sketch.kernels.schema import KernelState, Kind
 from lightning_sketch.sharding import Block
 
 
@@ -128,9 +128,9 @@ class _SM3II(_SM3):
         columns = not others or (len(others) == 1 and self.plain(others[0], shard.row_numel))
         return columns and self.plain(self.row, shard.local_rows)
 
-    def stored(self) -> Stored:
+    def to_kernel(self) -> KernelState:
         columns = self.others[0] if self.others else None
-        return Stored(Kind.SM3, self.row, columns, 1.0, self.weight, self.column_decay, self.scale)
+        return KernelState(Kind.SM3, self.row, columns, 1.0, self.weight, self.column_decay, self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         nu = self.estimate(block) + x * self.weight  # [k, *row_shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_sketch.integrations.moving import accelerate_place, move, must_move
+from lightning_sketch.integrations.resharding import accelerate_place, move, needs_resharding
 
 
 def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:
@@ -25,7 +25,7 @@ def load_state(accelerator: Any, directory: str | Path, **kwargs: Any) -> None:
     """
     optimizers = accelerator._optimizers
     places = [accelerate_place(Path(directory), number) for number in range(len(optimizers))]
-    if not accelerator.is_fsdp2 or not must_move(optimizers, places):
+    if not accelerator.is_fsdp2 or not needs_resharding(optimizers, places):
         accelerator.load_state(str(directory), **kwargs)
         return
     accelerator._optimizers = []

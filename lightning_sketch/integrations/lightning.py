@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sketch.integrations.deepspeed import attach
-from lightning_sketch.integrations.lightning_load import MovingLoad
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.integrations.lightning_load import ReshardingLoad
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.memory import report
 from lightning_sketch.optimizer.base import CompressedOptimizer
@@ -98,7 +98,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self.log_memory = log_memory
         self.allow_empty = allow_empty
         self._patch: _Patch | None = None
-        self._load_patch: MovingLoad | None = None
+        self._load_patch: ReshardingLoad | None = None
         self._left_alone: list[Optimizer] = []
         self._to_log = self._layers_are_added = False
 
@@ -132,14 +132,14 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 )
         if _is_strategy(trainer, "ModelParallelStrategy"):
             _check_data_parallel_size(trainer)
-            self._load_patch = MovingLoad(trainer.strategy)
+            self._load_patch = ReshardingLoad(trainer.strategy)
         self._to_log = self.log_memory
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Verify that what was restored is what the policy says: BaseFinetuning takes whole groups from checkpoints."""
         wrong: list[str] = []
-        decided: list[Layer] = []
-        found: list[Layer] = []
+        decided: list[LayerRecord] = []
+        found: list[LayerRecord] = []
         for optimizer in map(unwrap, trainer.optimizers):
             # DeepSpeed's flat tensors are no parameters to plan for, and nothing can have replaced their groups.
             if isinstance(optimizer, CompressedOptimizer) and not any(map(optimizer.is_flat, optimizer.param_groups)):
@@ -149,7 +149,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 pairs = zip(planned, records, strict=True)
                 wrong += [x.layer.fqn for x, record in pairs if not _is_as_planned(x, record)]
                 decided += [x.layer for x in planned if x.layer.compressed]
-                found += [Layer.from_record(record) for record in records if record is not None]
+                found += [LayerRecord.from_record(record) for record in records if record is not None]
         if wrong:
             raise ValueError(
                 f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
@@ -227,7 +227,7 @@ def _is_as_planned(planned: LayerPlan, record: str | None) -> bool:
     """Whether a parameter's record is what the policy says; under another name it has another seed, too."""
     if record is None or planned.record is None:
         return record is planned.record
-    found = Layer.from_record(record)
+    found = LayerRecord.from_record(record)
     if found.fqn != planned.layer.fqn:  # converted by hand with a part of the module, and stepped
         found = dataclasses.replace(found, fqn=planned.layer.fqn, seed=planned.layer.seed)
     return found == planned.layer

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_sketch.integrations.moving import move, must_move
-from lightning_sketch.sharding.agree import any_of_all
+from lightning_sketch.integrations.resharding import move, needs_resharding
+from lightning_sketch.sharding.agree import any_rank
 
 
-class MovingLoad:
+class ReshardingLoad:
     """Stands in for ``ModelParallelStrategy.load_checkpoint``, for one call.
 
     Lightning loads model and optimizers in that one method, after ``on_fit_start``. Where states have to be moved, it
@@ -29,9 +29,9 @@ class MovingLoad:
         optimizers = list(self.strategy.optimizers)
         path = Path(self.strategy.broadcast(checkpoint_path))
         places = [(path, number) for number in range(len(optimizers))]
-        if not self._in_model_order() and any_of_all(path.is_file):
+        if not self._in_model_order() and any_rank(path.is_file):
             return self._load_unmoved(checkpoint_path, *args, **kwargs)
-        if not must_move(optimizers, places):
+        if not needs_resharding(optimizers, places):
             return self.original(checkpoint_path, *args, **kwargs)
         self.strategy.optimizers = []
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sketch.integrations.moving import accelerate_place, move, must_move
+from lightning_sketch.integrations.resharding import accelerate_place, move, needs_resharding
 from lightning_sketch.optimizer.convert import compress
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.policy import Policy
@@ -119,7 +119,7 @@ class MovesStates:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         optimizers, places = [trainer.optimizer], [accelerate_place(Path(checkpoint), 0)]
-        if not must_move(optimizers, places):
+        if not needs_resharding(optimizers, places):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         move(optimizers, places)

@@ -14,9 +14,9 @@ from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.program import Words
-from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind
 
-# ``State`` and ``Layer`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
+# ``State`` and ``StepArgs`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
 _STATE = struct.Struct("@ 4i q Q 4f 3q")
 _HEAD = struct.Struct("@ 4q 4q 4i 7f i 3q")  # a layer without its three states
 _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
@@ -24,7 +24,7 @@ _LAYER_BYTES = _HEAD.size + 3 * _STATE.size
 _STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
 _HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f i"), struct.calcsize("@ 4q")
 
-# The same as words: numbers of 32 bits from `negate` to `leave_out` and of every state, seeds of 64 bits.
+# The same as words: numbers of 32 bits from `maximize` to `leave_out` and of every state, seeds of 64 bits.
 _STATES_AT = [_HEAD.size + i * _STATE.size for i in range(3)]
 _NUMBER_WORDS = [
     *range(struct.calcsize("@ 8q 2i") // 4, struct.calcsize("@ 8q 4i 7f i") // 4),
@@ -58,9 +58,9 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     if packed:
         increment_version(params + states)  # kernels write through addresses, of which autograd knows nothing
         _launch(params, grads, ids, states, left_out, torch.frombuffer(packed, dtype=torch.uint8))
-    if (kept := layers[0].kept) is not None:
+    if (cache := layers[0].cache) is not None:
         whole = not ids and rows == list(range(len(layers)))  # none is empty, in two parts, or has some rows only
-        kept.program = _Program(layers, packed) if whole else None
+        cache.program = _Program(layers, packed) if whole else None
     return left_out
 
 
@@ -118,7 +118,7 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
     def cut(tensor: Tensor) -> Tensor:
         return tensor.view(-1)[elements].view(-1, columns)
 
-    def cut_state(state: Stored | None) -> Stored | None:
+    def cut_state(state: KernelState | None) -> KernelState | None:
         return None if state is None else replace(state, data=cut(state.data))
 
     return replace(
@@ -128,7 +128,7 @@ def _lines(step: FusedStep, elements: slice, columns: int) -> FusedStep:
         second=cut_state(step.second),
         first=cut_state(step.first),
         momentum=cut_state(step.momentum),
-        kept=None,  # of the step as it was
+        cache=None,  # of the step as it was
     )
 
 
@@ -140,13 +140,13 @@ def _pack(
     ids: list[Tensor],
     states: list[Tensor],
 ) -> bytearray:
-    """The step, of the layer of that number, as a ``Layer``; its tensors are appended to the lists."""
-    kept = step.kept if step.ids is None else None  # other rows at every step
-    packed = None if kept is None else kept.packed
+    """The step, of the layer of that number, as a ``StepArgs``; its tensors are appended to the lists."""
+    cache = step.cache if step.ids is None else None  # other rows at every step
+    packed = None if cache is None else cache.packed
     if packed is None:
         packed = _layout(step)
-        if kept is not None:
-            kept.packed = packed
+        if cache is not None:
+            cache.packed = packed
     params.append(step.param)
     grads.append(step.grad)
     if step.ids is not None:
@@ -160,10 +160,10 @@ def _pack(
         number + 1,
         _BFLOAT16[step.param.dtype],
         step.ids is None or len(step.ids) == len(step.param),
-        step.negate,
+        step.maximize,
         step.bound is not None,
         step.weight_decay,
-        step.shrink,
+        step.decay_factor,
         step.lr,
         step.eps,
         step.correction,
@@ -194,7 +194,7 @@ def _pack(
 
 
 def _layout(step: FusedStep) -> bytearray:
-    """The step as a ``Layer`` without what is something else at every step."""
+    """The step as a ``StepArgs`` without what is something else at every step."""
     rows = step.grad.shape[0]
     packed = bytearray(_HEAD.size)
     struct.pack_into("@ 4q", packed, 0, rows, step.grad.numel() // rows, step.row_offset, step.column_offset)

@@ -26,7 +26,7 @@ class Kind(IntEnum):
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs, and every step makes them
-class Stored:
+class KernelState:
     """A codec state after ``begin``: ``s <- decay * s + weight * x``.
 
     Args:
@@ -76,7 +76,7 @@ class DeviceNumbers:
 
 
 @dataclass(slots=True)
-class Kept:
+class StepCache:
     """What is found out once about a layer's steps, for as long as its parameter and states are laid out the same.
 
     Args:
@@ -106,7 +106,7 @@ class FusedStep:
 
     .. math::
         u = \frac{m}{c \sqrt v + \epsilon} \text{ (0 where v is 0)}, \quad
-        \theta \leftarrow \text{shrink} \cdot \theta - \text{lr} \cdot u
+        \theta \leftarrow \text{decay_factor} \cdot \theta - \text{lr} \cdot u
 
     Without a second state u is m, or with Nesterov's momentum :math:`g + \text{nesterov} \cdot m`.
 
@@ -117,18 +117,18 @@ class FusedStep:
         row_offset: global id of local row 0.
         column_offset: of the elements held here within the flattened row.
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
-        lr, shrink, eps, weight_decay: as above; weight_decay is the coupled one.
+        lr, decay_factor, eps, weight_decay: as above; weight_decay is the coupled one.
         correction: c above.
         bound: clamp m to ``bound * sqrt(v)``, where m is sketched; ``None`` for no clamp.
         nesterov: factor of Nesterov's momentum; 0 for none.
-        negate: maximize.
-        kept: of the layer's earlier steps; ``None`` if nothing is to be kept.
+        maximize: whether to step along the gradient, not against it.
+        cache: of the layer's earlier steps; ``None`` if nothing is to be kept.
         leave_out: whether rows of `grad` that are not finite are left out; where both states are element-wise or
             absent (NONE, DENSE, STOCHASTIC, SCALED), elements. A row left out is one that is absent from a sparse
             gradient: nothing of it changes, and it enters no sum and no maximum that it shares with other rows.
-        on_device: where the numbers of steps stay on the device, what the step takes from there: then lr, shrink, eps,
-            correction and weights of states may be 0-d float64 tensors, scales are at `Stored.scale_at`, and seeds of
-            rounding noise are those of step 0.
+        on_device: where the numbers of steps stay on the device, what the step takes from there: then lr,
+            decay_factor, eps, correction and weights of states may be 0-d float64 tensors, scales are at
+            `KernelState.scale_at`, and seeds of rounding noise are those of step 0.
     """
 
     param: Tensor
@@ -136,18 +136,18 @@ class FusedStep:
     ids: Tensor | None
     row_offset: int
     column_offset: int
-    second: Stored | None
-    first: Stored | None
-    momentum: Stored | None
+    second: KernelState | None
+    first: KernelState | None
+    momentum: KernelState | None
     lr: float | Tensor
-    shrink: float | Tensor = 1.0
+    decay_factor: float | Tensor = 1.0
     eps: float | Tensor = 0.0
     weight_decay: float = 0.0
     correction: float | Tensor = 1.0
     bound: float | None = None
     nesterov: float = 0.0
-    negate: bool = False
-    kept: Kept | None = None
+    maximize: bool = False
+    cache: StepCache | None = None
     leave_out: bool = False
     on_device: DeviceNumbers | None = None
 

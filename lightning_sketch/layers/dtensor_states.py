@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, key_of, scale_tensor
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import Source
 from lightning_sketch.sharding import Shard, is_dtensor, local
 from lightning_sketch.sharding.dtensor import even_shard, sharded_mesh_dim
@@ -35,7 +35,7 @@ def sharding_of(param: Any, fqn: str) -> tuple[int, int]:
     return (1, 0) if shards == 1 else (shards, param.placements[mesh_dim].dim)
 
 
-def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+def wrap(part: LayerPart, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """``optimizer.state[param]`` of a DTensor as it goes into a checkpoint. Shares memory with the state."""
     shards, dim = sharding_of(param, part.layer.fqn)
     if not is_dtensor(param) or shards == 1:
@@ -58,7 +58,7 @@ def wrap(part: LayerShard, param: Any, state: Mapping[str, Any]) -> dict[str, An
     return wrapped
 
 
-def torn(saved: Mapping[str, Any]) -> str | None:
+def step_mismatch(saved: Mapping[str, Any]) -> str | None:
     """What is wrong with a layer's entry of a checkpoint whose shards are of different steps; ``None`` if they agree.
 
     Of DTensors each rank sees its own shard's step, and compares it with the one that some rank saved for all.
@@ -101,17 +101,17 @@ def held_rows(dense: Tensor, shard: Shard) -> Tensor:
     return shard.as_rows(held)
 
 
-def tensor_axes(layer: Layer) -> dict[str, tuple[int | None, ...]]:
+def tensor_axes(layer: LayerRecord) -> dict[str, tuple[int | None, ...]]:
     """For every tensor of a layer, by key, the parameter's dimensions along which its own run; see `Codec.axes`."""
     ndim = max(1, len(layer.shape))
     return {
         key_of(state, suffix): axes
-        for state, codec in layer.stored().items()
+        for state, codec in layer.persistent_codecs().items()
         for suffix, axes in codec.axes(ndim).items()
     }
 
 
-def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[str, Any] | None:
+def unwrap_same(part: LayerPart, param: Any, saved: Mapping[str, Any]) -> dict[str, Any] | None:
     """The states of a checkpoint in which every tensor is sharded as it is here; ``None`` if that is not so."""
     shards, dim = sharding_of(param, part.layer.fqn)
     # flatten_optimizer_state_dict=True loses what is not in optimizer.state; of DTensors the stacks say it, too.
@@ -136,14 +136,14 @@ def unwrap_same(part: LayerShard, param: Any, saved: Mapping[str, Any]) -> dict[
     return state
 
 
-def of_others(layer: Layer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer's own step keeps of a layer beside the states of our codecs; see `Layer.stock_count`."""
+def of_others(layer: LayerRecord, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer's own step keeps of a layer beside the states of our codecs; see `LayerRecord.stock_count`."""
     ours = {SHARDS, SHARD_DIM, SHARD_STEPS, *tensor_axes(layer)}
     ours |= {key_of(state, "scale") for state in layer.codecs}
     return {key: value for key, value in saved.items() if key not in ours}
 
 
-def sources(layer: Layer, state: str, codec: Codec, saved: Mapping[str, Any], live: Shard) -> Iterator[Source]:
+def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, Any], live: Shard) -> Iterator[Source]:
     """A state of a checkpoint as the old shards held it.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs import Keep
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import NamedLayer
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.deepspeed import FlatLayout, Segment
@@ -59,7 +59,7 @@ class Place:
     fqns: tuple[str, ...]
     start: int
     length: int
-    part: LayerShard | None
+    part: LayerPart | None
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class FlatTensor:
         segments: the parameters in it, in order; gaps are padding.
         parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept, here
             and on all other ranks: then torch's own step has the tensor.
-        anywhere: names of all parameters of which any rank holds a piece in its counterpart.
+        names_on_any_rank: names of all parameters of which any rank holds a piece in its counterpart.
     """
 
     tensor: Tensor
     segments: tuple[NamedSegment, ...]
-    parts: tuple[LayerShard, ...]
-    anywhere: tuple[str, ...]
+    parts: tuple[LayerPart, ...]
+    names_on_any_rank: tuple[str, ...]
 
     def to_list(self) -> list[list[Any]]:
         """The segments as primitives, for checkpoints."""
@@ -121,10 +121,12 @@ class FlatTensors:
         RuntimeError: a parameter in the layout is not the model's, or has another shape than was planned.
     """
 
-    def __init__(self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, Layer]) -> None:
+    def __init__(
+        self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, LayerRecord]
+    ) -> None:
         self.engine = layout.engine
         self._by_id: dict[int, FlatTensor] = {}
-        for (tensor, found), anywhere in zip(layout.tensors, layout.anywhere, strict=True):
+        for (tensor, found), on_any_rank in zip(layout.tensors, layout.params_on_any_rank, strict=True):
             segments = tuple(_named(segment, layers, layout.engine) for segment in found)
             for segment in segments:
                 if segment.fqn in records and records[segment.fqn].shape != segment.shape:
@@ -133,7 +135,7 @@ class FlatTensors:
                         f"{layout.engine} holds it as {list(segment.shape)}; compress the optimizer again"
                     )
             # All ranks step it alike: its state has the same entries everywhere.
-            names = tuple(layers[id(param)].fqn for param in anywhere if id(param) in layers)
+            names = tuple(layers[id(param)].fqn for param in on_any_rank if id(param) in layers)
             # Only those of the same group: others may keep other states.
             here = {fqn: records[fqn] for fqn in names if fqn in records}
             self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else (), names)
@@ -189,7 +191,7 @@ def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> N
     return NamedSegment(named.fqn, segment.shape, segment.start, segment.length, segment.offset)
 
 
-def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> tuple[LayerShard, ...]:
+def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord]) -> tuple[LayerPart, ...]:
     """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all.
 
     Where nothing but padding is here, there is one empty part.
@@ -198,7 +200,7 @@ def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -
     return parts or (_kept_run(0, 0, records),)
 
 
-def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) -> Iterator[LayerShard]:
+def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord]) -> Iterator[LayerPart]:
     start = stop = 0  # of the kept run
     for segment in segments:
         # Padding between segments is uninitialized memory under ZeRO-3: a run that crossed it would keep NaN as states.
@@ -206,7 +208,7 @@ def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) 
             yield _kept_run(start, stop, records)
             start = stop
         if segment.fqn in records:
-            yield from layer_shards(records[segment.fqn], segment)
+            yield from layer_parts(records[segment.fqn], segment)
         else:
             start = start if stop > start else segment.start
             stop = segment.start + segment.length
@@ -214,13 +216,13 @@ def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, Layer]) 
         yield _kept_run(start, stop, records)
 
 
-def _kept_run(start: int, stop: int, records: Mapping[str, Layer]) -> LayerShard:
+def _kept_run(start: int, stop: int, records: Mapping[str, LayerRecord]) -> LayerPart:
     signed = next(iter(records.values())).signed
-    layer = Layer("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
-    return LayerShard(layer, Shard.whole(layer.shape), slice(start, stop), f"[{start}:{stop}].")
+    layer = LayerRecord("kept layers", 0, (stop - start,), signed, {state: Keep() for state in signed})
+    return LayerPart(layer, Shard.whole(layer.shape), slice(start, stop), f"[{start}:{stop}].")
 
 
-def layer_shards(layer: Layer, segment: NamedSegment) -> Iterator[LayerShard]:
+def layer_parts(layer: LayerRecord, segment: NamedSegment) -> Iterator[LayerPart]:
     """A compressed layer's segment as shards: whole rows, and before and after them a row that the border cuts.
 
     A cut row is a row of fewer columns, with states of its own: nothing has to be communicated.
@@ -237,5 +239,5 @@ def layer_shards(layer: Layer, segment: NamedSegment) -> Iterator[LayerShard]:
             shard = Shard(layer.shape, row, 1, part_shape=(length,), column_offset=column)
         start = segment.start + position - segment.offset
         prefix = f"{layer.fqn}[{position}:{position + length}]."
-        yield LayerShard(layer, shard, slice(start, start + length), prefix)
+        yield LayerPart(layer, shard, slice(start, start + length), prefix)
         position += length

@@ -21,11 +21,11 @@ from lightning_sketch.sharding.gradient import RowGradient, row_gradient
 #: Version of the stored layout; a checkpoint of another version is refused.
 FORMAT_VERSION = 1
 
-#: Key in every parameter group: for each parameter the record of its `Layer`, or None if it is kept. By position,
+#: Key in every parameter group: for each parameter the record of its `LayerRecord`, or None if it is kept. By position,
 #: because trainers replace parameters but keep their order; strings, because checkpoints load with weights_only=True.
 RECORDS = "compression"
 
-#: Fields of a `Layer` that a checkpoint's and the live one must have alike, and what errors call them.
+#: Fields of a `LayerRecord` that a checkpoint's and the live one must have alike, and what errors call them.
 _COMPARED = (
     ("shape", "shape"), ("codecs", "codecs"), ("seed", "hash seed"), ("signed", "states"),
     ("stock_count", "optimizer's step count"),
@@ -33,7 +33,7 @@ _COMPARED = (
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRecord:
     """What the policy decided for one parameter. Immutable; a string once written as a record.
 
     Args:
@@ -63,7 +63,7 @@ class Layer:
         states: Iterable[StateDef],
         codecs: Mapping[str, Codec],
         stock_count: Count | None = None,
-    ) -> Layer:
+    ) -> LayerRecord:
         return cls(fqn, seed, global_shape(param), {s.name: s.signed for s in states}, codecs, stock_count)
 
     @property
@@ -75,7 +75,7 @@ class Layer:
     def lazy(self) -> bool:
         return any(codec.lazy for codec in self.codecs.values())
 
-    def stored(self) -> dict[str, Codec]:
+    def persistent_codecs(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not codec.drops}
 
@@ -85,7 +85,7 @@ class Layer:
             return []  # its optimizer makes what it wants, and that is then kept
         return [state.name for state in rule.states(group) if state.name not in self.codecs]
 
-    def difference(self, live: Layer) -> str | None:
+    def difference(self, live: LayerRecord) -> str | None:
         """What of a checkpoint's layer, this one, is not as in the live one."""
         for field, word in _COMPARED:
             if getattr(self, field) != getattr(live, field):
@@ -108,7 +108,7 @@ class Layer:
         return json.dumps(fields if self.stock_count is None else {**fields, "stock_count": self.stock_count})
 
     @staticmethod
-    def from_record(record: str) -> Layer:
+    def from_record(record: str) -> LayerRecord:
         """The layer of a record.
 
         Raises:
@@ -118,7 +118,7 @@ class Layer:
 
 
 @functools.lru_cache(maxsize=1 << 16)  # asked for at every step
-def _parse(record: str) -> Layer:
+def _parse(record: str) -> LayerRecord:
     try:
         fields = json.loads(record)
         version = fields.get("version")
@@ -127,7 +127,7 @@ def _parse(record: str) -> Layer:
     if version != FORMAT_VERSION:
         raise ValueError(f"{fields.get('fqn')}: written by format version {version}, this is {FORMAT_VERSION}")
     try:
-        return Layer(
+        return LayerRecord(
             fqn=str(fields["fqn"]),
             seed=int(fields["seed"]),
             shape=tuple(map(int, fields["shape"])),
@@ -146,7 +146,7 @@ def _count_from(value: Any) -> Count | None:
 
 
 @dataclass(frozen=True)
-class LayerShard:
+class LayerPart:
     """The part of a layer that lives in one tensor of the optimizer, with its states.
 
     Args:
@@ -156,7 +156,7 @@ class LayerShard:
         prefix: in front of its keys in ``optimizer.state[param]``; empty unless parts share a tensor.
     """
 
-    layer: Layer
+    layer: LayerRecord
     shard: Shard
     span: slice | None = None
     prefix: str = ""
@@ -206,7 +206,7 @@ class LayerShard:
         Raises:
             ValueError: one is no finite number above 0.
         """
-        keys = [codec_lib.key_of(self.prefix + name, "scale") for name in self.layer.stored()]
+        keys = [codec_lib.key_of(self.prefix + name, "scale") for name in self.layer.persistent_codecs()]
         return {
             key: codec_lib.scale_tensor(state[key], f"{key.removeprefix(self.prefix)} of {self.layer.fqn}")
             for key in keys
@@ -233,26 +233,26 @@ class LayerShard:
     def allocate(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The initial entries of ``optimizer.state[param]``, but its ``step``, on the parameter's device."""
         tensors: dict[str, Any] = {}
-        for state, codec in self.layer.stored().items():
+        for state, codec in self.layer.persistent_codecs().items():
             tensors |= codec_lib.allocate(codec, self.spec(state, param, group))
         return tensors
 
 
-def part_of(record: str, param: Tensor) -> LayerShard:
+def part_of(record: str, param: Tensor) -> LayerPart:
     """The part of a recorded layer that `param` holds: all of it, or a DTensor's local rows or columns."""
     if is_dtensor(param):
-        return _part(record, shard_of(param, Layer.from_record(record).fqn))
+        return _part(record, shard_of(param, LayerRecord.from_record(record).fqn))
     return _whole_part(record, param.shape)
 
 
 # Parts are asked for at every step; they are made of nothing but their arguments, so each is made once.
 @functools.lru_cache(maxsize=1 << 16)
-def _part(record: str, shard: Shard) -> LayerShard:
-    return LayerShard(Layer.from_record(record), shard)
+def _part(record: str, shard: Shard) -> LayerPart:
+    return LayerPart(LayerRecord.from_record(record), shard)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _whole_part(record: str, shape: tuple[int, ...]) -> LayerShard:
+def _whole_part(record: str, shape: tuple[int, ...]) -> LayerPart:
     return _part(record, Shard.whole(tuple(shape)))
 
 

@@ -76,7 +76,7 @@ class Source:
     seed: int = 0
     signed: bool = False
 
-    def stored_like(self, codec: Codec, spec: StateSpec) -> bool:
+    def same_encoding(self, codec: Codec, spec: StateSpec) -> bool:
         """Whether codec and hashes are those of another."""
         return (self.codec, self.seed, self.signed) == (codec, spec.seed, spec.signed)
 
@@ -104,7 +104,7 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
         return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
 
     for source in useful:
-        if source.shard == spec.shard and source.stored_like(codec, spec) and _fits(codec, plain, source.tensors):
+        if source.shard == spec.shard and source.same_encoding(codec, spec) and _fits(codec, plain, source.tensors):
             scale_key = key_of(plain.name, "scale")  # on the CPU
             devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
             return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()}), 0.0
@@ -211,7 +211,7 @@ def _overlap(a: Shard, b: Shard) -> tuple[slice, slice] | None:
 def _same_rows(codec: Codec, source: Source, spec: StateSpec) -> bool:
     """Whether an old sketch differs in columns only."""
     old, new = ((x.row_offset, x.local_rows, x.table_rows) for x in (source.shard, spec.shard))
-    return source.stored_like(codec, spec) and old == new
+    return source.same_encoding(codec, spec) and old == new
 
 
 def _join_columns(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> dict[str, Any]:

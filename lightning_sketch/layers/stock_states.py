@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import decode, encode, relative_error
-from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.dtensor_states import dense_like, held_rows, sharded_like
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
+from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.sharding import is_dtensor, local, shard_of
 
 
 @torch.no_grad()
-def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
+def decode_entry(part: LayerPart, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
     """Make all states of an entry of ``optimizer.state`` dense, as its optimizer keeps them (modified in place).
 
     States that are dense already, such as a user assigned, stay.
@@ -43,7 +43,7 @@ def decode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
 
 
 @torch.no_grad()
-def encode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any], step: float) -> None:
+def encode_entry(part: LayerPart, param: Tensor, group: Mapping[str, Any], entry: dict[str, Any], step: float) -> None:
     """Encode all dense states of an entry (modified in place).
 
     Args:
@@ -60,10 +60,10 @@ def encode_entry(part: LayerShard, param: Tensor, group: Mapping[str, Any], entr
         del entry[name], dense
         entry |= encode(codec, part.spec(name, param, group), held, step=int(step))
     if part.layer.stock_count == "none":
-        entry["step"] = counter(step)
+        entry["step"] = step_tensor(step)
 
 
-def stock_entry(layer: Layer, entry: dict[str, Any]) -> dict[str, Any]:
+def stock_entry(layer: LayerRecord, entry: dict[str, Any]) -> dict[str, Any]:
     """An entry whose step count is as its optimizer keeps it (modified in place)."""
     if layer.stock_count == "none":
         entry.pop("step", None)
@@ -81,14 +81,14 @@ def stored_step(entry: Mapping[str, Any]) -> float:
 
 
 def encoded_from(
-    layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """A whole entry from a dense one; the relative error of every state. `state` is not changed.
 
     Args:
         state: dense states, of a DTensor parameter DTensors or whole tensors; and whatever else its optimizer keeps.
     """
-    part = LayerShard(layer, shard_of(param, layer.fqn))
+    part = LayerPart(layer, shard_of(param, layer.fqn))
     placed = {key: sharded_like(param, x) if is_dtensor(param) else x for key, x in state.items()}
     entry = {key: _copied(value, param) for key, value in placed.items()}
     dense = {name: entry[name] for name in layer.codecs if _is_dense(entry.get(name), param)}
@@ -113,7 +113,7 @@ def _is_dense(value: Any, param: Tensor) -> bool:
     return fits and value.layout is torch.strided and is_dtensor(value) == is_dtensor(param)
 
 
-def _is_stored(part: LayerShard, name: str, param: Tensor, entry: Mapping[str, Any]) -> bool:
+def _is_stored(part: LayerPart, name: str, param: Tensor, entry: Mapping[str, Any]) -> bool:
     """Whether a state is as its codec stores it."""
     layout = part.layout(param)[name]
     if name in entry and name not in layout:

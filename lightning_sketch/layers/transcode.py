@@ -11,23 +11,31 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import allocate, decode, encode, relative_error
-from lightning_sketch.layers.counter import counter, read_step
-from lightning_sketch.layers.dtensor_states import SHARDS, dense_like, held_rows, of_others, sources, tensor_axes, torn
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.dtensor_states import (
+    SHARDS,
+    dense_like,
+    held_rows,
+    of_others,
+    sources,
+    step_mismatch,
+    tensor_axes,
+)
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import dense_of
+from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.stock_states import decode_entry, encoded_from, stock_entry
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
 from lightning_sketch.sharding.fake import is_fake
 
 
-def fresh_state(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def fresh_state(layer: LayerRecord, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The ``optimizer.state[param]`` of a compressed layer before its first step."""
-    part = LayerShard(layer, shard_of(param, layer.fqn))
-    return {"step": counter()} | part.allocate(param, group)
+    part = LayerPart(layer, shard_of(param, layer.fqn))
+    return {"step": step_tensor()} | part.allocate(param, group)
 
 
 def encode_layer(
-    layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Encode a layer's dense states.
 
@@ -41,8 +49,8 @@ def encode_layer(
     if layer.stock_count is not None:
         return encoded_from(layer, param, group, state)
     # SGD keeps no step count; its buffer exists, so at least one step was made.
-    tensors: dict[str, Any] = {"step": counter(read_step(state.get("step", 1.0), layer.fqn))}
-    part = LayerShard(layer, shard_of(param, layer.fqn))
+    tensors: dict[str, Any] = {"step": step_tensor(read_step(state.get("step", 1.0), layer.fqn))}
+    part = LayerPart(layer, shard_of(param, layer.fqn))
     encoded, errors = encode_part(
         part, param, group, {name: held_rows(state[name], part.shard) for name in layer.codecs}
     )
@@ -51,7 +59,7 @@ def encode_layer(
 
 @torch.no_grad()  # a state that a user computed from parameters may ask for gradients
 def encode_part(
-    part: LayerShard, param: Tensor, group: Mapping[str, Any], dense: Mapping[str, Tensor]
+    part: LayerPart, param: Tensor, group: Mapping[str, Any], dense: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Encode dense states of a layer's part, each ``[local_rows, *row_shape]``; as `encode_layer`, without step."""
     tensors: dict[str, Any] = {}
@@ -71,7 +79,9 @@ def encode_part(
     return tensors, errors
 
 
-def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def decode_layer(
+    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Any]:
     """A layer's dense states as torch keeps them; a dropped first moment is zero.
 
     Args:
@@ -80,7 +90,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
     """
     if not state:
         return _untrained(layer, param, group)
-    part = LayerShard(layer, shard_of(param, layer.fqn))
+    part = LayerPart(layer, shard_of(param, layer.fqn))
     if layer.stock_count is not None:
         entry = dict(state)
         decode_entry(part, param, group, entry)
@@ -98,7 +108,7 @@ def decode_layer(layer: Layer, param: Tensor, group: Mapping[str, Any], state: M
 
 
 def decode_flat(
-    parts: Sequence[LayerShard], tensor: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    parts: Sequence[LayerPart], tensor: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The dense states of a flat tensor of DeepSpeed; padding and dropped first moments are zero.
 
@@ -135,7 +145,7 @@ def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = to
         for key, record in zip(group["params"], group.pop(RECORDS), strict=True):
             if record is None:
                 continue
-            layer = Layer.from_record(record)
+            layer = LayerRecord.from_record(record)
             param = torch.empty(layer.shape, dtype=dtype, device="meta")
             if dense := gathered_to_dense(layer, param, group, state.get(key, {})):
                 state[key] = dense
@@ -143,7 +153,7 @@ def decompress_state_dict(state_dict: Mapping[str, Any], dtype: torch.dtype = to
 
 
 def gathered_to_dense(
-    layer: Layer, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A layer's dense states from its entry of a checkpoint, whether it was sharded or not.
 
@@ -155,11 +165,11 @@ def gathered_to_dense(
     """
     if any(isinstance(value, Tensor) and is_dtensor(value) for value in saved.values()):
         raise ValueError(f"{layer.fqn} holds DTensors: gather the state dict first (full_state_dict=True)")
-    if problem := torn(saved):
+    if problem := step_mismatch(saved):
         raise ValueError(f"{layer.fqn}: {problem}")
     if SHARDS not in saved:
         return decode_layer(layer, param, group, saved)
-    part = LayerShard(layer, Shard.whole(layer.shape))
+    part = LayerPart(layer, Shard.whole(layer.shape))
     dense: dict[str, Any] = {}
     for name, codec in layer.codecs.items():
         spec = dataclasses.replace(part.spec(name, param, group), device=torch.device("cpu"))
@@ -172,7 +182,7 @@ def gathered_to_dense(
     return _with_step(layer, param, group, saved) | dense
 
 
-def _with_step(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def _with_step(layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     """The step count as torch's optimizer of these states keeps it."""
     if "momentum_buffer" in layer.codecs and len(layer.codecs) == 1:
         return {}  # SGD counts no steps
@@ -180,14 +190,14 @@ def _with_step(layer: Layer, param: Tensor, group: Mapping[str, Any], state: Map
     if "exp_avg" in layer.codecs and "weight_decay" not in group:
         return {"step": int(step)}  # SparseAdam counts in a Python int
     on_device = bool(group.get("fused") or group.get("capturable"))
-    return {"step": counter(step, param.device if on_device and not param.is_meta else "cpu")}
+    return {"step": step_tensor(step, param.device if on_device and not param.is_meta else "cpu")}
 
 
-def _untrained(layer: Layer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def _untrained(layer: LayerRecord, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """What torch allocates before the first step: nothing, except for Adagrad, which needs its sum from the start."""
     if "sum" not in layer.codecs:
         return {}
     device = torch.device("cpu") if param.is_meta else param.device
     held = torch.full(local(param).shape, float(group["initial_accumulator_value"]), dtype=param.dtype, device=device)
-    step = counter(device=device if group.get("fused") else "cpu")
+    step = step_tensor(device=device if group.get("fused") else "cpu")
     return {"step": step, "sum": dense_like(param, held)}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import key_of, scale_tensor
-from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.dtensor_states import held_rows
-from lightning_sketch.layers.record import LayerShard
+from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.transcode import encode_part
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -80,7 +80,7 @@ def encode_assigned(optimizer: CompressedGroups) -> None:
 
 
 def find_assigned(
-    group: Mapping[str, Any], tensor: Tensor, parts: Sequence[LayerShard], state: dict[str, Any]
+    group: Mapping[str, Any], tensor: Tensor, parts: Sequence[LayerPart], state: dict[str, Any]
 ) -> Encoded | None:
     """What is to replace assigned states; ``None`` if all is as the codecs store it. Changes nothing.
 
@@ -123,7 +123,7 @@ def find_assigned(
         raise ValueError(f"{owner}: its step is gone from optimizer.state; {_REMEDY}")
     steps = read_step(state.get("step", 1.0), owner)  # 1.0: SGD keeps none
     if not _is_count(state.get("step"), numbers_on):
-        found.tensors["step"] = counter(steps, numbers_on)
+        found.tensors["step"] = step_tensor(steps, numbers_on)
     return found if found.tensors or found.dense else None
 
 
@@ -139,7 +139,7 @@ def _as_stored(
     stored: Mapping[str, Tensor],
     state: Mapping[str, Any],
     owner: str,
-    part: LayerShard,
+    part: LayerPart,
     name: str,
     tensor: Tensor,
     numbers_on: torch.device,
@@ -176,7 +176,7 @@ def _is_zero(scale: Any) -> bool:
     return isinstance(scale, Tensor) and scale.dtype == torch.float64 and scale.numel() == 1 and not bool(scale)
 
 
-def _dense_rows(dense: Any, part: LayerShard, tensor: Tensor, owner: str) -> Tensor:
+def _dense_rows(dense: Any, part: LayerPart, tensor: Tensor, owner: str) -> Tensor:
     """The rows of an assigned dense state that `part` holds, ``[local_rows, *row_shape]``."""
     fits = isinstance(dense, Tensor) and dense.shape == tensor.shape and dense.is_floating_point()
     if fits and dense.layout is torch.strided and (not is_dtensor(dense) or _placed_alike(dense, tensor)):

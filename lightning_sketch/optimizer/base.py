@@ -14,7 +14,7 @@ from lightning_sketch.optimizer import stock_step
 from lightning_sketch.optimizer.assigned import encode_assigned
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.guard import guard_foreign_steps
-from lightning_sketch.optimizer.step import own_tensors, refuse_kept_sparse, step_compressed, to_be_stepped
+from lightning_sketch.optimizer.step import pending_updates, refuse_kept_sparse, step_compressed, to_be_stepped
 from lightning_sketch.policy.dropped import warn_of_dropped
 from lightning_sketch.policy.plan import Plan
 
@@ -71,7 +71,7 @@ class CompressedOptimizer(CompressedGroups):
             if not self.compression.bindings.kept_checked:
                 refuse_kept_sparse(self)
                 self.compression.bindings.kept_checked = True
-            ours = own_tensors(self, compiling=torch.compiler.is_compiling())
+            ours = pending_updates(self, compiling=torch.compiler.is_compiling())
             ready = to_be_stepped(self, ours)
             try:
                 for own in ours:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.kernels import huge_pages
-from lightning_sketch.layers.record import Layer, LayerShard, part_of
+from lightning_sketch.layers.record import LayerPart, LayerRecord, part_of
 from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.optimizer.on_device import stay_on_device
 from lightning_sketch.optimizer.prepared import Prepared
@@ -49,17 +49,17 @@ class Bindings:
         for key in [key for key, binding in self._kept.items() if binding.param not in states]:
             del self._kept[key]
 
-    def part(self, record: str, param: Tensor) -> LayerShard:
+    def part(self, record: str, param: Tensor) -> LayerPart:
         """What `part_of` says. Of a DTensor that takes long: while it is placed as it was bound, it is what it was."""
         kept = self._kept.get(id(param))
         if kept is not None and kept.place is not None and kept.place.holds(param):
             (part,) = kept.parts
-            if part.layer is Layer.from_record(record):
+            if part.layer is LayerRecord.from_record(record):
                 return part
         return part_of(record, param)
 
     def find(
-        self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
+        self, param: Tensor, parts: Sequence[LayerPart], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> list[BoundPart] | None:
         """The parts of `param` that `bind` bound to just these, or ``None`` if something is not what it was."""
         kept = self._kept.get(id(param))
@@ -68,7 +68,7 @@ class Bindings:
     def bind(
         self,
         param: Tensor,
-        parts: Sequence[LayerShard],
+        parts: Sequence[LayerPart],
         needed: Collection[str],
         group: Mapping[str, Any],
         tensors: dict[str, Any],
@@ -123,7 +123,7 @@ class _Binding:
     def __init__(
         self,
         param: Tensor,
-        parts: Sequence[LayerShard],
+        parts: Sequence[LayerPart],
         needed: Collection[str],
         tensors: dict[str, Any],
         bound: list[BoundPart],
@@ -144,7 +144,7 @@ class _Binding:
         self._states = [(key, weakref.ref(x), x.shape, x.dtype, x.is_contiguous()) for key, x in others]
 
     def holds(
-        self, param: Tensor, parts: Sequence[LayerShard], needed: Collection[str], tensors: Mapping[str, Any]
+        self, param: Tensor, parts: Sequence[LayerPart], needed: Collection[str], tensors: Mapping[str, Any]
     ) -> bool:
         """Whether all is still what was bound."""
         if param is not self.param or tensors is not self._tensors or parts != self.parts or needed != self._needed:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
-from lightning_sketch.kernels.schema import DeviceNumbers, Kept
-from lightning_sketch.layers.record import LayerShard, compute_dtype
+from lightning_sketch.kernels.schema import DeviceNumbers, StepCache
+from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding.gradient import RowGradient
 
@@ -29,7 +29,7 @@ class BoundPart:
         dtype: dtype of arithmetic.
         unit: its layer's name, and whether what steps leave out is counted by element, not by row.
         on_device: whether the numbers of steps stay on the device.
-        kept: what its steps found out.
+        cache: what its steps found out.
     """
 
     param: Tensor
@@ -40,12 +40,12 @@ class BoundPart:
     dtype: torch.dtype
     unit: tuple[str, bool]
     on_device: bool = False
-    kept: Kept = field(default_factory=Kept)
+    cache: StepCache = field(default_factory=StepCache)
 
     @classmethod
     def bind(
         cls,
-        part: LayerShard,
+        part: LayerPart,
         param: Tensor,
         group: Mapping[str, Any],
         tensors: dict[str, Any],
@@ -59,7 +59,7 @@ class BoundPart:
         """
         states: dict[str, CodecState] = {}
         momentum, momentum_beta = None, 0.0
-        for state, codec in part.layer.stored().items():
+        for state, codec in part.layer.persistent_codecs().items():
             spec = part.spec(state, param, group)
             if on_device:
                 spec = replace(spec, on_device=True)
@@ -76,7 +76,7 @@ class BoundPart:
         numbers: Any,
         step: int | Tensor,
         *,
-        negate: bool,
+        maximize: bool,
         leave_out: bool = False,
         on_device: DeviceNumbers | None = None,
     ) -> LayerStep:
@@ -86,7 +86,7 @@ class BoundPart:
             gradient: of this part.
             numbers: hyperparameters of this step, from `UpdateRule.numbers`.
             step: number of this step, from 1.
-            negate: maximize.
+            maximize: whether to step along the gradient, not against it.
             leave_out: whether rows or elements that are not finite are left out.
             on_device: what stays on the device, the step's number among it.
         """
@@ -101,15 +101,15 @@ class BoundPart:
             numbers,
             step,
             self.dtype,
-            negate,
-            self.kept,
+            maximize,
+            self.cache,
             leave_out,
             on_device=on_device,
         )
 
 
 @dataclass(slots=True)
-class OwnTensor:
+class PendingUpdate:
     """A tensor with a gradient that our rules step.
 
     Args:
@@ -128,7 +128,7 @@ class OwnTensor:
     group: dict[str, Any]
     param: Tensor
     grad: Tensor
-    parts: tuple[LayerShard, ...]
+    parts: tuple[LayerPart, ...]
     needed: set[str]
     state: dict[str, Any]
     bound: list[BoundPart] | None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
-from lightning_sketch.layers.counter import counter
+from lightning_sketch.layers.step_count import step_tensor
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.stock import stock_optimizer
 from lightning_sketch.rules.families import FAMILIES
@@ -30,7 +30,7 @@ class CompressedAdagrad(CompressedOptimizer):
                 group.setdefault(name, default)
         for values in self.state.values():
             if values and not isinstance(values["step"], Tensor):
-                values["step"] = counter(values["step"])
+                values["step"] = step_tensor(values["step"])
 
     def share_memory(self) -> None:
         """Move the states of all layers, whatever form they have, into shared memory, as the stock method does."""

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.layers.counter import read_step
-from lightning_sketch.layers.record import RECORDS, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart
+from lightning_sketch.layers.step_count import read_step
 from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import compressed_class
@@ -354,7 +354,7 @@ def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> N
         )
 
 
-def _sketches_some_rows(part: LayerShard) -> bool:
+def _sketches_some_rows(part: LayerPart) -> bool:
     """Whether a layer has several rows to a bucket, and not all of its rows here."""
     return part.shard.table_rows < part.shard.global_rows and any(
         codec.shares_buckets(part.shard) for codec in part.layer.codecs.values()

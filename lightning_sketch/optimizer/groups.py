@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sketch.layers.flat import FlatTensor, FlatTensors
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.roles import find_model, named_layers
 from lightning_sketch.optimizer.compression import Compression
 from lightning_sketch.policy.plan import LayerPlan, make_plan
@@ -28,7 +28,7 @@ class CompressedGroups(Converted):
 
     compression: Compression
 
-    def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerShard, ...]]]:
+    def compressed_tensors(self) -> Iterator[tuple[dict[str, Any], Tensor, tuple[LayerPart, ...]]]:
         """Every tensor that our rules step, as ``(group, tensor, parts)``.
 
         A parameter, whole or DTensor, is one part; a flat tensor of DeepSpeed has several, some of kept layers.
@@ -43,13 +43,13 @@ class CompressedGroups(Converted):
                     if record is not None:
                         yield group, param, (self.compression.bindings.part(record, param),)
 
-    def compressed_layers(self) -> Iterator[tuple[dict[str, Any], Layer, Tensor]]:
+    def compressed_layers(self) -> Iterator[tuple[dict[str, Any], LayerRecord, Tensor]]:
         """Every compressed layer as ``(group, layer, tensor)``; once for each tensor that holds a part of it."""
         for group, tensor, parts in self.compressed_tensors():
             for layer in {part.layer.fqn: part.layer for part in parts if part.layer.compressed}.values():
                 yield group, layer, tensor
 
-    def all_tensors(self) -> list[tuple[Tensor, tuple[LayerShard, ...]]]:
+    def all_tensors(self) -> list[tuple[Tensor, tuple[LayerPart, ...]]]:
         """Every tensor that may have a state, with the parts that our rules step.
 
         Under DeepSpeed that includes those that no group shows at the moment.
@@ -73,7 +73,7 @@ class CompressedGroups(Converted):
     def flat_group(self, flat: FlatTensor) -> dict[str, Any]:
         """The group of a flat tensor with compressed layers. Under ZeRO-3 no group shows it between steps."""
         named = zip(self.param_groups, self.compression.names, strict=True)
-        return next(group for group, names in named if flat.anywhere[0] in names)
+        return next(group for group, names in named if flat.names_on_any_rank[0] in names)
 
     def flat_tensor(self, tensor: Tensor) -> FlatTensor:
         flat = self.compression.flat
@@ -105,7 +105,7 @@ class CompressedGroups(Converted):
             RuntimeError: the layout cannot be read reliably, or is not the model's.
         """
         model, policy = self._model_and_policy()
-        layers = [Layer.from_record(record) for record in self.compression.records]
+        layers = [LayerRecord.from_record(record) for record in self.compression.records]
         named = named_layers(model, policy.role_hints)
         self.compression.bindings.clear()
         self.compression.flat = FlatTensors(read_layout(wrapper), named, {layer.fqn: layer for layer in layers})

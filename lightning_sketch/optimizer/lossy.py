@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from lightning_sketch.layers.record import RECORDS, Layer
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.sharding import is_dtensor
 from lightning_sketch.sharding.agree import is_rank_zero
@@ -27,7 +27,7 @@ def warn_of_lossy(optimizer: CompressedGroups, errors: Mapping[str, Mapping[str,
         errors: relative error of every state that was encoded just now, by layer and state.
     """
     shown = [record for group in optimizer.param_groups for record in group.get(RECORDS, ()) if record is not None]
-    layers = map(Layer.from_record, [*optimizer.compression.records, *shown])  # groups may have been decided anew
+    layers = map(LayerRecord.from_record, [*optimizer.compression.records, *shown])  # groups may have been decided anew
     codecs = {layer.fqn: layer.codecs for layer in layers}
     bad: list[str] = []
     for name, by_state in errors.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lightning_sketch.codecs import Codec
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.roles import NamedLayer, named_layers
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.sharding import Shard
@@ -39,7 +39,7 @@ def warn_of_masked_rows(model: nn.Module, optimizer: CompressedGroups) -> None:
             )
 
 
-def moves_rows_without_gradient(layer: Layer) -> bool:
+def moves_rows_without_gradient(layer: LayerRecord) -> bool:
     """Whether a row that never had a gradient moves under dense gradients, but for weight decay."""
     if layer.lazy:
         return False

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 if TYPE_CHECKING:
-    from lightning_sketch.layers.record import LayerShard
+    from lightning_sketch.layers.record import LayerPart
     from lightning_sketch.policy.plan import Plan
     from lightning_sketch.rules import UpdateRule
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEVICES: tuple[str, ...] = tuple(_get_capturable_supported_devices())
 
 
-def stay_on_device(group: Mapping[str, Any], param: Tensor, parts: Iterable[LayerShard]) -> bool:
+def stay_on_device(group: Mapping[str, Any], param: Tensor, parts: Iterable[LayerPart]) -> bool:
     """Whether the numbers of a tensor's parts stay on its device."""
     return asked(group)[1] and param.device.type in DEVICES and not any(map(_reads, parts))
 
@@ -44,12 +44,12 @@ def asked(group: Mapping[str, Any]) -> tuple[bool, bool]:
     return capturable, capturable or bool(group.get("fused")) or "dampening" in group  # SGD's
 
 
-def _reads(part: LayerShard) -> bool:
+def _reads(part: LayerPart) -> bool:
     """Whether the host must read something in a step of this part."""
     return any(codec.needs_host for codec in part.layer.codecs.values())
 
 
-def check_capturable(group: Mapping[str, Any], param: Tensor, parts: Sequence[LayerShard], *, compiling: bool) -> None:
+def check_capturable(group: Mapping[str, Any], param: Tensor, parts: Sequence[LayerPart], *, compiling: bool) -> None:
     """Refuse what cannot be stepped under ``capturable=True``.
 
     Raises:
@@ -80,7 +80,7 @@ def check_capturable(group: Mapping[str, Any], param: Tensor, parts: Sequence[La
             )
 
 
-def check_capture(param: Tensor, grad: Tensor, parts: Sequence[LayerShard], *, on_device: bool, bound: bool) -> None:
+def check_capture(param: Tensor, grad: Tensor, parts: Sequence[LayerPart], *, on_device: bool, bound: bool) -> None:
     """Refuse what would go into a graph with the numbers of this one step.
 
     Raises:

@@ -3,7 +3,7 @@
 Compared is what codecs and kernels go by: of every layer the parameter and its gradient, where its states lie and how,
 the step count and the scales. While nothing of it is another, a step takes the gradients, begins the states of the
 layers that lead (`kernels.program`), and lets the counts and scales of the others follow. Anything else is for a step
-that looks at everything (`step.own_tensors`); after it steps are prepared again.
+that looks at everything (`step.pending_updates`); after it steps are prepared again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lightning_sketch import kernels
 from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.program import Program
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.layers.counter import counter
 from lightning_sketch.layers.record import RECORDS
-from lightning_sketch.optimizer.bound import OwnTensor
+from lightning_sketch.layers.step_count import step_tensor
+from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.on_device import asked
 from lightning_sketch.rules import UpdateRule
 
@@ -40,7 +40,7 @@ class Prepared:
         valid: whether it can be used again.
     """
 
-    def __init__(self, optimizer: Optimizer, tensors: list[OwnTensor], program: Program, bound: int) -> None:
+    def __init__(self, optimizer: Optimizer, tensors: list[PendingUpdate], program: Program, bound: int) -> None:
         layers = [_Layer(own, addresses) for own, addresses in zip(tensors, program.addresses, strict=True)]
         leaders: dict[Any, int] = {}
         led_by = [leaders.setdefault(layer.kind(), i) for i, layer in enumerate(layers)]
@@ -72,14 +72,14 @@ class Prepared:
             del own.grad
 
     @classmethod
-    def make(cls, optimizer: Optimizer, tensors: list[OwnTensor], *, bound: int) -> Prepared | None:
+    def make(cls, optimizer: Optimizer, tensors: list[PendingUpdate], *, bound: int) -> Prepared | None:
         """The step that was just made of `tensors`, or ``None`` if it cannot be made again by what is compared here.
 
         Args:
             bound: how many tensors are bound. Some may be in no group any more, which only other steps look at.
         """
         parts = tensors[0].bound
-        program = None if not parts else parts[0].kept.program
+        program = None if not parts else parts[0].cache.program
         if program is None or len(program.addresses) != len(tensors) or not all(map(_can_repeat, tensors)):
             return None
         if program.kernel is not kernels.fused_kernel(tensors[0].param.device):  # somebody wrapped it
@@ -196,7 +196,7 @@ class _Layer:
     )
     # fmt: on
 
-    def __init__(self, own: OwnTensor, addresses: Sequence[int]) -> None:
+    def __init__(self, own: PendingUpdate, addresses: Sequence[int]) -> None:
         assert own.bound is not None
         (self.bound,) = own.bound
         self.own, self.param, self.state, self.entries, self.leader = own, own.param, own.state, len(own.state), self
@@ -230,16 +230,16 @@ class _Layer:
 
     def fuse(self, rule: UpdateRule, of_step: tuple[Any, int, bool], leave_out: bool) -> FusedStep:
         """Begin its step."""
-        numbers, step, negate = of_step
+        numbers, step, maximize = of_step
         gradient = self.own.parts[0].gradient(self.own.grad)
-        return rule.fuse(self.bound.step(gradient, numbers, step, negate=negate, leave_out=leave_out))
+        return rule.fuse(self.bound.step(gradient, numbers, step, maximize=maximize, leave_out=leave_out))
 
 
 def _is_number(key: str) -> bool:
     return key == "step" or key.endswith("_scale")
 
 
-def _can_repeat(own: OwnTensor) -> bool:
+def _can_repeat(own: PendingUpdate) -> bool:
     """Whether a step of the tensor was one of whole tensors, with numbers on the host, by states that can follow."""
     if own.on_device or own.scale is not None or len(own.parts) != 1 or type(own.param) not in (Tensor, nn.Parameter):
         return False
@@ -259,7 +259,7 @@ def _can_repeat(own: OwnTensor) -> bool:
 
 def _count(layers: Sequence[_Layer]) -> None:
     if layers:
-        torch._foreach_add_([layer.state["step"] for layer in layers], [counter(1.0)] * len(layers))
+        torch._foreach_add_([layer.state["step"] for layer in layers], [step_tensor(1.0)] * len(layers))
 
 
 def _same(found: Sequence[Any], known: Sequence[Any]) -> bool:

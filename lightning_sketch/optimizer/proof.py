@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_sketch import kernels
 from lightning_sketch.kernels.schema import DeviceNumbers
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.optimizer.on_device import numbers_of
 from lightning_sketch.rules import UpdateRule
@@ -41,7 +41,7 @@ _proved: dict[tuple[Any, ...], bool] = {}
 
 def proved(
     rule: UpdateRule,
-    layer: Layer,
+    layer: LayerRecord,
     param: Tensor,
     group: Mapping[str, Any],
     *,
@@ -79,7 +79,7 @@ def proved(
 
 def _problem(
     rule: UpdateRule,
-    layer: Layer,
+    layer: LayerRecord,
     param: Tensor,
     group: Mapping[str, Any],
     sparse: bool,
@@ -94,7 +94,9 @@ def _problem(
         shapes.append((MORE_ROWS, min(columns, 136 if numel % 8 == 0 else 131)))
     try:
         for shape in shapes:
-            of_case = Layer(layer.fqn, layer.seed, shape if param.ndim > 1 else shape[:1], layer.signed, layer.codecs)
+            of_case = LayerRecord(
+                layer.fqn, layer.seed, shape if param.ndim > 1 else shape[:1], layer.signed, layer.codecs
+            )
             expected = _stepped(rule, of_case, param.dtype, torch.device("cpu"), group, sparse, None, False)
             found = _stepped(rule, of_case, param.dtype, param.device, group, sparse, kernel, on_device)
             start = _start(of_case, param.dtype)
@@ -116,7 +118,7 @@ def _problem(
 
 def _stepped(
     rule: UpdateRule,
-    layer: Layer,
+    layer: LayerRecord,
     dtype: torch.dtype,
     device: torch.device,
     group: Mapping[str, Any],
@@ -127,7 +129,7 @@ def _stepped(
     """A parameter and its states after steps that leave out a row; without a kernel the reference's."""
     generator = torch.Generator().manual_seed(0)
     shard = Shard.whole(layer.shape)
-    part = LayerShard(layer, shard)
+    part = LayerPart(layer, shard)
     param = _start(layer, dtype).to(device)
     tensors = part.allocate(param, group)
     bound = BoundPart.bind(part, param, group, tensors, on_device=on_device)
@@ -138,7 +140,9 @@ def _stepped(
         values = torch.randn(count, *layer.shape[1:], generator=generator) * scales
         values[step] = math.nan
         gradient = RowGradient(shard, None if rows is None else rows.to(device), values.to(device, dtype))
-        one = bound.step(gradient, rule.numbers(group, step), step, negate=bool(group.get("maximize")), leave_out=True)
+        one = bound.step(
+            gradient, rule.numbers(group, step), step, maximize=bool(group.get("maximize")), leave_out=True
+        )
         if on_device:
             steps = torch.full((1,), step, dtype=torch.float64, device=device)
             one.step, one.on_device = steps[0], DeviceNumbers(steps[0])
@@ -152,5 +156,5 @@ def _stepped(
     return {PARAMETER: param} | {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def _start(layer: Layer, dtype: torch.dtype) -> Tensor:
+def _start(layer: LayerRecord, dtype: torch.dtype) -> Tensor:
     return torch.randn(layer.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.layers.flat import FlatTensor
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.roles import check_pattern, matches_name
 from lightning_sketch.layers.transcode import fresh_state
 from lightning_sketch.optimizer.base import CompressedOptimizer
@@ -83,10 +83,10 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _whole_flat_tensors(optimizer: CompressedOptimizer, chosen: set[str]) -> list[FlatTensor]:
     """DeepSpeed's flat tensors that hold chosen layers."""
-    found = [flat for flat in optimizer.compression.flat or () if chosen & set(flat.anywhere)]
+    found = [flat for flat in optimizer.compression.flat or () if chosen & set(flat.names_on_any_rank)]
     for flat in found:
-        if others := [fqn for fqn in flat.anywhere if fqn not in chosen]:
-            here = ", ".join(sorted(chosen & set(flat.anywhere)))
+        if others := [fqn for fqn in flat.names_on_any_rank if fqn not in chosen]:
+            here = ", ".join(sorted(chosen & set(flat.names_on_any_rank)))
             raise ValueError(
                 f"{here} cannot be reset without {', '.join(others)}: DeepSpeed keeps them in one flat tensor, which "
                 "has one step count. Reset them all, or give the layers a parameter group of their own"
@@ -104,7 +104,7 @@ def _forget(optimizer: CompressedOptimizer, group: Mapping[str, Any], tensor: Te
     if "initial_accumulator_value" not in group or not state:
         return
     if record is not None:
-        optimizer.state[tensor] = fresh_state(Layer.from_record(record), tensor, group)
+        optimizer.state[tensor] = fresh_state(LayerRecord.from_record(record), tensor, group)
     elif "sum" in state:
         step, fill = state["step"], float(group["initial_accumulator_value"])
         fresh = {"step": torch.zeros_like(step), "sum": torch.full_like(state["sum"], fill)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch.codecs import Codec, Rows, StateSpec, encode, key_of, relative_error
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -105,12 +105,12 @@ class _Change:
     group: dict[str, Any]
     index: int
     fqn: str
-    layer: Layer | None
+    layer: LayerRecord | None
     old: Tensor
     new: Tensor
     old_shape: tuple[int, ...]
 
-    def resized(self) -> Layer:
+    def resized(self) -> LayerRecord:
         assert self.layer is not None
         return replace(self.layer, shape=tuple(self.new.shape))
 
@@ -136,7 +136,7 @@ def _changes(optimizer: CompressedOptimizer, model: nn.Module) -> Iterator[_Chan
             if id(new) in seen:
                 raise ValueError(f"{fqn} is tied now to another parameter of the optimizer; compress a new optimizer")
             seen.add(id(new))
-            layer = None if record is None else Layer.from_record(record)
+            layer = None if record is None else LayerRecord.from_record(record)
             old_shape = layer.shape if layer is not None else _shape_of_states(old, optimizer.state.get(old, {}))
             if new is old and tuple(new.shape) == old_shape:
                 continue
@@ -178,11 +178,11 @@ def _new_state(change: _Change, state: Mapping[str, Any]) -> tuple[dict[str, Any
         return {}, {}
     if change.layer is None:
         return {key: _resized_like(value, change) for key, value in state.items()}, {}
-    old = LayerShard(change.layer, Shard.whole(change.old_shape))
-    new = LayerShard(change.resized(), Shard.whole(tuple(change.new.shape)))
+    old = LayerPart(change.layer, Shard.whole(change.old_shape))
+    new = LayerPart(change.resized(), Shard.whole(tuple(change.new.shape)))
     tensors: dict[str, Any] = {"step": state["step"]}
     errors: dict[str, float] = {}
-    for name, codec in change.layer.stored().items():
+    for name, codec in change.layer.persistent_codecs().items():
         before, after = (part.spec(name, change.new, change.group) for part in (old, new))
         if kept := _table_of_same_size(codec, after, state):
             tensors |= kept

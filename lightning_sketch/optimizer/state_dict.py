@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.layers import dtensor_states
-from lightning_sketch.layers.counter import counter, read_step
 from lightning_sketch.layers.flat import FlatTensor
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard, part_of
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord, part_of
 from lightning_sketch.layers.reshard import reshard
+from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.transcode import encode_layer, encode_part
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -109,7 +109,7 @@ class _Load:
                 elif state and is_dtensor(param):
                     self.stock_state[key] = {k: dtensor_states.sharded_like(param, v) for k, v in state.items()}
                 continue
-            layer = Layer.from_record(live_record)
+            layer = LayerRecord.from_record(live_record)
             part_of(live_record, param).check_shape()
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
             problem = problem or self._refused_options(layer, {**live, **saved})
@@ -133,13 +133,13 @@ class _Load:
     def _with_step(self, state: Mapping[str, Any], owner: str) -> dict[str, Any] | None:
         """An entry whose step count, in whatever form, is a tensor as live ones are; ``None`` if it is no count."""
         try:
-            counted = {"step": counter(read_step(state["step"], owner))} if "step" in state else {}
+            counted = {"step": step_tensor(read_step(state["step"], owner))} if "step" in state else {}
         except ValueError as error:
             self.problems.append(str(error))
             return None
         return {**state, **counted}
 
-    def _refused_options(self, layer: Layer, group: Mapping[str, Any]) -> str | None:
+    def _refused_options(self, layer: LayerRecord, group: Mapping[str, Any]) -> str | None:
         """Why the layer could not be trained with the checkpoint's hyperparameters."""
         try:
             self.optimizer.rule.check(group, layer.fqn)
@@ -182,14 +182,16 @@ class _Load:
             else:
                 self._encode_flat(key, flat, live, own)
 
-    def _layer_state(self, layer: Layer, param: Tensor, group: Mapping[str, Any], state: Any) -> dict[str, Any] | str:
+    def _layer_state(
+        self, layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Any
+    ) -> dict[str, Any] | str:
         """The live form of a compressed layer's entry, or what is wrong with it."""
-        if problem := dtensor_states.torn(state):
+        if problem := dtensor_states.step_mismatch(state):
             return problem
-        part = LayerShard(layer, shard_of(param, layer.fqn))
+        part = LayerPart(layer, shard_of(param, layer.fqn))
         if layer.stock_count is not None:
             return self._stock_state(part, param, group, state)
-        expected: dict[str, Any] = {"step": counter()}
+        expected: dict[str, Any] = {"step": step_tensor()}
         expected |= part.allocate(torch.empty_like(local(param), device="meta"), group)
         same = dtensor_states.unwrap_same(part, param, state)
         if same is not None:
@@ -202,7 +204,7 @@ class _Load:
         if lacking:
             return f"holds {sorted(map(str, state))}, lacks {lacking}"
         tensors: dict[str, Any] = {"step": state["step"]}
-        for name, codec in layer.stored().items():
+        for name, codec in layer.persistent_codecs().items():
             try:
                 found = list(dtensor_states.sources(layer, name, codec, state, part.shard))
                 encoded, relative = reshard(codec, part.spec(name, param, group), found)
@@ -213,7 +215,7 @@ class _Load:
         return tensors
 
     def _stock_state(
-        self, part: LayerShard, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+        self, part: LayerPart, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
     ) -> dict[str, Any] | str:
         """`_layer_state` of a layer that its optimizer's own step updates: it may keep anything beside our tensors."""
         layer, errors = part.layer, self.errors.setdefault(part.layer.fqn, {})
@@ -242,14 +244,14 @@ class _Load:
         return loaded
 
     def _expected_flat(self, flat: FlatTensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        expected: dict[str, Any] = {"step": counter()}
+        expected: dict[str, Any] = {"step": step_tensor()}
         meta = flat.tensor.to("meta")
         for part in flat.parts:
             expected |= part.allocate(meta, group)
         return expected
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        tensors: dict[str, Any] = {"step": state.get("step", counter(1.0))}
+        tensors: dict[str, Any] = {"step": state.get("step", step_tensor(1.0))}
         for part in flat.parts:
             missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
             if missing:
@@ -264,7 +266,7 @@ class _Load:
 
     def _restore(self, key: Any, param: Tensor, tensors: dict[str, Any]) -> None:
         self.restored.append((param, tensors))
-        self.stock_state[key] = {"step": tensors.get("step", counter())}  # torch's __setstate__ wants one
+        self.stock_state[key] = {"step": tensors.get("step", step_tensor())}  # torch's __setstate__ wants one
 
 
 def _policy_hint(optimizer: CompressedGroups, saved_groups: Iterable[Mapping[str, Any]]) -> str:
@@ -273,13 +275,13 @@ def _policy_hint(optimizer: CompressedGroups, saved_groups: Iterable[Mapping[str
     return policy_hint(_recorded_layers(saved_groups), live, None if policy is None else policy.seed)
 
 
-def _recorded_layers(groups: Iterable[Mapping[str, Any]]) -> Iterator[Layer]:
+def _recorded_layers(groups: Iterable[Mapping[str, Any]]) -> Iterator[LayerRecord]:
     """The compressed layers of parameter groups whose records can be read."""
     for group in groups:
         for record in group.get(RECORDS) or ():
             try:
                 if record is not None:
-                    yield Layer.from_record(record)
+                    yield LayerRecord.from_record(record)
             except ValueError:  # another format version: named among the problems
                 continue
 
@@ -291,14 +293,14 @@ def _mismatch(saved: str | None, live: str) -> str | None:
     if saved is None:
         return "kept in the checkpoint, compressed by the policy"
     try:
-        return Layer.from_record(saved).difference(Layer.from_record(live))
+        return LayerRecord.from_record(saved).difference(LayerRecord.from_record(live))
     except ValueError as error:
         return str(error)
 
 
 def _fqn_of(record: str) -> str:
     try:
-        return Layer.from_record(record).fqn
+        return LayerRecord.from_record(record).fqn
     except ValueError as error:
         return str(error)
 
@@ -315,7 +317,7 @@ def _damage(expected: Mapping[str, Any], state: Mapping[str, Any]) -> str | None
     return None
 
 
-def _not_dense(layer: Layer, param: Tensor, state: Any) -> str | None:
+def _not_dense(layer: LayerRecord, param: Tensor, state: Any) -> str | None:
     """Why a saved uncompressed state cannot be encoded."""
     if not state:
         return None
@@ -331,7 +333,7 @@ def _not_dense(layer: Layer, param: Tensor, state: Any) -> str | None:
 
 
 def _checked(
-    expected: Mapping[str, Any], parts: Sequence[LayerShard], state: dict[str, Any], device: torch.device
+    expected: Mapping[str, Any], parts: Sequence[LayerPart], state: dict[str, Any], device: torch.device
 ) -> dict[str, Any] | str:
     """A saved compressed state as the live optimizer holds it, or what is wrong with it."""
     try:

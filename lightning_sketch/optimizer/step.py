@@ -12,11 +12,11 @@ from torch.autograd.graph import increment_version
 from lightning_sketch.kernels import fused_kernel
 from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.schema import DeviceNumbers
-from lightning_sketch.layers.counter import counter
-from lightning_sketch.layers.record import RECORDS, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart
+from lightning_sketch.layers.step_count import step_tensor
 from lightning_sketch.optimizer.amp import amp_on_device, grad_scale, overflowed
 from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
-from lightning_sketch.optimizer.bound import OwnTensor
+from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.nonfinite import judge
 from lightning_sketch.optimizer.on_device import asked, check_capturable, check_capture, numbers_of, stay_on_device
@@ -28,7 +28,7 @@ from lightning_sketch.sharding.fake import is_fake
 
 
 @_disable_dynamo  # Dynamo can make nothing of kernels
-def own_tensors(optimizer: CompressedGroups, *, compiling: bool = False) -> list[OwnTensor]:
+def pending_updates(optimizer: CompressedGroups, *, compiling: bool = False) -> list[PendingUpdate]:
     """Our tensors that have a gradient, checked and with what they are bound to.
 
     Nothing is changed yet, but that dense states which a user assigned are encoded.
@@ -49,7 +49,7 @@ def own_tensors(optimizer: CompressedGroups, *, compiling: bool = False) -> list
             return prepared.tensors
         bindings.prepared = None
     bindings.keep_those_in(states)
-    ours: list[OwnTensor] = []
+    ours: list[PendingUpdate] = []
     fake: bool | None = None
     assigned: list[Encoded] = []
     options: dict[int, tuple[set[str], bool, bool]] = {}  # by group: states that are needed, and what `asked` says
@@ -86,7 +86,7 @@ def own_tensors(optimizer: CompressedGroups, *, compiling: bool = False) -> list
             scale = scales[id(group)]
         unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
         gradients = [] if fake else [part.gradient(unscaled) for part in parts]
-        ours.append(OwnTensor(group, param, grad, parts, names, state, bound, gradients, scale, on_device))
+        ours.append(PendingUpdate(group, param, grad, parts, names, state, bound, gradients, scale, on_device))
     if assigned:
         commit(optimizer, assigned)
     return ours
@@ -118,7 +118,7 @@ def refuse_kept_sparse(optimizer: CompressedGroups) -> None:
 
 
 @_disable_dynamo
-def to_be_stepped(optimizer: CompressedGroups, ours: list[OwnTensor]) -> list[OwnTensor]:
+def to_be_stepped(optimizer: CompressedGroups, ours: list[PendingUpdate]) -> list[PendingUpdate]:
     """All but those of a group that overflowed; where the numbers of steps stay on the device, it is asked there.
 
     Raises:
@@ -132,7 +132,7 @@ def to_be_stepped(optimizer: CompressedGroups, ours: list[OwnTensor]) -> list[Ow
 
 
 @_disable_dynamo
-def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None:
+def step_compressed(optimizer: CompressedGroups, ready: list[PendingUpdate]) -> None:
     """One step of our tensors (they and their states are modified in place), but of what is not finite in gradients.
 
     Raises:
@@ -166,7 +166,7 @@ def step_compressed(optimizer: CompressedGroups, ready: list[OwnTensor]) -> None
         judge(compression.nonfinite, compression.skipped, left_out, units)
 
 
-def _step_each(optimizer: CompressedGroups, ready: list[OwnTensor], *, leave_out: bool) -> Tensor | None:
+def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave_out: bool) -> Tensor | None:
     """A step of which nothing is prepared: what `run` returns."""
     rule, compression = optimizer.rule, optimizer.compression
     counts: list[Tensor] = []
@@ -185,27 +185,27 @@ def _step_each(optimizer: CompressedGroups, ready: list[OwnTensor], *, leave_out
     if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
-        torch._foreach_add_(counts, [counter(1.0)] * len(counts))
+        torch._foreach_add_(counts, [step_tensor(1.0)] * len(counts))
     return run(
         rule,
         (
-            part.step(gradient, of_step, step, negate=negate, leave_out=leave_out, on_device=on_device)
-            for own, (of_step, step, negate, on_device) in zip(ready, numbers, strict=True)
+            part.step(gradient, of_step, step, maximize=maximize, leave_out=leave_out, on_device=on_device)
+            for own, (of_step, step, maximize, on_device) in zip(ready, numbers, strict=True)
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
 
 
 #: Of a tensor's step: `UpdateRule.numbers`, the step's number, whether to maximize, and what stays on the device.
-_Numbers = tuple[Any, int | Tensor, bool, DeviceNumbers | None]
+_Hyperparameters = tuple[Any, int | Tensor, bool, DeviceNumbers | None]
 
 
-def _numbers(optimizer: CompressedGroups, ready: list[OwnTensor]) -> list[_Numbers]:
+def _numbers(optimizer: CompressedGroups, ready: list[PendingUpdate]) -> list[_Hyperparameters]:
     """The numbers of all tensors' steps. Counts on devices go up by one, those on the host do not yet."""
     rule = optimizer.rule
-    known: dict[tuple[int, int], _Numbers] = {}  # by group and step
+    known: dict[tuple[int, int], _Hyperparameters] = {}  # by group and step
     apart: dict[tuple[int, torch.device], list[int]] = {}  # by group and device
-    found: list[_Numbers | None] = [None] * len(ready)
+    found: list[_Hyperparameters | None] = [None] * len(ready)
     for i, own in enumerate(ready):
         if own.on_device:
             apart.setdefault((id(own.group), own.param.device), []).append(i)
@@ -223,13 +223,13 @@ def _numbers(optimizer: CompressedGroups, ready: list[OwnTensor]) -> list[_Numbe
         else:
             torch._foreach_add_(counts, [(found_inf != 1).to(counts[0].dtype)] * len(counts))
         steps = torch.stack(counts).to(torch.float64)
-        negate = bool(group.get("maximize", False))
+        maximize = bool(group.get("maximize", False))
         for i, of_step, step in zip(members, numbers_of(rule, group, steps), steps.unbind(), strict=True):
-            found[i] = of_step, step, negate, DeviceNumbers(step, found_inf, scale)
+            found[i] = of_step, step, maximize, DeviceNumbers(step, found_inf, scale)
     return [option for option in found if option is not None]
 
 
-def _prove(rule: UpdateRule, own: OwnTensor) -> None:
+def _prove(rule: UpdateRule, own: PendingUpdate) -> None:
     """Have kernels that do not prove right on this device step none of a tensor's parts."""
     if (kernel := fused_kernel(own.param.device)) is None:
         return
@@ -238,12 +238,12 @@ def _prove(rule: UpdateRule, own: OwnTensor) -> None:
         if not proved(
             rule, part.layer, bound.param, own.group, sparse=sparse, kernel=kernel, on_device=bound.on_device
         ):
-            bound.kept.fusable = False
+            bound.cache.fusable = False
 
 
-def _allocate(optimizer: CompressedGroups, own: OwnTensor) -> None:
+def _allocate(optimizer: CompressedGroups, own: PendingUpdate) -> None:
     """Make the states of a tensor's first step."""
-    fresh: dict[str, Any] = {"step": counter(device=own.param.device if own.on_device else "cpu")}
+    fresh: dict[str, Any] = {"step": step_tensor(device=own.param.device if own.on_device else "cpu")}
     for part in own.parts:
         fresh |= part.allocate(own.param, own.group)
     own.state = optimizer.state[own.param]
@@ -266,7 +266,7 @@ def _refuse_replaced(optimizer: CompressedGroups) -> None:
         )
 
 
-def _check(rule: UpdateRule, group: dict[str, Any], part: LayerShard) -> None:
+def _check(rule: UpdateRule, group: dict[str, Any], part: LayerPart) -> None:
     layer = part.layer
     if lacking := layer.lacking(rule, group):
         raise ValueError(

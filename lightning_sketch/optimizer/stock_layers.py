@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from lightning_sketch.layers.dtensor_states import sharding_of
-from lightning_sketch.layers.record import LayerShard
+from lightning_sketch.layers.record import LayerPart
 from lightning_sketch.layers.stock_states import decode_entry, encode_entry, stored_step
 from lightning_sketch.optimizer import stock_step
 from lightning_sketch.optimizer.groups import CompressedGroups
@@ -20,7 +20,7 @@ from lightning_sketch.rules.stock_pieces import Piece, step_in_pieces
 #: Bytes of decoded states that exist at once; a layer with more is a piece by itself.
 PIECE_BYTES = 256 << 20
 
-Layers = dict[Tensor, tuple[dict[str, Any], LayerShard]]
+Layers = dict[Tensor, tuple[dict[str, Any], LayerPart]]
 
 
 @_disable_dynamo
@@ -76,7 +76,7 @@ def pieces(optimizer: CompressedGroups, layers: Layers) -> Iterator[Piece]:
         yield piece
 
 
-def decoded_bytes(part: LayerShard, param: Tensor) -> int:
+def decoded_bytes(part: LayerPart, param: Tensor) -> int:
     """Bytes of a layer's states that its step has decoded; of shards, of the largest."""
     count = sum(not codec.exact for codec in part.layer.codecs.values())
     shards, _ = sharding_of(param, part.layer.fqn)

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.reference import layer_seed
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
 from lightning_sketch.policy.rule import Rule, RuleSet
 from lightning_sketch.rules import StateDef, UpdateRule
@@ -38,7 +38,7 @@ class LayerPlan:
         frozen: whether the parameter does not require gradients.
     """
 
-    layer: Layer
+    layer: LayerRecord
     roles: tuple[str, ...]
     rule: int | None
     bytes_before: Mapping[str, int]
@@ -217,8 +217,8 @@ def _plan_layer(
     chosen = policy.rules[index] if index is not None else None
     codecs = {s.name: _codec_for(chosen, s) for s in states}
     count = rule.stock_count(group, named.param)
-    layer = Layer.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs, count)
-    whole = LayerShard(layer, Shard.whole(layer.shape))
+    layer = LayerRecord.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs, count)
+    whole = LayerPart(layer, Shard.whole(layer.shape))
     before: dict[str, int] = {}
     after: dict[str, int] = {}
     if layer.compressed:
@@ -265,12 +265,12 @@ def _plan_lazy(named: NamedLayer, policy: RuleSet, states: Sequence[StateDef]) -
             )
         if not rule.asks_shape:
             break
-    layer = Layer(named.fqn, layer_seed(policy.seed, named.fqn), (), {s.name: s.signed for s in states}, {})
+    layer = LayerRecord(named.fqn, layer_seed(policy.seed, named.fqn), (), {s.name: s.signed for s in states}, {})
     unknown = {state.name: 0 for state in states}
     return LayerPlan(layer, ("lazy",), None, unknown, unknown)
 
 
-def _check_one_momentum(layer: Layer) -> None:
+def _check_one_momentum(layer: LayerRecord) -> None:
     with_momentum = next((codec for codec in layer.codecs.values() if codec.momentum), None)
     if with_momentum is None:
         return

@@ -6,14 +6,14 @@ import glob
 from collections.abc import Iterable
 
 from lightning_sketch.kernels.reference import layer_seed
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.policy.rule import STATE_NAMES
 
 # A layer's record holds a digest of the policy's seed and its name; seeds that people choose are found by trying.
 _SEEDS_TRIED = 10_000
 
 
-def policy_hint(saved: Iterable[Layer], live: Iterable[Layer], seed: int | None) -> str:
+def policy_hint(saved: Iterable[LayerRecord], live: Iterable[LayerRecord], seed: int | None) -> str:
     """The end of an error message: the policy that loads a checkpoint, if the live one is what keeps it from loading.
 
     Args:
@@ -32,13 +32,14 @@ def policy_hint(saved: Iterable[Layer], live: Iterable[Layer], seed: int | None)
     return f"\nThat policy is\n  {policy_line(list(was.values()), seed)}"
 
 
-def policy_line(layers: Iterable[Layer], seed: int | None = None) -> str:
+def policy_line(layers: Iterable[LayerRecord], seed: int | None = None) -> str:
     """A policy under which these layers have their codecs, as Python with the names of `lightning_sketch`.
 
     >>> from lightning_sketch import Drop, RowWise
     >>> states = {"exp_avg": True, "exp_avg_sq": False}
     >>> codecs = {"exp_avg": Drop(), "exp_avg_sq": RowWise(compression=10)}
-    >>> policy_line([Layer(fqn, layer_seed(7, fqn), (9, 2), states, codecs) for fqn in ("emb.weight", "head.weight")])
+    >>> names = ("emb.weight", "head.weight")
+    >>> policy_line([LayerRecord(fqn, layer_seed(7, fqn), (9, 2), states, codecs) for fqn in names])
     "Policy([Rule(name=('emb.weight', 'head.weight'), exp_avg=Drop(), exp_avg_sq=RowWise(compression=10))], seed=7)"
 
     Args:
@@ -61,10 +62,10 @@ def policy_line(layers: Iterable[Layer], seed: int | None = None) -> str:
     return f"Policy([{', '.join(rules)}]{f', seed={found}' if found else ''})"
 
 
-def _decision(layer: Layer) -> tuple[object, ...]:
+def _decision(layer: LayerRecord) -> tuple[object, ...]:
     return dict(layer.codecs), layer.seed
 
 
-def _seed_of(layers: list[Layer], first: int | None) -> int | None:
+def _seed_of(layers: list[LayerRecord], first: int | None) -> int | None:
     candidates = [*([] if first is None else [first]), *range(_SEEDS_TRIED)]
     return next((s for s in candidates if all(x.seed == layer_seed(s, x.fqn) for x in layers)), None)

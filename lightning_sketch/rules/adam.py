@@ -52,7 +52,7 @@ class AdamRule(UpdateRule):
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
 
     def reference(self, layer: LayerStep) -> Tensor | None:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
         left_out = layer.observe(exp_avg, exp_avg_sq)
         add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
@@ -62,21 +62,21 @@ class AdamRule(UpdateRule):
             if exp_avg is not None and exp_avg.mixes_rows:
                 m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
-            layer.apply(block, precondition(layer, block, update), numbers.rate(exp_avg), numbers.shrink)
+            layer.apply(block, precondition(layer, block, update), numbers.rate(exp_avg), numbers.decay_factor)
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()
         return left_out
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         exp_avg, _ = self._begin(layer)
         mixes = exp_avg is not None and exp_avg.mixes_rows
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
             lr=numbers.rate(exp_avg),
-            shrink=numbers.shrink,
+            decay_factor=numbers.decay_factor,
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
             correction=numbers.correction,
@@ -84,7 +84,7 @@ class AdamRule(UpdateRule):
         )
 
     def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         exp_avg = layer.begin("exp_avg", decay=numbers.beta1, weight=1 - numbers.beta1)
         exp_avg_sq = layer.begin("exp_avg_sq", decay=numbers.beta2, weight=1 - numbers.beta2)
         assert exp_avg_sq is not None  # `Drop` refuses second moments
@@ -94,19 +94,19 @@ class AdamRule(UpdateRule):
     def coupled_weight_decay(self, group: Mapping[str, Any]) -> float:
         return 0.0 if self._decoupled(group) else super().coupled_weight_decay(group)
 
-    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Numbers:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Hyperparameters:
         beta1, beta2 = map(float, group["betas"])
         lr, eps, weight_decay = learning_rate(group, step), float(group["eps"]), float(group.get("weight_decay", 0.0))
         decoupled = self._decoupled(group)
         root_correction = (1 - beta2**step) ** 0.5
-        return _Numbers(
+        return _Hyperparameters(
             beta1=beta1,
             beta2=beta2,
             lr=lr,
             corrected_lr=lr / (1 - beta1**step),
             eps=eps / root_correction if self.early_eps else eps,
             weight_decay=self.coupled_weight_decay(group),
-            shrink=1 - lr * weight_decay if decoupled else 1.0,
+            decay_factor=1 - lr * weight_decay if decoupled else 1.0,
             root_correction=root_correction,
             correction=1 / root_correction,
         )
@@ -116,7 +116,7 @@ class AdamRule(UpdateRule):
 
 
 @dataclass(slots=True)
-class _Numbers:
+class _Hyperparameters:
     """Hyperparameters of one step.
 
     Args:
@@ -125,7 +125,7 @@ class _Numbers:
         corrected_lr: lr divided by the first moment's bias correction.
         eps: as it is added to the corrected root.
         weight_decay: the coupled one.
-        shrink: factor of the parameter, for decoupled weight decay.
+        decay_factor: factor of the parameter, for decoupled weight decay.
         root_correction: the root of the second moment's bias correction, a divisor.
         correction: one over that.
     """
@@ -136,7 +136,7 @@ class _Numbers:
     corrected_lr: float | Tensor
     eps: float | Tensor
     weight_decay: float
-    shrink: float | Tensor
+    decay_factor: float | Tensor
     root_correction: float | Tensor
     correction: float | Tensor
 

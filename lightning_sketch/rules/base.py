@@ -14,7 +14,7 @@ from lightning_sketch import kernels
 from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.codecs.base import add_scaled
 from lightning_sketch.kernels.reference import over_rows
-from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, Kept, Stored
+from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
 from lightning_sketch.sharding import Block
 from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
@@ -50,8 +50,8 @@ class LayerStep:
         numbers: from `UpdateRule.numbers`.
         step: the layer's step number, from 1.
         dtype: dtype of arithmetic.
-        negate: maximize.
-        kept: what earlier steps with this parameter and these states found out.
+        maximize: whether to step along the gradient, not against it.
+        cache: what earlier steps with this parameter and these states found out.
         leave_out: whether rows of the gradient that are not finite are left out; elements, where all states that the
             step changes are element-wise.
         finite: of the rows, bool ``[k]``, if `observe` found any to be left out; on accelerators always.
@@ -69,8 +69,8 @@ class LayerStep:
     numbers: Any
     step: int | Tensor
     dtype: torch.dtype
-    negate: bool = False
-    kept: Kept = field(default_factory=Kept)
+    maximize: bool = False
+    cache: StepCache = field(default_factory=StepCache)
     leave_out: bool = False
     finite: Tensor | None = None
     by_element: bool = False
@@ -108,10 +108,10 @@ class LayerStep:
         values, dtype = self.gradient.values, self.param.dtype
         if dtype not in DTYPES or values.dtype != dtype or not (values.is_contiguous() and self.param.is_contiguous()):
             return False
-        if (kept := self.kept).fusable is None:
+        if (cache := self.cache).fusable is None:
             states = [*self.states.values(), *([] if self.momentum is None else [self.momentum])]
-            kept.fusable = all(state.fusable() for state in states)
-        return kept.fusable
+            cache.fusable = all(state.fusable() for state in states)
+        return cache.fusable
 
     def fuse(
         self,
@@ -119,7 +119,7 @@ class LayerStep:
         first: str | None,
         *,
         lr: float | Tensor,
-        shrink: float | Tensor = 1.0,
+        decay_factor: float | Tensor = 1.0,
         eps: float | Tensor = 0.0,
         weight_decay: float = 0.0,
         correction: float | Tensor = 1.0,
@@ -139,14 +139,14 @@ class LayerStep:
             _stored(self.states.get(first)) if first else None,
             _stored(self.momentum),
             lr,
-            shrink,
+            decay_factor,
             eps,
             weight_decay,
             correction,
             bound,
             nesterov,
-            self.negate,
-            self.kept,
+            self.maximize,
+            self.cache,
             self.leave_out,
             self.on_device,
         )
@@ -195,7 +195,7 @@ class LayerStep:
             g = values.to(self.dtype)
             if scale is not None:
                 g = g / scale
-            if self.negate:
+            if self.maximize:
                 g = -g
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
@@ -205,21 +205,21 @@ class LayerStep:
                 block, g = replace(block, good=good), g.where(good, 0.0)
             yield block, g
 
-    def apply(self, block: Block, update: Tensor, lr: float | Tensor, shrink: float | Tensor = 1.0) -> None:
-        """``param <- shrink * param - lr * update`` at the block's rows; rounds once, to the parameter's dtype."""
+    def apply(self, block: Block, update: Tensor, lr: float | Tensor, decay_factor: float | Tensor = 1.0) -> None:
+        """``param <- decay_factor * param - lr * update`` at the block's rows, rounded once."""
         before, good = self.param[block.index], block.good
         if isinstance(block.index, slice) and self.param.dtype == update.dtype and good is None:
-            shrinks = isinstance(shrink, Tensor) or shrink != 1
-            add_scaled(before.mul_(shrink) if shrinks else before, update, -lr)
+            shrinks = isinstance(decay_factor, Tensor) or decay_factor != 1
+            add_scaled(before.mul_(decay_factor) if shrinks else before, update, -lr)
             return
-        values = add_scaled(before.to(self.dtype).mul(shrink), update, -lr).to(self.param.dtype)
+        values = add_scaled(before.to(self.dtype).mul(decay_factor), update, -lr).to(self.param.dtype)
         self.param[block.index] = values if good is None else values.where(good, before)
 
 
-def _stored(state: CodecState | None) -> Stored | None:
+def _stored(state: CodecState | None) -> KernelState | None:
     if state is None:
         return None
-    stored = state.stored()
+    stored = state.to_kernel()
     if state.deferred:
         stored.scale_at, stored.scale_decay = state.deferred_scale()
     return stored
@@ -245,7 +245,7 @@ class UpdateRule(ABC):
         return self.states(group)
 
     def stock_count(self, group: Mapping[str, Any], param: Tensor) -> Count | None:
-        """How the optimizer's own step, where that updates compressed layers, keeps their ``step``; see `Layer`."""
+        """How the optimizer's own step keeps ``step`` of compressed layers, where it does; see `LayerRecord`."""
         return None
 
     def check_codecs(self, fqn: str, codecs: Mapping[str, Codec]) -> None:  # noqa: B027

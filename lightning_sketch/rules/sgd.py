@@ -28,13 +28,13 @@ class SGDRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("momentum_buffer", signed=True),) if group["momentum"] else ()
 
-    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Numbers:
+    def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> _Hyperparameters:
         weight: float | Tensor = 1 - float(group["dampening"])
         if isinstance(step, Tensor):
             weight = step.where(step == 1, weight)
         elif step == 1:
             weight = 1.0
-        return _Numbers(
+        return _Hyperparameters(
             lr=learning_rate(group, step),
             momentum=float(group["momentum"]),
             weight=weight,
@@ -43,7 +43,7 @@ class SGDRule(UpdateRule):
         )
 
     def reference(self, layer: LayerStep) -> Tensor | None:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         buffer = self._begin(layer)
         left_out = layer.observe(buffer)
         if buffer is not None:
@@ -61,7 +61,7 @@ class SGDRule(UpdateRule):
         return left_out
 
     def fuse(self, layer: LayerStep) -> FusedStep:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         buffer = self._begin(layer)
         return layer.fuse(
             None,
@@ -72,14 +72,14 @@ class SGDRule(UpdateRule):
         )
 
     def _begin(self, layer: LayerStep) -> CodecState | None:
-        numbers: _Numbers = layer.numbers
+        numbers: _Hyperparameters = layer.numbers
         if not numbers.momentum:  # set to 0 in the middle of training: the buffer stays as it is, as torch's does
             return None
         return layer.begin("momentum_buffer", decay=numbers.momentum, weight=numbers.weight)
 
 
 @dataclass(slots=True)
-class _Numbers:
+class _Hyperparameters:
     """Hyperparameters of one step.
 
     Args:

@@ -13,7 +13,7 @@ def is_rank_zero() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def any_of_all(decide: Callable[[], bool]) -> bool:
+def any_rank(decide: Callable[[], bool]) -> bool:
     """Whether any rank decides yes. Collective; if it raises on one rank, all raise.
 
     Ranks read checkpoints from file systems that may differ, and go separate ways into collectives if they disagree.
@@ -26,7 +26,7 @@ def any_of_all(decide: Callable[[], bool]) -> bool:
         yes = decide()
     except Exception as error:  # whatever it is: the other ranks are waiting for an answer
         raised = error
-    answers: list[tuple[bool, str | None]] = from_all((yes, None if raised is None else str(raised)))
+    answers: list[tuple[bool, str | None]] = gather_objects((yes, None if raised is None else str(raised)))
     if raised is not None:
         raise raised
     for _, problem in answers:
@@ -35,7 +35,7 @@ def any_of_all(decide: Callable[[], bool]) -> bool:
     return any(yes for yes, _ in answers)
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order; of a single process its own. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]

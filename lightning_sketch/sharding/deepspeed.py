@@ -55,12 +55,12 @@ class FlatLayout:
     Args:
         engine: ``"ZeRO-1/2"``, ``"ZeRO-3"``, ``"BF16_Optimizer"`` or ``"FP16_UnfusedOptimizer"``.
         tensors: each tensor with its segments sorted by start; what they leave free is alignment padding.
-        anywhere: for each tensor, all parameters of which any rank holds a piece in its counterpart.
+        params_on_any_rank: for each tensor, all parameters of which any rank holds a piece in its counterpart.
     """
 
     engine: str
     tensors: list[tuple[Tensor, list[Segment]]]
-    anywhere: list[list[nn.Parameter]]
+    params_on_any_rank: list[list[nn.Parameter]]
 
 
 def read_layout(wrapper: Any) -> FlatLayout:
@@ -113,7 +113,7 @@ class _Buffer:
         shapes: their logical shapes.
         group: the process group it is partitioned over, or None for a whole parameter.
         pieces: the pieces that a given rank holds, in order.
-        witness: per parameter, a tensor and where its memory must start; see `_check_memory`.
+        expected_addresses: per parameter, a tensor and where its memory must start; see `_check_memory`.
     """
 
     flat: Tensor
@@ -121,7 +121,7 @@ class _Buffer:
     shapes: list[tuple[int, ...]]
     group: Any
     pieces: Callable[[int], Iterable[_Piece]]
-    witness: list[tuple[Tensor, int]]
+    expected_addresses: list[tuple[Tensor, int]]
 
     def segments(self, rank: int) -> list[Segment]:
         return [Segment(self.params[i], self.shapes[i], *place) for i, *place in self.pieces(rank)]
@@ -159,8 +159,8 @@ def _end_to_end(
         if len(starts) != len(sizes) or flat.numel() * dist.get_world_size(group) != whole.numel():
             _contradiction(wrapper, f"{len(starts)} offsets for {len(sizes)} parameters, or shares of unequal size")
         pieces = partial(_window, starts, sizes, flat.numel())
-        witness = _addresses([p.data for p in params], whole, starts)
-        buffers.append(_Buffer(flat, list(params), shapes, group, pieces, witness))
+        expected_addresses = _addresses([p.data for p in params], whole, starts)
+        buffers.append(_Buffer(flat, list(params), shapes, group, pieces, expected_addresses))
     return buffers
 
 
@@ -193,8 +193,8 @@ def _read_zero_3(wrapper: Any) -> list[_Buffer]:
         if sum(parts) != flat.numel():
             _contradiction(wrapper, f"shares of {sum(parts)} elements in a tensor of {flat.numel()}")
         pieces = partial(_cut, _starts(parts), sizes, parts)
-        witness = _addresses(partitions, share, _starts(parts))
-        buffers.append(_Buffer(flat, list(params), shapes, _world_if_none(ranks[0]), pieces, witness))
+        expected_addresses = _addresses(partitions, share, _starts(parts))
+        buffers.append(_Buffer(flat, list(params), shapes, _world_if_none(ranks[0]), pieces, expected_addresses))
     return buffers
 
 
@@ -260,7 +260,7 @@ def _check_memory(wrapper: Any, buffer: _Buffer) -> None:
 
     So their addresses say independently of any record what lies where.
     """
-    for param, (held, address) in zip(buffer.params, buffer.witness, strict=bool(buffer.witness)):
+    for param, (held, address) in zip(buffer.params, buffer.expected_addresses, strict=bool(buffer.expected_addresses)):
         if held.numel() and held.data_ptr() != address:
             what = f"{_name(wrapper, param)} does not lie in DeepSpeed's buffer where its records say"
             _contradiction(wrapper, f"{what} (or is offloaded: call engine.reload_states() first)")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.checkpoints import read_checkpoint, restore
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import dense_of
 from lightning_sketch.sharding import Shard
 from tests.checkpoints.engines import STEPS, TABLES, make
@@ -71,8 +71,8 @@ def states_of(path: Path) -> dict[str, Tensor]:
     names = [[f"{name}.weight" for name in TABLES] + ["head.weight", "head.bias"]]
     found = {}
     for fqn, layer in read_checkpoint(path, names).layers.items():
-        decided = layer.layer or Layer(fqn, 0, layer.shape, {"exp_avg": True, "exp_avg_sq": False}, {})
-        part = LayerShard(decided, Shard.whole(layer.shape))
+        decided = layer.layer or LayerRecord(fqn, 0, layer.shape, {"exp_avg": True, "exp_avg_sq": False}, {})
+        part = LayerPart(decided, Shard.whole(layer.shape))
         for state, sources in layer.states().items():
             found[f"{fqn}.{state}"] = dense_of(part.spec(state, torch.empty(0), {}), sources)
         found[f"{fqn}.step"] = torch.tensor(layer.step)

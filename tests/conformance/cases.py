@@ -31,8 +31,8 @@ from lightning_sketch import (
     Rule,
     compress,
 )
-from lightning_sketch.layers.flat import NamedSegment, layer_shards
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.flat import NamedSegment, layer_parts
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.rules import StateDef
 from lightning_sketch.rules.families import rule_of
 from lightning_sketch.sharding import Shard
@@ -132,8 +132,8 @@ LAYOUTS: dict[str, tuple[Shard, ...]] = {
 } | {
     "flat segment": tuple(
         part.shard
-        for part in layer_shards(
-            Layer("table", 7, (30, 8), {}, {}), NamedSegment("table", (30, 8), 0, 3 + 20 * 8 + 4, 3 * 8 + 5)
+        for part in layer_parts(
+            LayerRecord("table", 7, (30, 8), {}, {}), NamedSegment("table", (30, 8), 0, 3 + 20 * 8 + 4, 3 * 8 + 5)
         )
     )
 }

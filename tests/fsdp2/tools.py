@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Policy, Rule, compress
-from lightning_sketch.layers.record import RECORDS, Layer, LayerShard
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import local
@@ -113,8 +113,8 @@ def train_shard(
     """
     _, dim, shape = list(keys(case))[position]
     group = optimizer.param_groups[0]
-    layer = Layer.from_record(group[RECORDS][position])
-    part = LayerShard(layer, even_shard(shape, dim, world_size, rank))
+    layer = LayerRecord.from_record(group[RECORDS][position])
+    part = LayerPart(layer, even_shard(shape, dim, world_size, rank))
     initial = list(Layers(case).parameters())[position].detach()
     param = chunk(initial, world_size, rank, dim)
     state: dict[str, Any] = {"step": torch.tensor(0.0)} | part.allocate(param, group)
@@ -123,7 +123,7 @@ def train_shard(
         grad = chunk(full_gradients(case, step)[position], world_size, rank, dim)
         numbers = optimizer.rule.numbers(group, step + 1)
         bound = BoundPart.bind(part, param, group, state)
-        run(optimizer.rule, [bound.step(RowGradient(part.shard, None, grad), numbers, step + 1, negate=False)])
+        run(optimizer.rule, [bound.step(RowGradient(part.shard, None, grad), numbers, step + 1, maximize=False)])
     return param, state
 
 

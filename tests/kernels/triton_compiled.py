@@ -39,7 +39,7 @@ from lightning_sketch.kernels.triton import columns as of_columns
 from lightning_sketch.kernels.triton import device_numbers, insert, launch, observe, quantized, row_sketch
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.optimizer import on_device
-from lightning_sketch.optimizer.step import own_tensors, step_compressed
+from lightning_sketch.optimizer.step import pending_updates, step_compressed
 from tests.kernels.fused_cases import Case, start, train
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -264,7 +264,7 @@ def test_numbers_that_stay_on_the_device_are_written_without_spills_and_compiled
             monkeypatch.setattr(device_numbers, "capturing", lambda now=captured: now)
             layer.weight.grad = torch.randn(256, 512)
             with torch.no_grad():
-                step_compressed(optimizer, own_tensors(optimizer))
+                step_compressed(optimizer, pending_updates(optimizer))
     used = {compiled.hash: (name, compiled) for name, _, compiled in found}
     names = [name for name, _ in used.values()]
     for function in OF_NUMBERS:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Codec, CountSketch, Drop, Factored, Policy, RowWise, Rule, compress, kernels
-from lightning_sketch.kernels.schema import FusedStep, Kept, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind, StepCache
 from lightning_sketch.kernels.triton import launch, layout, orders
 from lightning_sketch.optimizer import on_device
 from tests.kernels.fused_cases import Case, by_reference, start, train
@@ -147,7 +147,7 @@ def test_waves_give_the_order_of_one_sort(rows: int, width: int, monkeypatch: py
     for wave in (layout.WAVE, 16):
         monkeypatch.setattr(layout, "WAVE", wave)
         batch = orders.Batch(by_bucket=True)
-        assert batch.add(rows, Stored(Kind.SKETCH, torch.empty(0), depth=depth, width=width))
+        assert batch.add(rows, KernelState(Kind.SKETCH, torch.empty(0), depth=depth, width=width))
         batch.allocate(torch.device("cpu"))
         batch.order.copy_(keys)
         batch.sort()
@@ -158,15 +158,15 @@ def test_waves_give_the_order_of_one_sort(rows: int, width: int, monkeypatch: py
 
 
 def test_what_is_kept_has_the_size_that_is_reported() -> None:
-    sketch = Stored(Kind.SKETCH, torch.empty(3, 5, 4), depth=3, width=5)
-    step = FusedStep(torch.empty(40, 4), torch.empty(40, 4), None, 0, 0, sketch, sketch, None, 0.1, kept=Kept())
+    sketch = KernelState(Kind.SKETCH, torch.empty(3, 5, 4), depth=3, width=5)
+    step = FusedStep(torch.empty(40, 4), torch.empty(40, 4), None, 0, 0, sketch, sketch, None, 0.1, cache=StepCache())
     (order,) = orders.find_orders([(step, sketch)], True, 0).orders
     assert order.batch.order.nbytes + order.batch.edges.nbytes == orders.kept_bytes(40, [(3, 5), (3, 5)])
 
 
 def test_a_layer_that_int32_cannot_number_is_refused() -> None:
     batch = orders.Batch(by_bucket=True)
-    batch.add(1 << 30, Stored(Kind.SKETCH, torch.empty(0), depth=3, width=5))
+    batch.add(1 << 30, KernelState(Kind.SKETCH, torch.empty(0), depth=3, width=5))
     with pytest.raises(ValueError, match=r"3,221,225,472 rows times hash functions.*depth"):
         batch.allocate(torch.device("meta"))
 

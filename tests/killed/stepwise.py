@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lightning_sketch.integrations.accelerate import load_state
-from lightning_sketch.integrations.moving import accelerate_place
+from lightning_sketch.integrations.resharding import accelerate_place
 from lightning_sketch.rules.inside import unwrap
 from tests.checkpoints import engines
 from tests.deepspeed_tools import init_deepspeed

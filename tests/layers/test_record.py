@@ -1,4 +1,4 @@
-"""Layer: the decision about one parameter, as an object and as primitives in a checkpoint."""
+"""LayerRecord: the decision about one parameter, as an object and as primitives in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Keep, RowWise
-from lightning_sketch.layers.record import FORMAT_VERSION, Layer, LayerShard, compute_dtype
+from lightning_sketch.layers.record import FORMAT_VERSION, LayerPart, LayerRecord, compute_dtype
 from lightning_sketch.layers.transcode import fresh_state
 from lightning_sketch.rules import StateDef
 from lightning_sketch.sharding import Shard
@@ -19,18 +19,18 @@ STATES = (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False)
 
 
 def allocate(layer, param, group=None):
-    return LayerShard(layer, Shard.whole((30, 4))).allocate(param, group or {})
+    return LayerPart(layer, Shard.whole((30, 4))).allocate(param, group or {})
 
 
 def make(first, second, shape=(30, 4)):
-    return Layer.make("table.weight", 7, torch.empty(shape), STATES, {"exp_avg": first, "exp_avg_sq": second})
+    return LayerRecord.make("table.weight", 7, torch.empty(shape), STATES, {"exp_avg": first, "exp_avg_sq": second})
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_a_record_is_plain_data_and_gives_the_layer_back(name):
     layer = make(CODECS[name]["first_moment"], CODECS[name]["second_moment"])
     record = layer.to_record()
-    assert Layer.from_record(record) == layer
+    assert LayerRecord.from_record(record) == layer
     assert json.loads(record)["version"] == FORMAT_VERSION
 
 
@@ -56,12 +56,12 @@ def test_what_it_is_follows_from_its_codecs(first, second, compressed, lazy):
 
 def test_a_dropped_state_stores_nothing():
     layer = make(Drop(), RowWise())
-    assert layer.stored().keys() == {"exp_avg_sq"}
+    assert layer.persistent_codecs().keys() == {"exp_avg_sq"}
     assert set(allocate(layer, torch.empty(30, 4))) == {"exp_avg_sq_row", "exp_avg_sq_scale"}
 
 
 def test_both_moments_of_a_layer_share_their_hash():
-    part = LayerShard(make(CountSketch(), CountSketch()), Shard.whole((30, 4)))
+    part = LayerPart(make(CountSketch(), CountSketch()), Shard.whole((30, 4)))
     param = torch.empty(30, 4)
     assert part.spec("exp_avg", param, {}).seed == part.spec("exp_avg_sq", param, {}).seed == 7
 

@@ -13,7 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer, RMSprop, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_sketch import Policy, Rule, compress, decompress, report
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from tests.tiny import ADAM, ADAMW, CASES, EXACTLY, LOSSY, Tiny, assert_same, give_gradients, on_table, snapshot, train
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -253,7 +253,7 @@ def test_an_added_group_takes_parameters_as_torch_does(params):
     model = Growing()
     optimizer = compress(Adam(model.kept.parameters()), model, LOSSY, allow_empty=True)
     optimizer.add_param_group({"params": params(model.late.table.parameters())})
-    assert [Layer.from_record(r).fqn for r in optimizer.param_groups[1]["compression"]] == ["late.table.weight"]
+    assert [LayerRecord.from_record(r).fqn for r in optimizer.param_groups[1]["compression"]] == ["late.table.weight"]
 
 
 def test_named_parameters_may_be_added():
@@ -262,7 +262,7 @@ def test_named_parameters_may_be_added():
     optimizer.add_param_group({"params": list(model.late.named_parameters("late"))})
     group = optimizer.param_groups[1]
     assert group["param_names"] == ["late.table.weight", "late.bias.weight", "late.bias.bias"]
-    assert [r and Layer.from_record(r).fqn for r in group["compression"]] == ["late.table.weight", None, None]
+    assert [r and LayerRecord.from_record(r).fqn for r in group["compression"]] == ["late.table.weight", None, None]
 
 
 @pytest.mark.parametrize(

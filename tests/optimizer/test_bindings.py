@@ -22,7 +22,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import SM3, CountSketch, Factored, Policy, RowWise, Rule, compress, decompress
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.bindings import Bindings
 from lightning_sketch.rules import StateDef
 from lightning_sketch.sharding import Shard
@@ -434,15 +434,15 @@ def test_a_step_count_written_as_a_number_goes_on():
 def test_states_that_did_not_fit_are_allocated_by_the_next_step(monkeypatch):
     model, optimizer = _make()
     _give(model, 0)
-    allocate = LayerShard.allocate
+    allocate = LayerPart.allocate
 
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(LayerShard, "allocate", out_of_memory)
+    monkeypatch.setattr(LayerPart, "allocate", out_of_memory)
     with pytest.raises(MemoryError):
         optimizer.step()
-    monkeypatch.setattr(LayerShard, "allocate", allocate)
+    monkeypatch.setattr(LayerPart, "allocate", allocate)
     optimizer.step()
     assert all(float(state["step"]) >= 1 for state in optimizer.state.values())
 
@@ -466,8 +466,8 @@ def test_memory_is_free_as_soon_as_states_are_moved_away(codecs):
 
 def _part(shard, span=None):
     states = (StateDef("exp_avg_sq", signed=False),)
-    layer = Layer.make("w", 7, torch.empty(20, 8), states, {"exp_avg_sq": RowWise()})
-    return LayerShard(layer, shard, span)
+    layer = LayerRecord.make("w", 7, torch.empty(20, 8), states, {"exp_avg_sq": RowWise()})
+    return LayerPart(layer, shard, span)
 
 
 def test_parts_of_a_flat_tensor_follow_its_memory():

@@ -27,7 +27,7 @@ from lightning_sketch import (
     report,
 )
 from lightning_sketch.codecs import scale_tensor
-from lightning_sketch.layers.counter import counter
+from lightning_sketch.layers.step_count import step_tensor
 from lightning_sketch.optimizer import on_device
 from lightning_sketch.optimizer.bindings import Bindings
 from lightning_sketch.optimizer.nonfinite import LeftOut
@@ -348,7 +348,7 @@ def test_numbers_that_were_loaded_or_moved_to_the_host_go_back() -> None:
         model, optimizer = _on(mode, CUDA["AdamW, capturable"], second_moment=Factored())
         optimizer.step()
         state = optimizer.state[model.weight]
-        state["step"], state["exp_avg_sq_scale"] = counter(3.0), scale_tensor(0.5)
+        state["step"], state["exp_avg_sq_scale"] = step_tensor(3.0), scale_tensor(0.5)
         assert {state[key].device.type for key in ("step", "exp_avg_sq_scale")} == {"cpu"}
         optimizer.step()
         assert {state[key].device.type for key in ("step", "exp_avg_sq_scale")} == {"cuda"}

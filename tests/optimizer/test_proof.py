@@ -12,7 +12,7 @@ import lightning_sketch as ls
 from lightning_sketch import kernels
 from lightning_sketch.kernels import cpu
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.optimizer import bindings, proof
 from lightning_sketch.rules.adam import AdamWRule
 from tests.kernels.fused_cases import by_reference
@@ -60,7 +60,7 @@ def is_proved(
         _model(weight),
         ls.Policy([ls.Rule(name="*", **CODECS[name])]),
     )
-    layer = Layer.from_record(optimizer.param_groups[0]["compression"][0])
+    layer = LayerRecord.from_record(optimizer.param_groups[0]["compression"][0])
     return proof.proved(optimizer.rule, layer, param, optimizer.param_groups[0], sparse=sparse, kernel=kernel)
 
 
@@ -125,7 +125,7 @@ def test_layers_whose_kernels_are_not_proved_are_stepped_by_the_reference(monkey
         found = bind(self, param, parts, needed, group, tensors)
         for part, each in zip(parts, found, strict=True):
             right = proof.proved(AdamWRule(), part.layer, each.param, group, sparse=False, kernel=broken)
-            each.kept.fusable = each.kept.fusable if right else False
+            each.cache.fusable = each.cache.fusable if right else False
         return found
 
     with by_reference():

@@ -8,7 +8,7 @@ from torch.optim import Adam, AdamW
 
 from lightning_sketch import compress
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from tests.integrations.lightning_tools import assert_same_weights, batches, tiny, trainer
 from tests.tiny import on_table
 
@@ -39,7 +39,7 @@ def test_a_part_converted_by_hand_gets_the_names_of_the_whole_module():
     by_hand, other = made.optimizers
     assert names(by_hand) == ["table.weight"]
     assert by_hand.compression.names == [["table.weight"]]
-    assert [Layer.from_record(record).fqn for record in by_hand.compression.records] == ["table.weight"]
+    assert [LayerRecord.from_record(record).fqn for record in by_hand.compression.records] == ["table.weight"]
     assert names(other) == []
     by_callback = fit(
         lambda m: (AdamW(m.table.parameters(), lr=1e-2), AdamW(m.head.parameters(), lr=1e-2)), manual=True

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import compress, decompress
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.record import LayerRecord
 from tests.tiny import ADAMW, CASES, LOSSY, Tiny, assert_same, snapshot, train
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -89,7 +89,7 @@ def test_a_copy_knows_the_copied_model(case, where, way):
     its.step()  # without gradients
     assert_same(twin.state_dict(), weights)
     its.add_param_group({"params": twin.late.parameters()})
-    assert Layer.from_record(its.param_groups[1]["compression"][0]).fqn == "late.weight"
+    assert LayerRecord.from_record(its.param_groups[1]["compression"][0]).fqn == "late.weight"
     train(twin, its, [1, 2], sparse=case.sparse)
     assert any(key.endswith("_table") for key in its.state[twin.late.weight])
     assert_same(snapshot(model, optimizer), before)

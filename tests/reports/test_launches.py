@@ -17,7 +17,7 @@ from benchmarks.launches import LARGE, count_step, counting, policies
 from lightning_sketch import compress, kernels, report
 from lightning_sketch.codecs import encode
 from lightning_sketch.kernels.reference import segment_add, sorted_segment_add
-from lightning_sketch.layers.record import LayerShard
+from lightning_sketch.layers.record import LayerPart
 from lightning_sketch.sharding import base
 from lightning_sketch.sharding.gradient import RowGradient
 from tests.tiny import CASES, CODECS, FOR_SGD, Tiny, assert_same, on_table, snapshot, train
@@ -91,7 +91,7 @@ def test_states_are_encoded_with_few_launches():
         model.weight = nn.Parameter(mode.tensor(*LARGE))
         optimizer = compress(torch.optim.AdamW(model.parameters()), model)
         (_, layer, param), group = next(iter(optimizer.compressed_layers())), optimizer.param_groups[0]
-        part = LayerShard(layer, base.Shard.whole(layer.shape))
+        part = LayerPart(layer, base.Shard.whole(layer.shape))
         mode.reset()
         encode(layer.codecs["exp_avg_sq"], part.spec("exp_avg_sq", param, group), mode.tensor(*LARGE))
         assert mode.counts().launches <= MOST_LAUNCHES

@@ -12,7 +12,7 @@ from torch.optim import Adam, AdamW
 
 import lightning_sketch
 from lightning_sketch import OptimizerStateCompression, Policy, RowWise, Rule, compress, restore
-from lightning_sketch.integrations.moving import must_move
+from lightning_sketch.integrations.resharding import needs_resharding
 from tests.tiny import CODECS, EVERY, Tiny, assert_same, on_table, snapshot, train
 
 #: The default policy of version 0.1, which docs/guide.md names.
@@ -109,7 +109,7 @@ def test_a_trainer_s_check_before_loading_names_it_and_restore_needs_none(tmp_pa
     torch.save(old.state_dict(), path)
     new = compress(AdamW(model.parameters()), model)
     with pytest.raises(ValueError, match="written under another policy") as raised:
-        must_move([new], [(path, 0)])
+        needs_resharding([new], [(path, 0)])
     assert policy_in(str(raised.value)).rules[0].exp_avg_sq == RowWise(compression=10)
     restore(new, path)  # encodes anew
     assert "exp_avg_sq_col" in new.state[model["emb"].weight]

@@ -25,11 +25,11 @@ from lightning_sketch import (
     resize_states,
     restore,
 )
-from lightning_sketch.layers.record import RECORDS, Layer
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 from tests.tiny import ADAM, ADAMW, CASES, CODECS, FOR_SGD, Tiny, assert_same, on_table, snapshot, train
 
 ROWS, MORE, FEWER = 40, 52, 34
-#: Stored to the bit, stored up to rounding, and what several rows share.
+#: KernelState to the bit, stored up to rounding, and what several rows share.
 EXACT, ROUNDED, SHARED = (
     ("exact", "bfloat16"),
     ("rows", "factored", "SM3", "SM3-I momentum"),
@@ -155,7 +155,7 @@ def test_rows_that_stay_keep_their_states_and_new_rows_start_without(codec, resi
         if codec not in (*SHARED, "paper"):
             assert not after[name][count:].any()
     assert group["params"][0] is model.table.weight
-    assert Layer.from_record(group[RECORDS][0]).shape == (rows, 4)
+    assert LayerRecord.from_record(group[RECORDS][0]).shape == (rows, 4)
     assert optimizer.state[model.kept.weight] is kept
     assert len(optimizer.state) == 3  # nothing of the old parameter is left
     train(model, optimizer, range(4, 6))

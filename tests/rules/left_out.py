@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAda
 
 from lightning_sketch import Codec, kernels
 from lightning_sketch.codecs.decay import ScaledState
-from lightning_sketch.layers.record import Layer, LayerShard
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import (
     AdagradRule,
@@ -58,7 +58,7 @@ class Part:
 
     rule: UpdateRule
     group: dict[str, Any]
-    part: LayerShard
+    part: LayerPart
     bound: BoundPart
     tensors: dict[str, Any]
     steps: int = 0
@@ -78,7 +78,7 @@ class Part:
         group = stock([torch.zeros(1)], lr=0.1, **options).param_groups[0]  # type: ignore[call-arg]
         codecs = {state.name: (first or second) if state.signed else second for state in found.states(group)}
         signed = {state.name: state.signed for state in found.states(group)}
-        part = LayerShard(Layer("table", 7, shard.global_shape, signed, codecs), shard)
+        part = LayerPart(LayerRecord("table", 7, shard.global_shape, signed, codecs), shard)
         tensors = part.allocate(param, group)
         return cls(found, group, part, BoundPart.bind(part, param, group, tensors), tensors)
 
@@ -86,9 +86,9 @@ class Part:
         """One step; how much it left out."""
         self.steps += 1
         numbers = self.rule.numbers(self.group, self.steps)
-        negate = bool(self.group["maximize"])
+        maximize = bool(self.group["maximize"])
         gradient = RowGradient(self.shard, rows, values)
-        layer = self.bound.step(gradient, numbers, self.steps, negate=negate, leave_out=leave_out)
+        layer = self.bound.step(gradient, numbers, self.steps, maximize=maximize, leave_out=leave_out)
         kernel = kernels.fused_kernel(layer.param.device)
         self.fused = kernel is not None and layer.fusable() and self.rule.fusable(layer.states)
         counts = run(self.rule, [layer])

@@ -34,7 +34,7 @@ def test_apply_shrinks_then_steps_at_the_blocks_rows(dtype, rows):
     param, update = torch.ones(6, 2, dtype=dtype), torch.full((6 if rows is None else 2, 2), 3.0)
     layer = _layer(param, RowGradient(shard, rows, update.to(dtype)))
     for block in layer.gradient.blocks:
-        layer.apply(block, update[block.span], lr=0.25, shrink=0.5)
+        layer.apply(block, update[block.span], lr=0.25, decay_factor=0.5)
     expected = torch.ones(6, 2)
     expected[slice(None) if rows is None else rows] = 0.5 - 0.75
     assert torch.equal(param.float(), expected)

@@ -116,7 +116,7 @@ def test_counts_are_in_the_order_of_the_layers(engine: str) -> None:
         values = values_like(part.shard, 3)
         values[:bad, 1:3] = torch.nan
         gradient, numbers = RowGradient(part.shard, None, values), part.rule.numbers(part.group, 1)
-        layers.append(part.bound.step(gradient, numbers, 1, negate=False, leave_out=True))
+        layers.append(part.bound.step(gradient, numbers, 1, maximize=False, leave_out=True))
     with ENGINES[engine]():
         counts = run(parts[0].rule, layers)
     assert counts is not None

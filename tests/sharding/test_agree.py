@@ -6,18 +6,18 @@ import functools
 
 import pytest
 
-from lightning_sketch.sharding.agree import any_of_all
+from lightning_sketch.sharding.agree import any_rank
 from tests.ranks import run_ranks
 
 WORLD = 4
 
 
 def answers(rank, world_size):
-    """What any_of_all says when one rank differs, and when one raises."""
+    """What any_rank says when one rank differs, and when one raises."""
 
     def asked(decide):
         try:
-            return any_of_all(decide)
+            return any_rank(decide)
         except (OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Factored, Keep, RowWise
 from lightning_sketch.codecs import Codec, decode, encode, key_of
-from lightning_sketch.layers.flat import layer_shards
-from lightning_sketch.layers.record import Layer
+from lightning_sketch.layers.flat import layer_parts
+from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.reshard import Source, check_coverage, dense_of, reshard
 from lightning_sketch.sharding import Shard, base
 from lightning_sketch.sharding.deepspeed import Segment
@@ -37,7 +37,7 @@ def flat_pieces(shape: tuple[int, ...], borders: Sequence[int]) -> Iterator[Shar
     cuts = sorted({0, math.prod(shape), *borders})
     for start, stop in itertools.pairwise(cuts):
         segment = Segment(None, shape, 0, stop - start, start)
-        for part in layer_shards(Layer("layer.weight", 7, shape, {"exp_avg_sq": False}, {}), segment):
+        for part in layer_parts(LayerRecord("layer.weight", 7, shape, {"exp_avg_sq": False}, {}), segment):
             yield part.shard
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import CountSketch, Policy, Rule, compress
-from lightning_sketch.layers.record import LayerShard
+from lightning_sketch.layers.record import LayerPart
 from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.rules import run
 from lightning_sketch.sharding import Shard
@@ -216,7 +216,7 @@ def step_piece(
         its elements, and its states without any prefix.
     """
     group, layer = next((g, layer) for g, layer, _ in optimizer.compressed_layers() if short(layer.fqn) == name)
-    part = LayerShard(layer, shard)
+    part = LayerPart(layer, shard)
     param = weight(name, SHAPES[name]).flatten()[begin:end].view(shard.local_rows, *shard.row_shape)
     state: dict[str, Any] = part.allocate(param, group)
     for number, step in enumerate(steps, start=1):
@@ -224,7 +224,7 @@ def step_piece(
         values = gradient.flatten()[begin:end].view_as(param)
         numbers = optimizer.rule.numbers(group, number)
         bound = BoundPart.bind(part, param, group, state)
-        run(optimizer.rule, [bound.step(RowGradient(shard, None, values), numbers, number, negate=False)])
+        run(optimizer.rule, [bound.step(RowGradient(shard, None, values), numbers, number, maximize=False)])
     return param.flatten(), state
 
 

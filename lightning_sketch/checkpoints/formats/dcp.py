@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_sketch.checkpoints.contents import SavedOptimizer, from_entry
 from lightning_sketch.checkpoints.formats.safe import check_metadata
-from lightning_sketch.checkpoints.formats.stored import Chunk, StoredTensor
+from lightning_sketch.checkpoints.formats.stored import Chunk, LazyFileTensor
 from lightning_sketch.checkpoints.integrity import Piece, small, verify
 from lightning_sketch.layers.dtensor_states import tensor_axes
-from lightning_sketch.layers.record import RECORDS, Layer
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 
 Path_ = tuple[Any, ...]
 
@@ -96,7 +96,7 @@ class Directory:
                 found.append(Piece(path, info.offset, info.length, "", info.length))
         return found
 
-    def tensor(self, key: str) -> StoredTensor:
+    def tensor(self, key: str) -> LazyFileTensor:
         """A tensor that stays in the files."""
         stored = self.metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
@@ -107,7 +107,7 @@ class Directory:
                 raise ValueError(f".metadata cannot be trusted: it does not say where {key} is")
             piece = Piece(self.directory / info.relative_path, info.offset, info.length, "", info.length)
             chunks.append(Chunk(piece, tuple(zip(place.offsets, place.sizes, strict=True))))
-        return StoredTensor(chunks, tuple((0, size) for size in stored.size), stored.properties.dtype)
+        return LazyFileTensor(chunks, tuple((0, size) for size in stored.size), stored.properties.dtype)
 
     def is_large(self, key: str) -> bool:
         """Whether a value is a tensor of at least one dimension."""
@@ -157,7 +157,7 @@ def read_dcp(stored: Directory, root: Path_) -> tuple[SavedOptimizer, list[Piece
     groups = _groups(stored, inside)
     decided = {
         layer.fqn: layer for group in groups for record in group.pop(RECORDS, ()) if record
-        for layer in [Layer.from_record(record)]
+        for layer in [LayerRecord.from_record(record)]
     }  # fmt: skip
     lazy = {
         key

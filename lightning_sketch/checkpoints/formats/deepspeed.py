@@ -14,10 +14,10 @@ from lightning_sketch.checkpoints.contents import SavedLayer, SavedOptimizer, fr
 from lightning_sketch.checkpoints.formats.safe import load_file
 from lightning_sketch.checkpoints.integrity import Piece
 from lightning_sketch.codecs import Keep
-from lightning_sketch.layers.counter import read_step
-from lightning_sketch.layers.flat import NamedSegment, flat_parts, layer_shards
-from lightning_sketch.layers.record import RECORDS, Layer
+from lightning_sketch.layers.flat import NamedSegment, flat_parts, layer_parts
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 from lightning_sketch.layers.reshard import Source
+from lightning_sketch.layers.step_count import read_step
 from lightning_sketch.optimizer.state_dict import LAYOUT
 
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
@@ -123,9 +123,9 @@ class _Collection:
 
     def add(self, path: Path, client: Mapping[str, Any]) -> None:
         """What one rank held."""
-        records: dict[str, Layer] = {}
+        records: dict[str, LayerRecord] = {}
         for group in client["param_groups"]:
-            decided = [Layer.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
+            decided = [LayerRecord.from_record(record) for record in group.get(RECORDS, ()) if record is not None]
             records |= {layer.fqn: layer for layer in decided}
         rank_groups = [_options(group) | {"params": []} for group in client["param_groups"]]
         for number, group in enumerate(client["param_groups"]):
@@ -143,7 +143,7 @@ class _Collection:
 class _Collected:
     """What has been found of one parameter so far."""
 
-    def __init__(self, shape: tuple[int, ...], step: float | None, layer: Layer | None) -> None:
+    def __init__(self, shape: tuple[int, ...], step: float | None, layer: LayerRecord | None) -> None:
         self.shape, self.step, self.decided = shape, step, layer
         self.states: dict[str, list[Source]] = {}
 
@@ -152,7 +152,7 @@ class _Collected:
 
 
 def _collect(
-    path: Path, entry: Mapping[str, Any], records: Mapping[str, Layer], layers: dict[str, _Collected]
+    path: Path, entry: Mapping[str, Any], records: Mapping[str, LayerRecord], layers: dict[str, _Collected]
 ) -> list[str]:
     """Sort one flat tensor's states by parameter; the names of its parameters."""
     if LAYOUT not in entry:
@@ -173,7 +173,7 @@ def _collect(
     parts = flat_parts(segments, records) if ours else ()
     for part in parts:
         if part.layer.compressed:
-            for state, codec in part.layer.stored().items():
+            for state, codec in part.layer.persistent_codecs().items():
                 found = tensors_of(codec, part.prefix + state, 1 + len(part.shard.row_shape), entry)
                 plain = {key.removeprefix(part.prefix): value for key, value in found.items()}
                 source = Source(part.shard, plain, codec, part.layer.seed, part.layer.signed[state])
@@ -195,8 +195,8 @@ def _is_state(key: str, value: Any) -> bool:
 
 
 def _add_kept(layer: _Collected, state: str, flat: Tensor, segment: NamedSegment, origin: int) -> None:
-    whole = Layer(segment.fqn, 0, segment.shape, {}, {state: Keep()})
-    for part in layer_shards(whole, segment):
+    whole = LayerRecord(segment.fqn, 0, segment.shape, {}, {state: Keep()})
+    for part in layer_parts(whole, segment):
         assert part.span is not None
         values = flat.reshape(-1)[part.span.start - origin : part.span.stop - origin]
         source = Source(part.shard, {state: part.shard.as_rows(values)}, None)

@@ -90,7 +90,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class StoredTensor(LazyTensor):
+class LazyFileTensor(LazyTensor):
     """A tensor, or a part of one, in a checkpoint's files. Indexes and narrows like a tensor, without reading.
 
     Args:
@@ -109,7 +109,7 @@ class StoredTensor(LazyTensor):
     def shape(self) -> torch.Size:
         return torch.Size(length for _, length in self.region[self.indexed :])
 
-    def narrow(self, dim: int, start: int, length: int) -> StoredTensor:
+    def narrow(self, dim: int, start: int, length: int) -> LazyFileTensor:
         """``tensor.narrow``."""
         dim += self.indexed
         begin, size = self.region[dim]
@@ -117,7 +117,7 @@ class StoredTensor(LazyTensor):
             raise IndexError(f"[{start}, {start + length}) is out of range for a dimension of {size}")
         return replace(self, region=(*self.region[:dim], (begin + start, length), *self.region[dim + 1 :]))
 
-    def __getitem__(self, index: int) -> StoredTensor:
+    def __getitem__(self, index: int) -> LazyFileTensor:
         """``tensor[index]``."""
         return replace(self.narrow(0, index, 1), indexed=self.indexed + 1)
 

@@ -34,10 +34,10 @@ EXPORT int lightning_sketch_isa() {
 EXPORT int lightning_sketch_version() { return 5; }
 
 // To be compared with what Python believes.
-EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(Layer); }
+EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(StepArgs); }
 
 // A copy of the layers with addresses in place of positions (from 1; 0 for none) in the lists of tensors, and in left_out.
-EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* layers, void* const* params,
+EXPORT void lightning_sketch_resolve(const StepArgs* packed, int64_t count, StepArgs* layers, void* const* params,
                                      void* const* grads, void* const* ids, void* const* states, int64_t* left_out) {
     auto at = [](void* const* list, const void* position) {
         uintptr_t index = reinterpret_cast<uintptr_t>(position);
@@ -45,7 +45,7 @@ EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* 
     };
     std::copy(packed, packed + count, layers);
     for (int64_t i = 0; i < count; i++) {
-        Layer& layer = layers[i];
+        StepArgs& layer = layers[i];
         layer.param = at(params, layer.param);
         layer.grad = at(grads, layer.grad);
         layer.left_out = left_out + reinterpret_cast<uintptr_t>(layer.left_out) - 1;
@@ -58,14 +58,14 @@ EXPORT void lightning_sketch_resolve(const Layer* packed, int64_t count, Layer* 
 }
 
 // Bytes of temporary memory that lightning_sketch_step wants.
-EXPORT int64_t lightning_sketch_scratch(Layer* layers, int64_t count, int threads) {
+EXPORT int64_t lightning_sketch_scratch(StepArgs* layers, int64_t count, int threads) {
     Arena arena{nullptr};
     Scratch scratch(layers, count, threads, arena);
     return arena.used + 64;
 }
 
 // One step of all layers. `memory` has lightning_sketch_scratch bytes; `parallel` is GOMP_parallel or null.
-EXPORT int lightning_sketch_step(Layer* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
+EXPORT int lightning_sketch_step(StepArgs* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
     const Steps* steps = steps_for(isa);
     if (!steps) return 1;
     char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);

@@ -13,7 +13,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline int64_t row_of(const Layer& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
+inline int64_t row_of(const StepArgs& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
 
 inline const void* element(const void* base, int32_t dtype, int64_t at) {
     return (const char*)base + at * (dtype == BFLOAT16 ? 2 : 4);
@@ -80,31 +80,31 @@ inline bool finite(const void* values, int64_t count, int32_t dtype) {
 }
 
 // Whether the i-th row of the gradient, as it was given, is finite.
-inline bool finite_row(const Layer& layer, int64_t i) {
+inline bool finite_row(const StepArgs& layer, int64_t i) {
     return finite(element(layer.grad, layer.dtype, i * layer.columns), layer.columns, layer.dtype);
 }
 
 // The same of a row whose mean of squares is known: where that is finite, so is the row; finite squares may overflow.
-inline bool finite_row(const Layer& layer, int64_t i, float mean) {
+inline bool finite_row(const StepArgs& layer, int64_t i, float mean) {
     return mean - mean == 0.0f || finite_row(layer, i);
 }
 
-inline bool is_left(const Layer& layer, int64_t i) { return layer.left && layer.left[i]; }
+inline bool is_left(const StepArgs& layer, int64_t i) { return layer.left && layer.left[i]; }
 
-inline void count_left_out(const Layer& layer, int64_t count) {
+inline void count_left_out(const StepArgs& layer, int64_t count) {
     if (count) __atomic_fetch_add(layer.left_out, count, __ATOMIC_RELAXED);
 }
 
 // The gradient of `count` elements from column c of the i-th row, after maximize and coupled weight decay; in place if
 // nothing is to be done.
-inline const float* gradient_of(const Layer& layer, int64_t i, int64_t c, int64_t count, float* buffer) {
+inline const float* gradient_of(const StepArgs& layer, int64_t i, int64_t c, int64_t count, float* buffer) {
     const void* from = element(layer.grad, layer.dtype, i * layer.columns + c);
-    bool plain = !layer.negate && layer.weight_decay == 0.0f;
+    bool plain = !layer.maximize && layer.weight_decay == 0.0f;
     if (plain && layer.dtype == FLOAT32 && count % LANES == 0) return (const float*)from;
     widen_to(buffer, from, layer.dtype, count);
     if (plain) return buffer;
     const void* param = element(layer.param, layer.dtype, row_of(layer, i) * layer.columns + c);
-    F sign = same(layer.negate ? -1.0f : 1.0f), decay = same(layer.weight_decay);
+    F sign = same(layer.maximize ? -1.0f : 1.0f), decay = same(layer.weight_decay);
     for (int64_t j = 0; j < count; j += LANES) {
         int64_t some = least(count - j, LANES);
         F p = layer.dtype == BFLOAT16 ? widen(load_half_part((const uint16_t*)param + j, some))
@@ -127,7 +127,7 @@ struct Squares {
     }
 };
 
-inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
+inline float mean_square(const StepArgs& layer, int64_t i, float* buffer) {
     Squares squares;
     for (int64_t c = 0; c < layer.columns; c += CHUNK) {
         int64_t count = least(CHUNK, layer.columns - c);
@@ -144,14 +144,14 @@ inline float mean_square(const Layer& layer, int64_t i, float* buffer) {
     return squares.mean(layer.columns);
 }
 
-INLINE void prefetch_gradient(const Layer& layer, int64_t i, int64_t c, int64_t count) {
+INLINE void prefetch_gradient(const StepArgs& layer, int64_t i, int64_t c, int64_t count) {
     int64_t size = layer.dtype == BFLOAT16 ? 2 : 4;
     const char* from = (const char*)layer.grad + (i * layer.columns + c) * size;
     for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at, 0, 3);
 }
 
 // A row's mean of squares, and its squares added to the columns' sums.
-inline float add_squares(const Layer& layer, int64_t i, float* buffer, float* columns) {
+inline float add_squares(const StepArgs& layer, int64_t i, float* buffer, float* columns) {
     Squares squares;
     for (int64_t c = 0; c < layer.columns; c += CHUNK) {
         int64_t count = least(CHUNK, layer.columns - c), j = 0;
@@ -175,13 +175,13 @@ inline float add_squares(const Layer& layer, int64_t i, float* buffer, float* co
 }
 
 // Finds the rows that are to be left out.
-void check_rows(const Layer& layer, int64_t begin, int64_t end) {
+void check_rows(const StepArgs& layer, int64_t begin, int64_t end) {
     int64_t left_out = 0;
     for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i);
     count_left_out(layer, left_out);
 }
 
-void reduce_rows(const Layer& layer, int64_t begin, int64_t end, float* partial_columns) {
+void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* partial_columns) {
     alignas(64) float buffer[CHUNK];
     bool clean = true;
     for (int64_t i = begin; i < end && clean; i++) {

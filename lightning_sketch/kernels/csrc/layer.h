@@ -38,7 +38,7 @@ struct State {
     void* scratch;  // set by the driver
 };
 
-struct Layer {
+struct StepArgs {
     int64_t rows;     // of the gradient
     int64_t columns;  // numel of a row
     int64_t row_offset, column_offset;  // of this shard in the whole parameter, for hashes
@@ -48,10 +48,10 @@ struct Layer {
     int64_t* left_out;   // what is left out of the step is counted there: rows, or elements if all states are element-wise
     int32_t dtype;       // of param and grad
     int32_t all_rows;    // whether every row of the parameter is in the gradient
-    int32_t negate;      // maximize
+    int32_t maximize;      // maximize
     int32_t use_bound;   // whether a sketched first moment is clamped to bound * sqrt(v)
     float weight_decay;  // coupled
-    float shrink;        // 1 - lr * decoupled weight decay
+    float decay_factor;        // 1 - lr * decoupled weight decay
     float lr;
     float eps;
     float correction;  // update = m / (sqrt(v) * correction + eps)

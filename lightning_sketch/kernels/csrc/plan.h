@@ -35,41 +35,41 @@ struct Task {
 
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
-bool uses(const Layer& layer, Kind kind) { return layer.second.kind == kind || layer.first.kind == kind; }
+bool uses(const StepArgs& layer, Kind kind) { return layer.second.kind == kind || layer.first.kind == kind; }
 
 bool rounds_by_noise(const State& state) { return state.kind == STOCHASTIC || state.kind == QUANTIZED; }
 
-int64_t apply_rows(const Layer& layer) {
+int64_t apply_rows(const StepArgs& layer) {
     int64_t numel = std::clamp(layer.rows * layer.columns / LONG_TASKS, TASK_NUMEL, LONG_TASK);
     return std::max<int64_t>(1, numel / std::max<int64_t>(1, layer.columns));
 }
 
-int64_t reduce_rows(const Layer& layer) { return std::max(REDUCE_ROWS, (layer.rows + REDUCE_TASKS - 1) / REDUCE_TASKS); }
+int64_t reduce_rows(const StepArgs& layer) { return std::max(REDUCE_ROWS, (layer.rows + REDUCE_TASKS - 1) / REDUCE_TASKS); }
 
-int64_t reduce_tasks(const Layer& layer) { return (layer.rows + reduce_rows(layer) - 1) / reduce_rows(layer); }
+int64_t reduce_tasks(const StepArgs& layer) { return (layer.rows + reduce_rows(layer) - 1) / reduce_rows(layer); }
 
 // Floats of the sums of a gradient's squares that such a second state wants before the first update.
-int64_t sums_floats(const Layer& layer) {
+int64_t sums_floats(const StepArgs& layer) {
     return padded(layer.rows) + (layer.second.kind == FACTORED ? reduce_tasks(layer) * layer.columns : 0);
 }
 
-float* partial_columns(const Layer& layer, int64_t task) {
+float* partial_columns(const StepArgs& layer, int64_t task) {
     return layer.second.kind == FACTORED ? layer.sums + padded(layer.rows) + task * layer.columns : nullptr;
 }
 
-bool makes_sums(const Layer& layer) { return layer.second.kind == ROW_SKETCH || layer.second.kind == FACTORED; }
+bool makes_sums(const StepArgs& layer) { return layer.second.kind == ROW_SKETCH || layer.second.kind == FACTORED; }
 
 // Whether rows that are to be left out must be found before the first update: nothing of them may be in what rows share.
-bool finds_rows_first(const Layer& layer) { return layer.leave_out && (makes_sums(layer) || uses(layer, SKETCH)); }
+bool finds_rows_first(const StepArgs& layer) { return layer.leave_out && (makes_sums(layer) || uses(layer, SKETCH)); }
 
 // The tasks that make them.
-void add_reductions(const Layer& layer, int index, std::vector<Task>& tasks) {
+void add_reductions(const StepArgs& layer, int index, std::vector<Task>& tasks) {
     if (layer.second.kind == FACTORED) std::fill(partial_columns(layer, 0), layer.sums + sums_floats(layer), 0.0f);
     for (int64_t at = 0; at < layer.rows; at += reduce_rows(layer))
         tasks.push_back({index, at, std::min(at + reduce_rows(layer), layer.rows)});
 }
 
-void reduce(const Steps& steps, const Layer& layer, const Task& task) {
+void reduce(const Steps& steps, const StepArgs& layer, const Task& task) {
     steps.reduce_rows(layer, task.begin, task.end, partial_columns(layer, task.begin / reduce_rows(layer)));
 }
 
@@ -91,27 +91,27 @@ bool same_hashes(const State& a, const State& b) {
     return a.kind == b.kind && a.depth == b.depth && a.width == b.width && a.seed == b.seed;
 }
 
-int sketch_depth(const Layer& layer) {  // the larger one's
+int sketch_depth(const StepArgs& layer) {  // the larger one's
     int depth = 0;
     for (const State* state : {&layer.second, &layer.first})
         if (state->kind == SKETCH) depth = std::max(depth, state->depth);
     return depth;
 }
 
-const State& sketch_of(const Layer& layer) { return layer.second.kind == SKETCH ? layer.second : layer.first; }
+const State& sketch_of(const StepArgs& layer) { return layer.second.kind == SKETCH ? layer.second : layer.first; }
 
-int64_t strip_floats(const Layer& layer) {
+int64_t strip_floats(const StepArgs& layer) {
     return layer.second.depth * layer.second.width * STRIP * (layer.first.kind == SKETCH ? 2 : 1);
 }
 
 // Columns up to the first boundary in memory of as many bytes as a strip has: processors fetch lines by twos and more.
-int64_t first_strip(const Layer& layer) {
+int64_t first_strip(const StepArgs& layer) {
     int64_t size = layer.dtype == BFLOAT16 ? 2 : 4;
     return STRIP - static_cast<int64_t>(reinterpret_cast<uintptr_t>(layer.grad) / size % STRIP);
 }
 
 // Where several rows fall into every bucket, a bucket gathers its rows: it stays in the first-level cache meanwhile.
-bool inserts_by_bucket(const Layer& layer) {
+bool inserts_by_bucket(const StepArgs& layer) {
     if (!uses(layer, SKETCH)) return false;
     if (layer.second.kind == SKETCH && layer.first.kind == SKETCH && !same_hashes(layer.second, layer.first)) return false;
     return std::min(layer.rows, WAVE) >= 2 * sketch_of(layer).width;
@@ -119,7 +119,7 @@ bool inserts_by_bucket(const Layer& layer) {
 
 // Whether a layer's step is done in strips of columns: of sketches that all rows fall into, if there are strips for all
 // threads. The bits are the same as without.
-bool in_strips(const Layer& layer, int threads) {
+bool in_strips(const StepArgs& layer, int threads) {
     const State &second = layer.second, &first = layer.first;
     if (second.kind != SKETCH || second.is_signed || second.depth > STRIP_DEPTH) return false;
     bool both = first.kind == SKETCH;
@@ -131,7 +131,7 @@ bool in_strips(const Layer& layer, int threads) {
 }
 
 // Whether the buckets of all rows are found before the first is inserted: tasks of every depth would find them again.
-bool hashes_first(const Layer& layer) {
+bool hashes_first(const StepArgs& layer) {
     if (!layer.ids || !uses(layer, SKETCH) || inserts_by_bucket(layer)) return false;
     return std::max(layer.second.width, layer.first.width) < int64_t{1} << 31;  // a bucket and a sign have 32 bits
 }
@@ -141,7 +141,7 @@ struct Order {
     std::vector<int32_t*> starts, rows;
 };
 
-void sort_rows(const Layer& layer, const State& state, int level, int64_t begin, int64_t end, int32_t* starts,
+void sort_rows(const StepArgs& layer, const State& state, int level, int64_t begin, int64_t end, int32_t* starts,
                int32_t* rows) {
     auto bucket = [&](int64_t i) {
         int64_t row = layer.ids ? layer.ids[i] : i;
@@ -164,10 +164,10 @@ struct Scratch {
     std::vector<float*> own_largest;      // by thread: [widest SM3]
     std::vector<float*> own_tables;       // by thread: sketches of a strip
 
-    Scratch(Layer* layers, int64_t count, int threads, Arena& arena) {
+    Scratch(StepArgs* layers, int64_t count, int threads, Arena& arena) {
         int64_t widest = 0, tables = 0;
         for (int64_t i = 0; i < count; i++) {
-            Layer& layer = layers[i];
+            StepArgs& layer = layers[i];
             State& second = layer.second;
             float* most = nullptr;
             layer.sums = makes_sums(layer) ? arena.take<float>(sums_floats(layer)) : nullptr;
@@ -204,7 +204,7 @@ struct Scratch {
         }
     }
 
-    static void place_codes(Layer& layer, Arena& arena) {
+    static void place_codes(StepArgs& layer, Arena& arena) {
         State &second = layer.second, &first = layer.first;
         bool wanted = hashes_first(layer);
         if (second.kind == SKETCH) second.scratch = wanted ? arena.take<uint32_t>(layer.rows * second.depth) : nullptr;

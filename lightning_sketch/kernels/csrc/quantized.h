@@ -159,7 +159,7 @@ struct Code {
 };
 
 template <int bits, bool is_signed>
-void fold_blocks(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x,
+void fold_blocks(const StepArgs& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x,
                  bool square, float* to) {
     typedef Code<bits, is_signed> Coding;
     int64_t bytes = (layer.columns * bits + 7) / 8, blocks = (layer.columns + state.width - 1) / state.width;
@@ -198,7 +198,7 @@ void fold_blocks(const Layer& layer, const State& state, int64_t row, int64_t c,
 }
 
 // A state's new values of `count` elements from column c of a row into a buffer; what is stored is rounded.
-inline void fold_quantized(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count,
+inline void fold_quantized(const StepArgs& layer, const State& state, int64_t row, int64_t c, int64_t count,
                            const float* x, bool square, float* to) {
     auto fold = state.depth == 8 ? (state.is_signed ? fold_blocks<8, true> : fold_blocks<8, false>)
                                  : (state.is_signed ? fold_blocks<4, true> : fold_blocks<4, false>);
@@ -206,7 +206,7 @@ inline void fold_quantized(const Layer& layer, const State& state, int64_t row, 
 }
 
 // What is touched of a row that comes soon.
-INLINE void prefetch_quantized(const Layer& layer, const State& state, int64_t row) {
+INLINE void prefetch_quantized(const StepArgs& layer, const State& state, int64_t row) {
     int64_t bytes = (layer.columns * state.depth + 7) / 8, blocks = (layer.columns + state.width - 1) / state.width;
     prefetch((const uint8_t*)state.data + row * bytes, bytes);
     prefetch(state.columns + row * blocks, blocks * 4);

@@ -14,7 +14,7 @@ namespace {
 
 class Run {
   public:
-    Run(const Steps& steps, Parallel parallel, Layer* layers, int64_t count, int threads, char* memory)
+    Run(const Steps& steps, Parallel parallel, StepArgs* layers, int64_t count, int threads, char* memory)
         : steps_(steps), parallel_(parallel), layers_(layers), count_(count), threads_(threads), arena_{memory},
           scratch_(layers, count, threads, arena_), locks_(new std::mutex[count]) {}
 
@@ -36,7 +36,7 @@ class Run {
 
     void prepare() {
         for (int64_t i = 0; i < count_; i++) {
-            Layer& layer = layers_[i];
+            StepArgs& layer = layers_[i];
             for (State* state : {&layer.second, &layer.first})
                 if (rounds_by_noise(*state)) {
                     uint32_t* noise = static_cast<uint32_t*>(state->scratch);
@@ -59,7 +59,7 @@ class Run {
     void observe() {
         std::vector<Task> tasks;
         for (int i = 0; i < count_; i++) {
-            const Layer& layer = layers_[i];
+            const StepArgs& layer = layers_[i];
             if (makes_sums(layer))
                 add_reductions(layer, i, tasks);
             else if (layer.left)
@@ -68,7 +68,7 @@ class Run {
         }
         each(tasks, &Run::observe_task);
         for (int64_t i = 0; i < count_; i++) {
-            Layer& layer = layers_[i];
+            StepArgs& layer = layers_[i];
             if (layer.left) layer.leave_out = 0;  // they are found
             if (layer.left && !*layer.left_out) layer.left = nullptr;
             if (layer.second.kind == FACTORED) finish_columns(layer);
@@ -76,14 +76,14 @@ class Run {
     }
 
     void observe_task(const Task& task, int) {
-        const Layer& layer = layers_[task.layer];
+        const StepArgs& layer = layers_[task.layer];
         if (makes_sums(layer))
             reduce(steps_, layer, task);
         else
             steps_.check_rows(layer, task.begin, task.end);
     }
 
-    static void finish_columns(const Layer& layer) {
+    static void finish_columns(const StepArgs& layer) {
         const State& state = layer.second;
         float* shape = static_cast<float*>(state.scratch);
         double total = 0.0;
@@ -104,7 +104,7 @@ class Run {
     void insert(int64_t wave) {
         std::vector<Task> sorts, tasks;
         for (int i = 0; i < count_; i++) {
-            Layer& layer = layers_[i];
+            StepArgs& layer = layers_[i];
             if (wave >= layer.rows) continue;
             layer.wave = wave;
             int64_t end = std::min(wave + WAVE, layer.rows);
@@ -142,7 +142,7 @@ class Run {
     }
 
     void sort_task(const Task& task, int) {
-        const Layer& layer = layers_[task.layer];
+        const StepArgs& layer = layers_[task.layer];
         const Order& order = scratch_.orders[task.layer];
         int level = task.first_level;
         if (hashes_first(layer)) return hash_task(layer, task);
@@ -150,14 +150,14 @@ class Run {
         sort_rows(layer, sketch_of(layer), level, task.begin, task.end, order.starts[level], order.rows[level]);
     }
 
-    void hash_task(const Layer& layer, const Task& task) {
+    void hash_task(const StepArgs& layer, const Task& task) {
         const State &second = layer.second, &first = layer.first;
         if (second.kind == SKETCH) steps_.hash_state(layer, second, task.begin, task.end);
         if (first.kind == SKETCH && first.scratch != second.scratch) steps_.hash_state(layer, first, task.begin, task.end);
     }
 
     void insert_task(const Task& task, int) {
-        const Layer& layer = layers_[task.layer];
+        const StepArgs& layer = layers_[task.layer];
         const Order& order = scratch_.orders[task.layer];
         int level = task.first_level;
         if (task.means)
@@ -174,7 +174,7 @@ class Run {
     void apply() {
         std::vector<Task> tasks;
         for (int i = 0; i < count_; i++) {
-            const Layer& layer = layers_[i];
+            const StepArgs& layer = layers_[i];
             if (scratch_.codes[i]) {
                 for (int64_t at = 0, next = first_strip(layer); at < layer.columns; at = next, next += STRIP)
                     tasks.push_back({i, at, std::min(next, layer.columns)});
@@ -187,7 +187,7 @@ class Run {
     }
 
     void apply_task(const Task& task, int thread) {
-        const Layer& layer = layers_[task.layer];
+        const StepArgs& layer = layers_[task.layer];
         if (const uint16_t* codes = scratch_.codes[task.layer])
             return steps_.strip(layer, task.begin, task.end, codes, scratch_.own_tables[thread]);
         float *most = scratch_.largest[task.layer], *own = scratch_.own_largest[thread];
@@ -200,7 +200,7 @@ class Run {
 
     void commit() {
         for (int64_t i = 0; i < count_; i++) {
-            const Layer& layer = layers_[i];
+            const StepArgs& layer = layers_[i];
             float* columns = layer.second.columns;
             const float* most = scratch_.largest[i];
             if (!most || !columns) continue;
@@ -211,7 +211,7 @@ class Run {
 
     const Steps& steps_;
     Parallel parallel_;
-    Layer* layers_;
+    StepArgs* layers_;
     int64_t count_;
     int threads_;
     Arena arena_;

@@ -7,13 +7,13 @@
 namespace {
 
 constexpr int64_t AHEAD = 12;       // rows of a sketch to prefetch while others are inserted
-constexpr int TOGETHER = 4;         // rows of a bucket that are inserted at once
+constexpr int ROWS_PER_INSERT = 4;         // rows of a bucket that are inserted at once
 constexpr int64_t PIECE = 512;      // floats of each of them
-constexpr int64_t FAR = 6;          // such pieces to prefetch
+constexpr int64_t PREFETCH_DISTANCE = 6;          // such pieces to prefetch
 constexpr int64_t GROUP = 128;      // rows whose buckets are computed together
 constexpr int64_t FOUND = 1024;     // rows that are looked through together for those of a part of the buckets
 
-inline float* bucket_row(const Layer& layer, const State& state, int level, int64_t bucket) {
+inline float* bucket_row(const StepArgs& layer, const State& state, int level, int64_t bucket) {
     return (float*)state.data + (level * state.width + bucket) * layer.columns;
 }
 
@@ -26,7 +26,7 @@ inline float sign_of(uint32_t code) {  // 1 or -1, without a branch: nobody coul
     return sign;
 }
 
-void hash_state(const Layer& layer, const State& state, int64_t begin, int64_t end) {
+void hash_state(const StepArgs& layer, const State& state, int64_t begin, int64_t end) {
     uint32_t* codes = (uint32_t*)state.scratch;
     for (int level = 0; level < state.depth; level++, codes += layer.rows)
         for (int64_t i = begin; i < end; i++) {
@@ -40,7 +40,7 @@ struct Hashes {
     int64_t bucket[MOST_DEPTH][GROUP];
     float sign[MOST_DEPTH][GROUP];
 
-    void fill(const Layer& layer, const State& state, int64_t from, int64_t count, int first_level = 0,
+    void fill(const StepArgs& layer, const State& state, int64_t from, int64_t count, int first_level = 0,
               int last_level = MOST_DEPTH) {
         for (int level = first_level; level < least(last_level, state.depth); level++) {
             if (const uint32_t* codes = (const uint32_t*)state.scratch) {
@@ -60,7 +60,7 @@ struct Hashes {
     }
 
     // Columns [begin, end), but not all of a wide row: it would push out what is in use.
-    INLINE void prefetch_row(const Layer& layer, const State& state, int64_t k, int64_t begin, int64_t end,
+    INLINE void prefetch_row(const StepArgs& layer, const State& state, int64_t k, int64_t begin, int64_t end,
                              int first_level, int last_level) const {
         for (int level = first_level; level < least(last_level, state.depth); level++)
             prefetch(bucket_row(layer, state, level, bucket[level][k]) + begin, least((end - begin) * 4, 512));
@@ -77,7 +77,7 @@ inline void insert_row(const State& state, float* table, const float* g, float s
     }
 }
 
-void insert(const Layer& layer, int64_t begin, int64_t end, int first_level, int last_level) {
+void insert(const StepArgs& layer, int64_t begin, int64_t end, int first_level, int last_level) {
     float buffer[CHUNK];
     const State* states[2] = {&layer.second, &layer.first};
     Hashes hashes[2];
@@ -111,7 +111,7 @@ struct Found {
     uint32_t code;
 };
 
-void insert_scattered(const Layer& layer, const State* const* states, int count, int level, int64_t part,
+void insert_scattered(const StepArgs& layer, const State* const* states, int count, int level, int64_t part,
                       int64_t parts) {
     float buffer[CHUNK];
     Found found[FOUND];
@@ -143,7 +143,7 @@ void insert_scattered(const Layer& layer, const State* const* states, int count,
     }
 }
 
-void insert_scattered(const Layer& layer, int level, int64_t part, int64_t parts) {
+void insert_scattered(const StepArgs& layer, int level, int64_t part, int64_t parts) {
     const State *states[] = {&layer.second, &layer.first}, *sketches[2];
     int count = 0;
     for (const State* state : states)
@@ -178,15 +178,15 @@ void insert_rows(const State& state, float* table, const float* const* g, const 
 
 template <bool squares>
 void insert_rows(const State& state, float* table, const float* const* g, const float* sign, int64_t count, int rows) {
-    static_assert(TOGETHER == 4, "");
+    static_assert(ROWS_PER_INSERT == 4, "");
     void (*const by_rows[])(const State&, float*, const float* const*, const float*, int64_t) = {
         insert_rows<1, squares>, insert_rows<2, squares>, insert_rows<3, squares>, insert_rows<4, squares>};
     by_rows[rows - 1](state, table, g, sign, count);
 }
 
-void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, const int32_t* starts,
+void insert_buckets(const StepArgs& layer, int level, int64_t begin, int64_t end, const int32_t* starts,
                     const int32_t* order, bool into_second, bool into_first) {
-    alignas(64) float buffer[TOGETHER][PIECE];
+    alignas(64) float buffer[ROWS_PER_INSERT][PIECE];
     const State* states[2] = {into_second ? &layer.second : nullptr, into_first ? &layer.first : nullptr};
     const State* with_signs = nullptr;
     for (const State* state : states)
@@ -195,13 +195,13 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
         for (int64_t c = 0; c < layer.columns; c += PIECE) {
             int64_t count = least(PIECE, layer.columns - c);
             for (int32_t at = starts[bucket]; at < starts[bucket + 1];) {
-                const float* g[TOGETHER];
-                float sign[TOGETHER];
+                const float* g[ROWS_PER_INSERT];
+                float sign[ROWS_PER_INSERT];
                 int rows = 0;
-                for (; rows < TOGETHER && at < starts[bucket + 1]; at++) {
+                for (; rows < ROWS_PER_INSERT && at < starts[bucket + 1]; at++) {
                     int64_t i = layer.wave + order[at];
                     // The order array goes on with the next bucket.
-                    if (at + FAR < starts[end]) prefetch_gradient(layer, layer.wave + order[at + FAR], c, count);
+                    if (at + PREFETCH_DISTANCE < starts[end]) prefetch_gradient(layer, layer.wave + order[at + PREFETCH_DISTANCE], c, count);
                     if (is_left(layer, i)) continue;
                     g[rows] = gradient_of(layer, i, c, count, buffer[rows]);
                     uint64_t id = (uint64_t)(row_of(layer, i) + layer.row_offset);
@@ -217,7 +217,7 @@ void insert_buckets(const Layer& layer, int level, int64_t begin, int64_t end, c
         }
 }
 
-void insert_means(const Layer& layer, const State& state, int level, int64_t begin, int64_t end) {
+void insert_means(const StepArgs& layer, const State& state, int level, int64_t begin, int64_t end) {
     float* table = (float*)state.data + level * state.width;
     for (int64_t i = begin; i < end; i++) {
         if (is_left(layer, i)) continue;
@@ -226,7 +226,7 @@ void insert_means(const Layer& layer, const State& state, int level, int64_t beg
     }
 }
 
-inline float sketched_row(const Layer& layer, const State& state, int64_t row) {
+inline float sketched_row(const StepArgs& layer, const State& state, int64_t row) {
     float least_found = 0.0f;
     for (int level = 0; level < state.depth; level++) {
         Bucket b = bucket_of(state, (uint64_t)(row + layer.row_offset), level);
@@ -268,7 +268,7 @@ INLINE F combined(bool is_signed, const float* const* from, const float* sign, i
 }
 
 template <int depth>
-void estimate_at(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
+void estimate_at(const StepArgs& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
                  float* to) {
     const float* from[depth];
     float sign[depth];
@@ -285,10 +285,10 @@ void estimate_at(const Layer& layer, const State& state, const Hashes& hashes, i
 }
 
 // A sketch's estimate of `count` elements of a row, into a buffer.
-inline void estimate(const Layer& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
+inline void estimate(const StepArgs& layer, const State& state, const Hashes& hashes, int64_t k, int64_t c, int64_t count,
                      float* to) {
     static_assert(MOST_DEPTH == 8, "");
-    void (*const at[])(const Layer&, const State&, const Hashes&, int64_t, int64_t, int64_t, float*) = {
+    void (*const at[])(const StepArgs&, const State&, const Hashes&, int64_t, int64_t, int64_t, float*) = {
         estimate_at<1>, estimate_at<2>, estimate_at<3>, estimate_at<4>,
         estimate_at<5>, estimate_at<6>, estimate_at<7>, estimate_at<8>,
     };

@@ -17,7 +17,7 @@ constexpr int64_t BATCH = 16;
 constexpr int64_t BATCH_BYTES = 1 << 14;  // at most, so that they stay in the first-level cache
 
 // What a step touches of a row that comes soon.
-INLINE void prefetch_row(const Layer& layer, int64_t row) {
+INLINE void prefetch_row(const StepArgs& layer, int64_t row) {
     int64_t columns = layer.columns;
     prefetch(element(layer.param, layer.dtype, row * columns), columns * (layer.dtype == BFLOAT16 ? 2 : 4));
     const State* states[] = {&layer.second, &layer.first};
@@ -47,7 +47,7 @@ struct LeftElements {
     uint32_t bits[3][CHUNK];
 
     // Finds them, and returns the chunk's gradient with zeros there, in the buffer.
-    const float* take(const Layer& layer, int64_t i, int64_t c, int64_t columns, const float* g, float* buffer) {
+    const float* take(const StepArgs& layer, int64_t i, int64_t c, int64_t columns, const float* g, float* buffer) {
         if (g != buffer) std::memcpy(buffer, g, columns * sizeof(float));
         for (int64_t j = 0; j < columns; j++) {
             if (finite(element(layer.grad, layer.dtype, i * layer.columns + c + j), 1, layer.dtype)) continue;
@@ -57,14 +57,14 @@ struct LeftElements {
         copy<false>(layer, row_of(layer, i) * layer.columns + c);
         return buffer;
     }
-    void put_back(const Layer& layer, int64_t row, int64_t c) {
+    void put_back(const StepArgs& layer, int64_t row, int64_t c) {
         copy<true>(layer, row * layer.columns + c);
         count = 0;
     }
 
   private:
     template <bool back>
-    void copy(const Layer& layer, int64_t from) {
+    void copy(const StepArgs& layer, int64_t from) {
         struct {
             void* data;
             int32_t dtype;
@@ -83,7 +83,7 @@ struct LeftElements {
     }
 };
 
-void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_columns) {
+void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_columns) {
     const State &second = layer.second, &first = layer.first;
     const Numbers numbers(layer);
     Buffers buffers;
@@ -171,7 +171,7 @@ void apply(const Layer& layer, int64_t begin, int64_t end, float* largest_column
     count_left_out(layer, left_out);
 }
 
-void column_noise(const Layer& layer, const State& state, uint32_t* noise) {
+void column_noise(const StepArgs& layer, const State& state, uint32_t* noise) {
     for (int64_t c = 0; c < layer.columns; c++)
         noise[c] = (uint32_t)mix64((uint64_t)(c + layer.column_offset), ~state.seed);
 }

@@ -17,7 +17,7 @@ struct Strip {
     float* tables;
 };
 
-void hash_rows(const Layer& layer, int64_t begin, int64_t end, uint16_t* codes) {
+void hash_rows(const StepArgs& layer, int64_t begin, int64_t end, uint16_t* codes) {
     const State& state = layer.second;
     for (int64_t i = begin; i < end; i++)
         for (int level = 0; level < state.depth; level++) {
@@ -28,7 +28,7 @@ void hash_rows(const Layer& layer, int64_t begin, int64_t end, uint16_t* codes) 
 
 // From the layer's tables into the strip's, or back.
 template <bool both, bool into_strip>
-void copy_strip(const Layer& layer, const Strip& strip) {
+void copy_strip(const StepArgs& layer, const Strip& strip) {
     const State* states[] = {&layer.second, &layer.first};
     for (int moment = 0; moment < (both ? 2 : 1); moment++)
         for (int64_t b = 0; b < layer.second.depth * layer.second.width; b++) {
@@ -54,7 +54,7 @@ struct StripRows {
     float* tables;
     static constexpr int64_t BUCKET = (both ? 2 : 1) * STRIP;  // floats
 
-    StripRows(const Layer& layer, const Strip& strip)
+    StripRows(const StepArgs& layer, const Strip& strip)
         : rows(layer.rows), columns(layer.columns), begin(strip.begin), size(layer.dtype == BFLOAT16 ? 2 : 4),
           codes(strip.codes), left(layer.left), tables(strip.tables) {}
 
@@ -77,12 +77,12 @@ struct StripRows {
 };
 
 template <int depth, bool both, bool whole>
-void insert_strip(const Layer& layer, const Strip& strip) {
+void insert_strip(const StepArgs& layer, const Strip& strip) {
     alignas(64) float buffer[STRIP];
     const int64_t count = whole ? STRIP : strip.count;
     const F weight = same(layer.second.weight);
     const float first_weight = layer.first.weight;
-    const bool in_place = whole && !layer.negate && layer.weight_decay == 0.0f && layer.dtype == FLOAT32;
+    const bool in_place = whole && !layer.maximize && layer.weight_decay == 0.0f && layer.dtype == FLOAT32;
     const StripRows<depth, both> rows(layer, strip);
     const float* gradient = (const float*)layer.grad + strip.begin;
     for (int64_t i = 0; i < rows.rows; i++) {
@@ -107,7 +107,7 @@ void insert_strip(const Layer& layer, const Strip& strip) {
 }
 
 template <int depth, bool both, bool whole, class Target>
-void update_strip(const Layer& layer, const Strip& strip, Target target) {
+void update_strip(const StepArgs& layer, const Strip& strip, Target target) {
     alignas(64) float buffer[STRIP];
     const int64_t count = whole ? STRIP : strip.count;
     const Numbers numbers(layer);
@@ -142,7 +142,7 @@ void update_strip(const Layer& layer, const Strip& strip, Target target) {
 }
 
 template <int depth, bool both, bool whole>
-void step_strip(const Layer& layer, const Strip& strip) {
+void step_strip(const StepArgs& layer, const Strip& strip) {
     copy_strip<both, true>(layer, strip);
     insert_strip<depth, both, whole>(layer, strip);
     copy_strip<both, false>(layer, strip);
@@ -153,7 +153,7 @@ void step_strip(const Layer& layer, const Strip& strip) {
 }
 
 template <int depth>
-void step_strip(const Layer& layer, const Strip& strip) {
+void step_strip(const StepArgs& layer, const Strip& strip) {
     bool whole = strip.count == STRIP;
     if (is_sketch(layer.first))
         whole ? step_strip<depth, true, true>(layer, strip) : step_strip<depth, true, false>(layer, strip);
@@ -161,9 +161,9 @@ void step_strip(const Layer& layer, const Strip& strip) {
         whole ? step_strip<depth, false, true>(layer, strip) : step_strip<depth, false, false>(layer, strip);
 }
 
-void strip(const Layer& layer, int64_t begin, int64_t end, const uint16_t* codes, float* tables) {
+void strip(const StepArgs& layer, int64_t begin, int64_t end, const uint16_t* codes, float* tables) {
     static_assert(STRIP_DEPTH == 3, "");
-    void (*const by_depth[])(const Layer&, const Strip&) = {step_strip<1>, step_strip<2>, step_strip<3>};
+    void (*const by_depth[])(const StepArgs&, const Strip&) = {step_strip<1>, step_strip<2>, step_strip<3>};
     by_depth[layer.second.depth - 1](layer, {begin, end - begin, codes, tables});
 }
 

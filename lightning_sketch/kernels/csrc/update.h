@@ -15,11 +15,11 @@ struct Buffers {
 
 // What a loop over elements needs of the layer, by value: stores to the parameter cannot change it.
 struct Numbers {
-    F shrink, lr, eps, correction, bound;
+    F decay_factor, lr, eps, correction, bound;
     bool use_bound;
 
-    explicit Numbers(const Layer& layer)
-        : shrink(same(layer.shrink)), lr(same(layer.lr)), eps(same(layer.eps)), correction(same(layer.correction)),
+    explicit Numbers(const StepArgs& layer)
+        : decay_factor(same(layer.decay_factor)), lr(same(layer.lr)), eps(same(layer.eps)), correction(same(layer.correction)),
           bound(same(layer.bound)), use_bound(layer.use_bound) {}
 };
 
@@ -173,14 +173,14 @@ struct StochasticState {
     INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
-// Where updates go: param <- shrink * param - lr * update, or a buffer.
+// Where updates go: param <- decay_factor * param - lr * update, or a buffer.
 
 struct ToFloat {
     float* param;
 
     template <bool part>
     INLINE void take(const Numbers& numbers, int64_t j, F update, int64_t some) const {
-        put<part>(param + j, get<part>(param + j, some) * numbers.shrink - update * numbers.lr, some);
+        put<part>(param + j, get<part>(param + j, some) * numbers.decay_factor - update * numbers.lr, some);
     }
     INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(param + j + ahead, 1, 3); }
 };
@@ -190,7 +190,7 @@ struct ToHalf {
 
     template <bool part>
     INLINE void take(const Numbers& numbers, int64_t j, F update, int64_t some) const {
-        put<part>(param + j, narrow(widen(get<part>(param + j, some)) * numbers.shrink - update * numbers.lr), some);
+        put<part>(param + j, narrow(widen(get<part>(param + j, some)) * numbers.decay_factor - update * numbers.lr), some);
     }
     INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(param + j + ahead, 1, 3); }
 };
@@ -205,7 +205,7 @@ struct ToBuffer {
     INLINE void prefetch(int64_t, int64_t) const {}
 };
 
-INLINE StochasticState stochastic_state(const Layer& layer, const State& state, int64_t row, int64_t c) {
+INLINE StochasticState stochastic_state(const StepArgs& layer, const State& state, int64_t row, int64_t c) {
     uint32_t noise = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
     return {(uint16_t*)state.data + row * layer.columns + c, (const uint32_t*)state.scratch + c, noise,
             same(state.decay), same(state.weight)};
@@ -213,7 +213,7 @@ INLINE StochasticState stochastic_state(const Layer& layer, const State& state, 
 
 // Calls work with the state's columns from c of a row.
 template <class Work>
-INLINE void with_state(const Layer& layer, const State& state, int64_t row, int64_t c, const Work& work) {
+INLINE void with_state(const StepArgs& layer, const State& state, int64_t row, int64_t c, const Work& work) {
     int64_t at = row * layer.columns + c;
     F decay = same(state.decay), weight = same(state.weight);
     if (state.kind == STOCHASTIC) {
@@ -228,7 +228,7 @@ INLINE void with_state(const Layer& layer, const State& state, int64_t row, int6
 }
 
 // A state's new values of `count` elements into a buffer.
-void fold(const Layer& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
+void fold(const StepArgs& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
           float* to) {
     if (state.kind == QUANTIZED) return fold_quantized(layer, state, row, c, count, x, square, to);
     int64_t ahead = layer.ids ? 0 : PREFETCH;
@@ -278,7 +278,7 @@ struct Place {
 };
 
 template <class Second, class First>
-INLINE void update_into(const Layer& layer, const Numbers& numbers, const Place& place, Second& second,
+INLINE void update_into(const StepArgs& layer, const Numbers& numbers, const Place& place, Second& second,
                         const First& first, float* buffer) {
     int64_t at = place.row * layer.columns + place.c;
     // Rows follow each other in memory unless there are ids; the processor's own prefetching ends with each page.
@@ -300,7 +300,7 @@ INLINE void update_into(const Layer& layer, const Numbers& numbers, const Place&
 
 // With the first state. Those that are seldom wanted go through a buffer: every combination here is compiled.
 template <class Second>
-INLINE void update(const Layer& layer, const Numbers& numbers, const Place& place, const Hashes& hashes, int64_t k,
+INLINE void update(const StepArgs& layer, const Numbers& numbers, const Place& place, const Hashes& hashes, int64_t k,
                    Second& second, Buffers& buffers) {
     const State& first = layer.first;
     if (first.kind == NONE) {

@@ -16,6 +16,7 @@ from lightning_sketch.kernels.triton.table import (
     COLUMN_WEIGHT,
     CORRECTION,
     DECAY,
+    DECAY_FACTOR,
     EPS,
     FIRST,
     GRAD,
@@ -33,7 +34,6 @@ from lightning_sketch.kernels.triton.table import (
     SECOND,
     SEED,
     SHAPE,
-    SHRINK,
     SIGN,
     SPLITS,
     STATE_COLUMNS,
@@ -153,7 +153,7 @@ def apply(
     largest = tl.load(layer + LARGEST).to(tl.pointer_type(tl.int32))  # SM3
     left_out = tl.load(layer + LEFT_OUT).to(tl.pointer_type(tl.int64))
     sign, weight_decay = number(layer, SIGN), number(layer, WEIGHT_DECAY)
-    shrink, lr, eps = number(layer, SHRINK), number(layer, LR), number(layer, EPS)
+    decay_factor, lr, eps = number(layer, DECAY_FACTOR), number(layer, LR), number(layer, EPS)
     correction, bound, nesterov = number(layer, CORRECTION), number(layer, BOUND), number(layer, NESTEROV)
     second_weight, second_scale = number(layer, SECOND + WEIGHT), number(layer, SECOND + SCALE)
     second_width, second_seed = tl.load(layer + SECOND + WIDTH), tl.load(layer + SECOND + SEED)
@@ -412,7 +412,7 @@ def apply(
             before = whole_param
         elif not CODED:
             before = load(param, at, mask)
-        new = before * shrink - update * lr
+        new = before * decay_factor - update * lr
         if BY_ELEMENTS:
             new = tl.where(stays, before, new)
         store(param, at, new, mask)

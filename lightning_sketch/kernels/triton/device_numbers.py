@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_sketch.kernels.capture import capturing
-from lightning_sketch.kernels.schema import MIN_SCALE, FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import MIN_SCALE, FusedStep, KernelState, Kind
 from lightning_sketch.kernels.triton.jit import OPTIONS, inlined, kernel
 from lightning_sketch.kernels.triton.table import (
     ALL_ROWS,
@@ -24,6 +24,7 @@ from lightning_sketch.kernels.triton.table import (
     CORRECTION,
     COUNT,
     DECAY,
+    DECAY_FACTOR,
     EPS,
     EXPONENTS,
     FIRST,
@@ -38,7 +39,6 @@ from lightning_sketch.kernels.triton.table import (
     SCRATCH_WORDS,
     SECOND,
     SEED,
-    SHRINK,
     SIGN,
     STATE_COLUMNS,
     SUMS,
@@ -47,7 +47,7 @@ from lightning_sketch.kernels.triton.table import (
 )
 
 # Words of a recipe. Of numbers: where they are among the values of a step, or -1; and what they are then, a float64.
-_NUMBERS = ("lr", "shrink", "eps", "correction")
+_NUMBERS = ("lr", "decay_factor", "eps", "correction")
 _STATE = ("scale_at", "decay", "weight_at", "weight", "column_weight", "divided", "counted", "numel", "column_numel")
 _NAMES = (
     "step",
@@ -157,7 +157,7 @@ class _Values:
         return self._at[id(value)], 0.0
 
 
-def _states(step: FusedStep) -> tuple[Stored | None, Stored | None, Stored | None]:
+def _states(step: FusedStep) -> tuple[KernelState | None, KernelState | None, KernelState | None]:
     return step.second, step.first, step.momentum
 
 
@@ -170,7 +170,7 @@ def _scaled(step: FusedStep) -> bool:
 def _recipe(step: FusedStep, values: _Values) -> bytes:
     assert step.on_device is not None
     numbers: list[float] = [values.at(step.on_device.step)[0], _scaled(step)]
-    for number in (step.lr, step.shrink, step.eps, step.correction):
+    for number in (step.lr, step.decay_factor, step.eps, step.correction):
         numbers += values.at(number)
     for stored in _states(step):
         numbers += _NO_STATE if stored is None else _of_state(stored, values)
@@ -180,7 +180,7 @@ def _recipe(step: FusedStep, values: _Values) -> bytes:
 _NO_STATE: tuple[float, ...] = (0, 0.0, -1, 0.0, 0.0, 0, 0, 0, 0)
 
 
-def _of_state(stored: Stored, values: _Values) -> tuple[float, ...]:
+def _of_state(stored: KernelState, values: _Values) -> tuple[float, ...]:
     divided = stored.kind in _DIVIDED_KINDS
     columns = stored.columns if stored.kind == Kind.FACTORED else None
     return (
@@ -198,8 +198,8 @@ def _of_state(stored: Stored, values: _Values) -> tuple[float, ...]:
 def _resident(steps: Sequence[FusedStep], words: bytes, recipes: bytes, device: torch.device) -> Resident:
     """What lies on the device; copied there if it is not what lies there."""
     addresses = tuple(step.grad.data_ptr() for step in steps)
-    kept, host = steps[0].kept, words + recipes
-    held: Resident | None = None if kept is None else kept.resident
+    cache, host = steps[0].cache, words + recipes
+    held: Resident | None = None if cache is None else cache.resident
     if held is None or held.host != host:
         if capturing():
             raise RuntimeError(
@@ -218,8 +218,8 @@ def _resident(steps: Sequence[FusedStep], words: bytes, recipes: bytes, device: 
         held = Resident(host, addresses, held.static, held.recipes, gradients)
     if capturing():
         _captured.append((held.static, held.recipes, held.gradients))
-    elif kept is not None:
-        kept.resident = held
+    elif cache is not None:
+        cache.resident = held
     return held
 
 
@@ -334,7 +334,7 @@ def write_words(
         signs = tl.div_rn(row.to(tl.int32).to(tl.float32, bitcast=True), scale)
         row = tl.where((lane == SIGN) & (amp != 0), signs.to(tl.int32, bitcast=True).to(tl.int64), row)
     row = _with(row, lane, LR, _number(values, recipe + _RATES))
-    row = _with(row, lane, SHRINK, _number(values, recipe + _RATES + 2))
+    row = _with(row, lane, DECAY_FACTOR, _number(values, recipe + _RATES + 2))
     row = _with(row, lane, EPS, _number(values, recipe + _RATES + 4))
     row = _with(row, lane, CORRECTION, _number(values, recipe + _RATES + 6))
     of_state = recipe + _OF_STATES

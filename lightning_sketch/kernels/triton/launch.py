@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.reference import signed
-from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind
 from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.device_numbers import device_words, hold
@@ -52,8 +52,8 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     for layer in layers:
         changed += layer.tensors()
     increment_version(changed)  # kernels write through addresses, of which autograd knows nothing
-    if (kept := layers[0].kept) is not None:
-        kept.program = _Program(layers, table) if table.repeats else None
+    if (cache := layers[0].cache) is not None:
+        cache.program = _Program(layers, table) if table.repeats else None
     return left_out
 
 
@@ -229,7 +229,7 @@ def _pack(
     second, first, momentum = step.second, step.first, step.momentum
     on_device = step.on_device is not None
     if on_device:  # what may change from step to step is written there
-        step = replace(step, lr=0.0, shrink=0.0, eps=0.0, correction=0.0)
+        step = replace(step, lr=0.0, decay_factor=0.0, eps=0.0, correction=0.0)
     return (
         ROW.pack(
             step.param.data_ptr(),
@@ -244,13 +244,13 @@ def _pack(
             *(_NOTHING if first is None else _state(first, on_device)),
             *(_NOTHING if momentum is None else _state(momentum, on_device)),
             step.lr,
-            step.shrink,
+            step.decay_factor,
             step.eps,
             step.weight_decay,
             step.correction,
             step.bound or 0.0,
             step.nesterov,
-            -1.0 if step.negate else 1.0,
+            -1.0 if step.maximize else 1.0,
             1.0 / laid.columns,
             1.0 if second is None else 1.0 / float(second.scale),
             *scratch,
@@ -267,7 +267,7 @@ _NOTHING = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
 _UNSORTED = (0, 0, 0, 0, 0, 0)
 
 
-def _state(stored: Stored, on_device: bool) -> tuple[int | float, ...]:
+def _state(stored: KernelState, on_device: bool) -> tuple[int | float, ...]:
     return (
         stored.data.data_ptr(),
         0 if stored.columns is None else stored.columns.data_ptr(),
@@ -280,13 +280,13 @@ def _state(stored: Stored, on_device: bool) -> tuple[int | float, ...]:
 def _laid(step: FusedStep) -> Laid:
     """`lay_out`, or what it said of the layer's last step where that was the same."""
     aligned = _aligned(step)
-    kept = step.kept if step.ids is None else None  # other rows at every step
-    if kept is None:
+    cache = step.cache if step.ids is None else None  # other rows at every step
+    if cache is None:
         return lay_out(step, aligned)
     what = aligned, step.leave_out, step.weight_decay != 0, step.bound is not None, step.nesterov != 0
-    if kept.laid is None or kept.laid[0] != what:
-        kept.laid = what, lay_out(step, aligned)
-    found: Laid = kept.laid[1]
+    if cache.laid is None or cache.laid[0] != what:
+        cache.laid = what, lay_out(step, aligned)
+    found: Laid = cache.laid[1]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sketch.kernels.schema import FusedStep, Kind, Stored
+from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind
 
 #: Elements of a tile: 8 for each thread of four warps.
 TILE = 1024
@@ -47,7 +47,7 @@ _ROWLESS = (Kind.NONE, Kind.DENSE, Kind.SCALED)
 #: Kinds of which a program of `apply` must have whole rows.
 _OWN_ROWS = {Kind.ROW, Kind.FACTORED, Kind.SM3, Kind.QUANTIZED}
 
-NO_STATE = Stored(Kind.NONE, torch.empty(0))
+NO_STATE = KernelState(Kind.NONE, torch.empty(0))
 
 
 class Key(NamedTuple):
@@ -284,12 +284,12 @@ def _observe_tile(width: int) -> tuple[int, int]:
     return min(MOST_OBSERVED, OBSERVED_COLUMNS // columns), columns
 
 
-def hashing(sketch: Stored) -> tuple[int, int, int]:
+def hashing(sketch: KernelState) -> tuple[int, int, int]:
     """What the bucket of a row depends on."""
     return sketch.depth, sketch.width, sketch.seed
 
 
-def _block(state: Stored) -> int:
+def _block(state: KernelState) -> int:
     return state.width if state.kind == Kind.QUANTIZED else 0
 
 

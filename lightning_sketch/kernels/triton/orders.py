@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sketch.kernels.schema import FusedStep, Stored
+from lightning_sketch.kernels.schema import FusedStep, KernelState
 from lightning_sketch.kernels.triton import layout
 
 LIMIT = 1 << 31  # what int32 holds
@@ -33,7 +33,7 @@ class Batch:
         self.rows = 0  # of the layer that was added last
         self.width = 0
 
-    def add(self, rows: int, sketch: Stored) -> bool:
+    def add(self, rows: int, sketch: KernelState) -> bool:
         """Make room for a layer, if that is not too much to be sorted at once; one alone always has room."""
         entries, buckets = rows * sketch.depth, sketch.width * sketch.depth
         if self.entries and (self.entries + entries > layout.WAVE or self.buckets + buckets >= LIMIT):
@@ -145,21 +145,21 @@ class Sorting:
         for batch in self.batches:
             batch.sort()
         for step, order, is_pending in zip(self.steps, self.orders, self.is_pending, strict=True):
-            if is_pending and step.ids is None and step.kept is not None:
-                step.kept.orders[which] = order
+            if is_pending and step.ids is None and step.cache is not None:
+                step.cache.orders[which] = order
 
 
-def find_orders(layers: Sequence[tuple[FusedStep, Stored]], by_bucket: bool, which: int) -> Sorting:
+def find_orders(layers: Sequence[tuple[FusedStep, KernelState]], by_bucket: bool, which: int) -> Sorting:
     """Orders of layers' rows by their sketches: those that were kept, and memory for the others.
 
     Args:
         by_bucket: whether `Batch.edges` are needed for every bucket, else for every row.
-        which: of `Kept.orders`.
+        which: of `StepCache.orders`.
     """
     found = Sorting([step for step, _ in layers], [], [], [])
     for step, sketch in layers:
         of = (step.grad.shape[0], step.row_offset, *layout.hashing(sketch))
-        kept: Order | None = step.kept.orders[which] if step.ids is None and step.kept is not None else None
+        kept: Order | None = step.cache.orders[which] if step.ids is None and step.cache is not None else None
         found.is_pending.append(kept is None or kept.of != of)
         if kept is None or kept.of != of:
             batch = found.batches[-1] if found.batches else Batch(by_bucket)

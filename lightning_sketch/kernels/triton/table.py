@@ -16,7 +16,18 @@ from lightning_sketch.kernels.triton.jit import inlined
 _STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight", "scale")
 _NUMBERS = ("decay", "weight", "column_weight", "scale")
 _HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
-_RULE = ("lr", "shrink", "eps", "weight_decay", "correction", "bound", "nesterov", "sign", "of_column", "of_scale")
+_RULE = (
+    "lr",
+    "decay_factor",
+    "eps",
+    "weight_decay",
+    "correction",
+    "bound",
+    "nesterov",
+    "sign",
+    "of_column",
+    "of_scale",
+)
 SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
 _ORDER = ("order", "edges", "keys", "entry", "key", "rows")
@@ -55,7 +66,7 @@ SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
 SECOND, FIRST, MOMENTUM = map(_word, ("second_data", "first_data", "momentum_data"))
 # Of a state, from its first word.
 STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE = map(tl.constexpr, range(1, 8))
-LR, SHRINK, EPS, WEIGHT_DECAY = map(_word, ("lr", "shrink", "eps", "weight_decay"))
+LR, DECAY_FACTOR, EPS, WEIGHT_DECAY = map(_word, ("lr", "decay_factor", "eps", "weight_decay"))
 CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov", "sign"))
 # One over the number of columns, and over the second state's scale.
 OF_COLUMN, OF_SCALE = map(_word, ("of_column", "of_scale"))

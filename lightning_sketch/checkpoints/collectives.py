@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from lightning_sketch.checkpoints.integrity import Piece, fingerprint, share, verify
-from lightning_sketch.sharding.agree import from_all
+from lightning_sketch.sharding.agree import gather_objects
 
 T = TypeVar("T")
 
 
-def all_or_none(function: Callable[[], T]) -> T:
+def run_on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function on every rank; if it raises on one, all raise. Collective, unless there is a single process.
 
     Raises:
@@ -25,7 +25,7 @@ def all_or_none(function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:  # whatever it is: the other ranks are waiting for a word
         problem = error
-    said = from_all(None if problem is None else f"{type(problem).__name__}: {problem}")
+    said = gather_objects(None if problem is None else f"{type(problem).__name__}: {problem}")
     if problem is not None:
         raise problem
     for rank, words in enumerate(said):
@@ -40,8 +40,8 @@ def verify_together(pieces: Sequence[Piece]) -> None:
     Raises:
         ValueError: on all ranks, if one is wrong; the message names the file.
     """
-    prints = from_all(all_or_none(lambda: fingerprint(pieces)))
+    prints = gather_objects(run_on_all_ranks(lambda: fingerprint(pieces)))
     rank = dist.get_rank() if len(prints) > 1 else 0
     # Ranks with files of their own, on a node's disk for instance, share with nobody else.
     team = [other for other, theirs in enumerate(prints) if theirs == prints[rank]]
-    all_or_none(lambda: verify(share(pieces, team.index(rank), len(team))))
+    run_on_all_ranks(lambda: verify(share(pieces, team.index(rank), len(team))))

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding.agree import any_of_all
+from lightning_sketch.sharding.agree import any_rank
 
 #: Where an optimizer was saved: the path, and its number there.
 Place = tuple[Path, int]
 
 
-def must_move(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
+def needs_resharding(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
     """Whether `move` has to load these optimizers: some checkpoint is plain, or of another number of ranks.
 
     Collective. False where it cannot load all of them: an optimizer is not converted, or a checkpoint is not there.
@@ -28,7 +28,7 @@ def must_move(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
         ValueError: on all ranks: a checkpoint was altered or cannot be read, or was written under another policy.
             Nothing was changed then, and the trainer has not opened the file: torch would unpickle what we refuse.
     """
-    return any_of_all(lambda: _must_move([unwrap(optimizer) for optimizer in optimizers], places))
+    return any_rank(lambda: _needs_resharding([unwrap(optimizer) for optimizer in optimizers], places))
 
 
 def move(optimizers: Sequence[Any], places: Sequence[Place]) -> None:
@@ -45,15 +45,15 @@ def accelerate_place(directory: Path, number: int) -> Place:
     return sharded if sharded.is_dir() else directory / (f"optimizer_{number}.bin" if number else "optimizer.bin"), 0
 
 
-def _must_move(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
+def _needs_resharding(optimizers: Sequence[Any], places: Sequence[Place]) -> bool:
     converted = [optimizer for optimizer in optimizers if isinstance(optimizer, CompressedOptimizer)]
     if len(converted) < len(optimizers) or not all(path.exists() for path, _ in places):
         return False
-    from lightning_sketch.checkpoints.compatibility import must_move  # slow to import
+    from lightning_sketch.checkpoints.compatibility import needs_resharding  # slow to import
     from lightning_sketch.checkpoints.open import open_checkpoint
 
     moves = [
-        must_move(optimizer, open_checkpoint(path, optimizer.compression.names, optimizer=number).saved)
+        needs_resharding(optimizer, open_checkpoint(path, optimizer.compression.names, optimizer=number).saved)
         for optimizer, (path, number) in zip(converted, places, strict=True)
     ]
     return any(moves)

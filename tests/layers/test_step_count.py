@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 
 from lightning_sketch import CountSketch, Policy, RowWise, Rule, compress, decompress
-from lightning_sketch.layers.counter import counter
+from lightning_sketch.layers.step_count import step_tensor
 from tests.tiny import default_dtype
 
 
@@ -19,8 +19,8 @@ def default(request):
 
 
 def test_it_counts_past_what_16_bits_can(default):
-    count = counter(4000)
-    count += counter(1)
+    count = step_tensor(4000)
+    count += step_tensor(1)
     assert count.item() == 4001
     assert (count.ndim, count.device.type) == (0, "cpu")
 

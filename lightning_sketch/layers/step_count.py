@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch.sharding.fake import is_fake
 
 
-def counter(steps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
+def step_tensor(steps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
     """A 0-d tensor in float32, or in float64 where that is torch's default.
 
     Never in a default of 16 bits: bfloat16 counts to 256.
