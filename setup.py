@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
@@ -16,6 +18,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "lightning_sketch/kernels/csrc"
+#: What the structures are made from, which C and Python share.
+FIELDS = "lightning_sketch/kernels/fields.py"
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
@@ -46,18 +50,26 @@ class BuildKernels(build_ext):
 
     def _compile(self, ext: Extension) -> None:
         extra = os.environ.get("LIGHTNING_SKETCH_CXXFLAGS", "").split()
+        made = Path(self.build_temp, "include", "fields.h")
+        header = runpy.run_path(FIELDS)["c_header"]()
+        if not made.exists() or made.read_text() != header:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.write_text(header)
+        include = [str(made.parent)]
         objects = []
         for name, options in ISAS.items():
             objects += self.compiler.compile(
                 [f"{SOURCES}/steps.cpp"],
                 output_dir=os.path.join(self.build_temp, name),
                 macros=[("ISA", name)],
+                include_dirs=include,
                 extra_postargs=[*FLAGS, *options.split(), *extra],
                 depends=ext.depends,
             )
         objects += self.compiler.compile(
             [f"{SOURCES}/{name}" for name in COMMON],
             output_dir=self.build_temp,
+            include_dirs=include,
             extra_postargs=[*FLAGS, *extra],
             depends=ext.depends,
         )
@@ -77,7 +89,7 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-headers = [f"{SOURCES}/{name}" for name in sorted(os.listdir(SOURCES)) if name.endswith(".h")]
+headers = [FIELDS, *(f"{SOURCES}/{name}" for name in sorted(os.listdir(SOURCES)) if name.endswith(".h"))]
 commands: dict[str, Any] = {"build_ext": BuildKernels, "bdist_wheel": Wheel}
 setup(
     ext_modules=[Extension("lightning_sketch.kernels._cpu", [f"{SOURCES}/{name}" for name in COMMON], depends=headers)],

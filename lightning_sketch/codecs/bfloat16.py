@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
-from lightning_sketch.kernels.schema import KernelState, Kind
+from lightning_sketch.kernels.fields import Kind
+from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
+from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
-from lightning_sketch.kernels.schema import MOST_DEPTH, KernelState, Kind
+from lightning_sketch.kernels.schema import MOST_DEPTH, KernelState
 from lightning_sketch.sharding import Block, Shard
 
 
@@ -181,7 +182,7 @@ class _LinearSketch(_Sketch):
             self.table,
             weight=weight,
             scale=scale,
-            signed=self.spec.signed,
+            is_signed=self.spec.signed,
             depth=self.depth,
             width=self.width,
             seed=self.spec.seed,

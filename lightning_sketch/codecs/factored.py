@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
+from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
-from lightning_sketch.kernels.schema import KernelState, Kind
+from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Shard
 
 

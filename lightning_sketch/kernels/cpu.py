@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,28 +12,29 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_sketch.kernels import native
+from lightning_sketch.kernels.fields import STATE, STATES, STEP, Kind, Source, offset, part, state_offset, step_size
 from lightning_sketch.kernels.program import Words
-from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind
+from lightning_sketch.kernels.schema import FusedStep, KernelState, state_numbers, step_numbers
 
-# ``State`` and ``StepArgs`` of csrc/layer.h. In place of an address there is a position in a list of tensors, from 1.
-_STATE = struct.Struct("@ 4i q Q 4f 3q")
-_HEAD = struct.Struct("@ 4q 4q 4i 7f i 3q")  # a layer without its three states
-_LAYER_BYTES = _HEAD.size + 3 * _STATE.size
-# What in them is something else at every step, and where it begins.
-_STATE_STEP, _STATE_STEP_AT = struct.Struct("@ Q 4f 2q"), struct.calcsize("@ 4i q")
-_HEAD_STEP, _HEAD_STEP_AT = struct.Struct("@ 4q 4i 7f i"), struct.calcsize("@ 4q")
+# Of `fields`. In place of an address there is a position in a list of tensors, from 1.
+_HEAD, _HEAD_AT = part(STEP, Source.LAYOUT)
+_HEAD_STEP, _HEAD_STEP_AT = part(STEP, Source.STEP)
+_STATE, _ = part(STATE, Source.LAYOUT)
+_STATE_STEP, _STATE_STEP_AT = part(STATE, Source.STEP)
+_LAYER_BYTES = step_size()
 
-# The same as words: numbers of 32 bits from `maximize` to `leave_out` and of every state, seeds of 64 bits.
-_STATES_AT = [_HEAD.size + i * _STATE.size for i in range(3)]
+# What is another number at every step: words of 32 bits, and seeds of 64 bits.
+_STATES_AT = [state_offset(number) for number in range(len(STATES))]
 _NUMBER_WORDS = [
-    *range(struct.calcsize("@ 8q 2i") // 4, struct.calcsize("@ 8q 4i 7f i") // 4),
-    *(at // 4 + word for at in _STATES_AT for word in range(8, 12)),
+    (start + offset(fields, field.name)) // 4
+    for start, fields in ((0, STEP), *((at, STATE) for at in _STATES_AT))
+    for field in fields
+    if field.source == Source.STEP and field.code in "if"
 ]
-_SEED_WORDS = [(at + _STATE_STEP_AT) // 8 for at in _STATES_AT]
+_SEED_WORDS = [(at + offset(STATE, "seed")) // 8 for at in _STATES_AT]
 
 _ELEMENTWISE = (Kind.DENSE, Kind.SCALED)
 _LINE = 4096  # elements
-_BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def step(layers: Sequence[FusedStep]) -> Tensor:
@@ -51,8 +51,8 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     for number, layer in enumerate(layers):
         if layer.grad.numel() == 0:
             continue
-        for part in _parts(layer):
-            packed += _pack(part, number, params, grads, ids, states)
+        for lines in _parts(layer):
+            packed += _pack(lines, number, params, grads, ids, states)
             rows.append(number)
     left_out = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
     if packed:
@@ -83,8 +83,8 @@ class _Program:
     ) -> Tensor:
         packed = bytearray()
         for step in steps:
-            (part,) = _parts(step)
-            packed += _pack(part, 0, [], [], [], [])  # positions stay as they are
+            (lines,) = _parts(step)
+            packed += _pack(lines, 0, [], [], [], [])  # positions stay as they are
         self._words.write(packed)
         left_out = torch.zeros(len(params), dtype=torch.int64, device="cpu")
         increment_version(params + states)
@@ -151,59 +151,27 @@ def _pack(
     grads.append(step.grad)
     if step.ids is not None:
         ids.append(step.ids)
-    _HEAD_STEP.pack_into(
-        packed,
-        _HEAD_STEP_AT,
-        0 if step.ids is None else len(ids),
-        len(params),
-        len(grads),
-        number + 1,
-        _BFLOAT16[step.param.dtype],
-        step.ids is None or len(step.ids) == len(step.param),
-        step.maximize,
-        step.bound is not None,
-        step.weight_decay,
-        step.decay_factor,
-        step.lr,
-        step.eps,
-        step.correction,
-        step.bound or 0.0,
-        step.nesterov,
-        step.leave_out,
-    )
-    at = _HEAD.size + _STATE_STEP_AT
-    for stored in (step.second, step.first, step.momentum):
-        if stored is not None:
-            states.append(stored.data)
-            data = len(states)
-            if stored.columns is not None:
-                states.append(stored.columns)
-            _STATE_STEP.pack_into(
-                packed,
-                at,
-                stored.seed & (1 << 64) - 1,
-                stored.decay,
-                stored.weight,
-                stored.column_weight,
-                stored.scale,
-                data,
-                0 if stored.columns is None else len(states),
-            )
-        at += _STATE.size
+    position = 0 if step.ids is None else len(ids)
+    _HEAD_STEP.pack_into(packed, _HEAD_STEP_AT, len(params), len(grads), position, number + 1, *step_numbers(step))
+    for at, stored in zip(_STATES_AT, (step.second, step.first, step.momentum), strict=True):
+        if stored is None:
+            continue
+        states.append(stored.data)
+        data = len(states)
+        if stored.columns is not None:
+            states.append(stored.columns)
+        columns = 0 if stored.columns is None else len(states)
+        _STATE_STEP.pack_into(packed, at + _STATE_STEP_AT, data, columns, *state_numbers(stored))
     return packed
 
 
 def _layout(step: FusedStep) -> bytearray:
     """The step as a ``StepArgs`` without what is something else at every step."""
-    rows = step.grad.shape[0]
-    packed = bytearray(_HEAD.size)
-    struct.pack_into("@ 4q", packed, 0, rows, step.grad.numel() // rows, step.row_offset, step.column_offset)
-    for stored in (step.second, step.first, step.momentum):
-        state = bytearray(_STATE.size)
+    packed = bytearray(_LAYER_BYTES)
+    _HEAD.pack_into(packed, _HEAD_AT, step.row_offset, step.column_offset)
+    for at, stored in zip(_STATES_AT, (step.second, step.first, step.momentum), strict=True):
         if stored is not None:
-            dtype = _BFLOAT16.get(stored.data.dtype, 0)  # codes are integers
-            struct.pack_into("@ 4i q", state, 0, stored.kind, dtype, stored.signed, stored.depth, stored.width)
-        packed += state
+            _STATE.pack_into(packed, at, stored.kind, stored.dtype, stored.is_signed, stored.depth)
     return packed
 
 
@@ -232,7 +200,12 @@ def _fused_step(
         ctypes.c_void_p(scratch.data_ptr()),
         ctypes.c_void_p(native.gomp_parallel()),
     )
-    assert not failed
+    if failed:
+        raise RuntimeError(f"the compiled kernels refused a step: {_FAILURES[failed]}")
+
+
+#: What `lightning_sketch_step` says.
+_FAILURES = {1: "they are not compiled for this instruction set", 2: "a state is stored in a way that they do not know"}
 
 
 def _addresses(tensors: list[Tensor]) -> Any:

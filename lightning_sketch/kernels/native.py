@@ -7,6 +7,8 @@ import functools
 import os
 from pathlib import Path
 
+from lightning_sketch.kernels import fields
+
 #: Set to "reference" to have every step done in plain PyTorch, or to "generic", "avx2" or "avx512" for kernels of that
 #: instruction set. By default the best that the processor has, and Triton's on CUDA devices.
 VARIABLE = "LIGHTNING_SKETCH_KERNELS"
@@ -14,8 +16,6 @@ VARIABLE = "LIGHTNING_SKETCH_KERNELS"
 LIBRARY = "LIGHTNING_SKETCH_CPU_LIBRARY"
 
 ISAS = ("generic", "avx2", "avx512")
-#: Of the C interface, as in csrc/api.cpp. To be raised with every change of its functions or structures.
-VERSION = 5
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def why_not() -> str | None:
     except OSError as error:
         return f"could not be loaded: {error}"
     version = getattr(found, "lightning_sketch_version", None)
-    if version is None or version() != VERSION:
+    if version is None or version() != fields.version():
         return "compiled for another version of lightning_sketch: install it again"
     return None
 

@@ -1,28 +1,18 @@
-"""What a fused kernel sees of one step of one layer: the states as they are stored, and the rule as numbers."""
+"""What a fused kernel sees of one step of one layer: the states as they are stored, and the rule as numbers.
+
+Kinds and fields are listed in fields.py, in the order in which kernels have them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Kind(IntEnum):
-    """How a state is stored. Below, `true` is what the state means; x is the gradient or its square."""
-
-    NONE = 0
-    DENSE = 1  # true, shaped like the parameter
-    STOCHASTIC = 2  # the same in bfloat16, rounded stochastically
-    SCALED = 3  # true / scale, shaped like the parameter
-    ROW = 4  # true / scale of each row
-    ROW_SKETCH = 5  # true / scale, [depth, width] row scalars
-    SM3 = 6  # rows: true / scale; columns: true
-    FACTORED = 7  # rows and columns: true / scale
-    SKETCH = 8  # true / scale, [depth, width, *row_shape]
-    QUANTIZED = 9  # codes of 8 or 4 bits, rounded stochastically; columns: the largest magnitude of every block
+from lightning_sketch.kernels.fields import STATE, STEP, DType, Field, Kind, Source
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs, and every step makes them
@@ -37,7 +27,7 @@ class KernelState:
         weight: factor of x, divided by the scale already where values are stored so (but for SM3).
         column_weight: the same of the column sums (FACTORED); factor of the columns (SM3), 1 if they decayed already.
         scale: true value = stored value * scale.
-        signed: whether a sketch or codes have signs.
+        is_signed: whether a sketch or codes have signs.
         depth, width: of a sketch; bits and block (QUANTIZED).
         seed: of a sketch's hashes, or of the rounding noise.
         scale_at: where the numbers of steps stay on the device, the scale, 0-d float64; ``None`` if there is none.
@@ -52,12 +42,16 @@ class KernelState:
     weight: float | Tensor = 1.0
     column_weight: float | Tensor = 0.0
     scale: float | Tensor = 1.0
-    signed: bool = False
+    is_signed: bool = False
     depth: int = 0
     width: int = 0
     seed: int = 0
     scale_at: Tensor | None = None
     scale_decay: float = 1.0
+
+    @property
+    def dtype(self) -> DType:
+        return _DTYPES.get(self.data.dtype, DType.FLOAT32)  # codes are integers
 
 
 @dataclass(slots=True)
@@ -119,7 +113,7 @@ class FusedStep:
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
         lr, decay_factor, eps, weight_decay: as above; weight_decay is the coupled one.
         correction: c above.
-        bound: clamp m to ``bound * sqrt(v)``, where m is sketched; ``None`` for no clamp.
+        bound: clamp m to ``bound * sqrt(v)``, where m is sketched; 0 for no clamp.
         nesterov: factor of Nesterov's momentum; 0 for none.
         maximize: whether to step along the gradient, not against it.
         cache: of the layer's earlier steps; ``None`` if nothing is to be kept.
@@ -144,12 +138,34 @@ class FusedStep:
     eps: float | Tensor = 0.0
     weight_decay: float = 0.0
     correction: float | Tensor = 1.0
-    bound: float | None = None
+    bound: float = 0.0
     nesterov: float = 0.0
     maximize: bool = False
     cache: StepCache | None = None
     leave_out: bool = False
     on_device: DeviceNumbers | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.grad.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row; the gradient has rows."""
+        return self.grad.numel() // self.grad.shape[0]
+
+    @property
+    def dtype(self) -> DType:
+        return _DTYPES[self.param.dtype]
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether every row of the parameter is in the gradient."""
+        return self.ids is None or len(self.ids) == len(self.param)
+
+    @property
+    def use_bound(self) -> bool:
+        return self.bound != 0
 
     def tensors(self) -> list[Tensor]:
         """Everything that the step changes but the parameter."""
@@ -161,8 +177,19 @@ class FusedStep:
         return [self.param.data_ptr(), *(tensor.data_ptr() for tensor in self.tensors())]
 
 
+_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16}
 #: dtypes of parameters and gradients that fused kernels take.
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = tuple(_DTYPES)
+
+
+def getter(fields: tuple[Field, ...]) -> attrgetter[tuple[Any, ...]]:
+    """What asks a `FusedStep` or a `KernelState` for the fields that a step fills, but for addresses, in order."""
+    return attrgetter(*(field.name for field in fields if field.source == Source.STEP and not field.is_address))
+
+
+#: Of a step, and of a state.
+step_numbers, state_numbers = getter(STEP), getter(STATE)
+
 #: Hash functions of a sketch that fused kernels take.
 MOST_DEPTH = 8
 #: Elements of a block of quantized states that fused kernels take.

@@ -80,7 +80,7 @@ class AdamRule(UpdateRule):
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
             correction=numbers.correction,
-            bound=first_moment_bound(numbers.beta1, numbers.beta2) if mixes else None,
+            bound=(first_moment_bound(numbers.beta1, numbers.beta2) or 0.0) if mixes else 0.0,
         )
 
     def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:

@@ -123,7 +123,7 @@ class LayerStep:
         eps: float | Tensor = 0.0,
         weight_decay: float = 0.0,
         correction: float | Tensor = 1.0,
-        bound: float | None = None,
+        bound: float = 0.0,
         nesterov: float = 0.0,
     ) -> FusedStep:
         """The fused step over two of the states, by name, whose step was begun; numbers as in `FusedStep`."""

@@ -217,15 +217,6 @@ def cpu_copy(argument: object) -> object:
     return [t.clone() for t in argument] if isinstance(argument, list) else argument.clone()  # type: ignore[attr-defined]
 
 
-def test_the_structs_are_as_long_as_in_c() -> None:
-    import ctypes
-
-    library = native.library()
-    assert library is not None
-    library.lightning_sketch_layer_bytes.restype = ctypes.c_int64
-    assert library.lightning_sketch_layer_bytes() == cpu._LAYER_BYTES
-
-
 def test_step_under_torch_compile_does_not_recompile() -> None:
     layer = nn.Linear(8, 6)
     optimizer = compress(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sketch.kernels import native
+from lightning_sketch.kernels import fields, native
 
 SOURCES = Path(native.__file__).with_name("csrc")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g0"]
@@ -69,14 +69,15 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
 def compile_with_sanitizers(folder: Path, isas: Sequence[str]) -> Path:
     """The library, with sanitizers in the code of `isas`: what is not run takes minutes to compile with them."""
     objects, compiling = [], []
+    (folder / "fields.h").write_text(fields.c_header())
     for name in ("api", "coalesce"):
         objects.append(folder / f"{name}.o")
-        command = ["g++", *FLAGS, *SANITIZE, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[-1])]
+        command = ["g++", *FLAGS, f"-I{folder}", *SANITIZE, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[-1])]
         compiling.append(subprocess.Popen(command))
     for name in sorted(ISAS, key=lambda name: name not in isas):  # inline functions are taken from the first object
         objects.append(folder / f"{name}.o")
         options = [*(SANITIZE if name in isas else ["-O0"]), *ISAS[name]]
-        command = ["g++", *FLAGS, *options, f"-DISA={name}", "-c", str(SOURCES / "steps.cpp")]
+        command = ["g++", *FLAGS, f"-I{folder}", *options, f"-DISA={name}", "-c", str(SOURCES / "steps.cpp")]
         compiling.append(subprocess.Popen([*command, "-o", str(objects[-1])]))
     assert [process.wait() for process in compiling] == [0] * len(compiling)
     library = folder / "_cpu.so"

@@ -36,7 +36,7 @@ from lightning_sketch import (
 )
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
-from lightning_sketch.kernels.triton import device_numbers, insert, launch, observe, quantized, row_sketch
+from lightning_sketch.kernels.triton import device_numbers, insert, launch, launches, observe, quantized, row_sketch
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.optimizer import on_device
 from lightning_sketch.optimizer.step import pending_updates, step_compressed
@@ -77,7 +77,7 @@ CODECS: list[tuple[Codec, Codec]] = [
 
 
 KERNELS = (
-    launch.apply,
+    launches.apply,
     of_columns.finish_factored,
     of_columns.finish_sm3,
     of_columns.reduce_columns,

@@ -31,7 +31,7 @@ from lightning_sketch import (
 from lightning_sketch.codecs.bfloat16 import stochastic_round
 from lightning_sketch.kernels.reference import hash_rows, signed
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.kernels.triton import launch, layout
+from lightning_sketch.kernels.triton import launch, launches, layout
 from lightning_sketch.kernels.triton.bits import bucket_of, narrow, narrow_stochastically
 from lightning_sketch.kernels.triton.jit import kernel
 from tests.kernels.fused_cases import FIRST, PAIRS, RULES, SECOND, Case, by_reference, check, train, unraised
@@ -124,7 +124,7 @@ def test_parts_of_large_layers(second: str, first: str, sparse: bool, monkeypatc
     for name, value in small.items():
         monkeypatch.setattr(layout, name, value)
     for name in ("SPAN", "TILE_COLUMNS"):
-        monkeypatch.setattr(launch, name, getattr(layout, name))
+        monkeypatch.setattr(launches, name, getattr(layout, name))
     for columns in (5, 37):
         check(Case("adamw", SECOND[second], FIRST[first], 43, columns, sparse, steps=2))
 

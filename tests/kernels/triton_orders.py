@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch import Codec, CountSketch, Drop, Factored, Policy, RowWise, Rule, compress, kernels
-from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind, StepCache
-from lightning_sketch.kernels.triton import launch, layout, orders
+from lightning_sketch.kernels.fields import Kind
+from lightning_sketch.kernels.schema import FusedStep, KernelState, StepCache
+from lightning_sketch.kernels.triton import launch, launches, layout, orders
 from lightning_sketch.optimizer import on_device
 from tests.kernels.fused_cases import Case, by_reference, start, train
 
@@ -29,7 +30,7 @@ class Spy:
         self.launched: list[str] = []
         self.sorts = 0
         for name in ("observe", "settle", "hash_rows", "insert", "apply", "add_rows", "fold_rows"):
-            monkeypatch.setattr(launch, name, self._spied(name, getattr(launch, name)))
+            monkeypatch.setattr(launches, name, self._spied(name, getattr(launches, name)))
         sort = orders.Batch.sort
 
         def counted(batch: orders.Batch) -> None:

@@ -28,7 +28,7 @@ from lightning_sketch import (
     kernels,
 )
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.kernels.triton import launch, layout
+from lightning_sketch.kernels.triton import launch, launches, layout
 from tests.kernels.fused_cases import Case, by_reference, check, train, unraised
 from tests.rules.left_out import SHARDS, Part, values_like
 from tests.tiny import assert_same
@@ -125,7 +125,7 @@ def test_parts_of_large_layers(second: Codec, monkeypatch: pytest.MonkeyPatch) -
     for name, value in small.items():
         monkeypatch.setattr(layout, name, value)
     for name in ("TILE_COLUMNS", "TILE_HASH"):
-        monkeypatch.setattr(launch, name, small[name])
+        monkeypatch.setattr(launches, name, small[name])
     check(Case("adamw", second, Quantized(bits=4, block=16), rows=9, columns=37, steps=2))
 
 

@@ -16,6 +16,12 @@ const Steps* steps_for(int isa) {
     return isa == 0 ? &steps_generic : nullptr;
 }
 
+// No state is taken for another one.
+bool known(const StepArgs& layer) {
+    auto in = [](const State& state, uint32_t kinds) { return state.kind >= 0 && state.kind < 32 && kinds >> state.kind & 1; };
+    return in(layer.second, SECOND_KINDS) && in(layer.first, FIRST_KINDS) && in(layer.momentum, MOMENTUM_KINDS);
+}
+
 }  // namespace
 
 // 0 generic, 1 AVX2, 2 AVX-512: the best that this processor has.
@@ -31,10 +37,7 @@ EXPORT int lightning_sketch_isa() {
 }
 
 // Of this interface: Python refuses a library that was compiled for another.
-EXPORT int lightning_sketch_version() { return 5; }
-
-// To be compared with what Python believes.
-EXPORT int64_t lightning_sketch_layer_bytes() { return sizeof(StepArgs); }
+EXPORT int lightning_sketch_version() { return VERSION; }
 
 // A copy of the layers with addresses in place of positions (from 1; 0 for none) in the lists of tensors, and in left_out.
 EXPORT void lightning_sketch_resolve(const StepArgs* packed, int64_t count, StepArgs* layers, void* const* params,
@@ -68,6 +71,8 @@ EXPORT int64_t lightning_sketch_scratch(StepArgs* layers, int64_t count, int thr
 EXPORT int lightning_sketch_step(StepArgs* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
     const Steps* steps = steps_for(isa);
     if (!steps) return 1;
+    for (int64_t i = 0; i < count; i++)
+        if (!known(layers[i])) return 2;
     char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
     Run(*steps, reinterpret_cast<Parallel>(parallel), layers, count, threads, aligned).run();
     return 0;

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "export.h"
-#include "layer.h"
+#include "fields.h"
 #include "parallel.h"
 #include "vec.h"
 

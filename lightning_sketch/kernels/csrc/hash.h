@@ -1,7 +1,7 @@
 // Hashes of rows and columns; `kernels/reference.py` and `codecs/bfloat16.py` are their specification.
 #pragma once
 
-#include "layer.h"
+#include "fields.h"
 #include "vec.h"
 
 namespace {

@@ -7,9 +7,9 @@
 namespace {
 
 constexpr int64_t AHEAD = 12;       // rows of a sketch to prefetch while others are inserted
-constexpr int ROWS_PER_INSERT = 4;         // rows of a bucket that are inserted at once
+constexpr int ROWS_PER_INSERT = 4;  // rows of a bucket that are inserted at once
 constexpr int64_t PIECE = 512;      // floats of each of them
-constexpr int64_t PREFETCH_DISTANCE = 6;          // such pieces to prefetch
+constexpr int64_t PREFETCH_DISTANCE = 6;  // such pieces to prefetch
 constexpr int64_t GROUP = 128;      // rows whose buckets are computed together
 constexpr int64_t FOUND = 1024;     // rows that are looked through together for those of a part of the buckets
 

@@ -1,7 +1,7 @@
 // What is compiled once for each instruction set. Nothing here allocates or locks.
 #pragma once
 
-#include "layer.h"
+#include "fields.h"
 
 constexpr int MOST_DEPTH = 8;
 constexpr int STRIP_DEPTH = 3;  // of sketches that are stepped in strips, at most

@@ -10,13 +10,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from lightning_sketch.kernels.capture import capturing
-from lightning_sketch.kernels.schema import MIN_SCALE, FusedStep, KernelState, Kind
+from lightning_sketch.kernels.fields import Kind
+from lightning_sketch.kernels.schema import MIN_SCALE, FusedStep, KernelState
 from lightning_sketch.kernels.triton.jit import OPTIONS, inlined, kernel
 from lightning_sketch.kernels.triton.table import (
     ALL_ROWS,
@@ -47,18 +49,19 @@ from lightning_sketch.kernels.triton.table import (
 )
 
 # Words of a recipe. Of numbers: where they are among the values of a step, or -1; and what they are then, a float64.
-_NUMBERS = ("lr", "decay_factor", "eps", "correction")
+NUMBERS_ON_DEVICE = ("lr", "decay_factor", "eps", "correction")
 _STATE = ("scale_at", "decay", "weight_at", "weight", "column_weight", "divided", "counted", "numel", "column_numel")
 _NAMES = (
     "step",
     "amp",
-    *(f"{name}{at}" for name in _NUMBERS for at in ("_at", "")),
+    *(f"{name}{at}" for name in NUMBERS_ON_DEVICE for at in ("_at", "")),
     *(f"{state}_{name}" for state in ("second", "first", "momentum") for name in _STATE),
 )
 _FLOATS = {
-    *_NUMBERS,
+    *NUMBERS_ON_DEVICE,
     *(f"{s}_{n}" for s in ("second", "first", "momentum") for n in ("decay", "weight", "column_weight")),
 }
+_numbers = attrgetter(*NUMBERS_ON_DEVICE)
 _RECIPE = struct.Struct("<" + "".join("d" if name in _FLOATS else "q" for name in _NAMES))
 
 RECIPE = tl.constexpr(len(_NAMES))
@@ -170,7 +173,7 @@ def _scaled(step: FusedStep) -> bool:
 def _recipe(step: FusedStep, values: _Values) -> bytes:
     assert step.on_device is not None
     numbers: list[float] = [values.at(step.on_device.step)[0], _scaled(step)]
-    for number in (step.lr, step.decay_factor, step.eps, step.correction):
+    for number in _numbers(step):
         numbers += values.at(number)
     for stored in _states(step):
         numbers += _NO_STATE if stored is None else _of_state(stored, values)

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lightning_sketch.kernels.schema import Kind
+from lightning_sketch.kernels.fields import Kind
 
 #: A function called by kernels.
 inlined: Callable[[Callable[..., Any]], Any] = triton.jit

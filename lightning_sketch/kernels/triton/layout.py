@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sketch.kernels.schema import FusedStep, KernelState, Kind
+from lightning_sketch.kernels.fields import STATES, Kind
+from lightning_sketch.kernels.schema import FusedStep, KernelState
 
 #: Elements of a tile: 8 for each thread of four warps.
 TILE = 1024
@@ -204,6 +205,10 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         aligned: whether all its tensors begin at multiples of 16 bytes.
     """
     second, first, momentum = step.second or NO_STATE, step.first or NO_STATE, step.momentum or NO_STATE
+    for name, kinds in STATES.items():
+        stored = getattr(step, name)
+        if stored is not None and stored.kind not in kinds:
+            raise RuntimeError(f"Triton's kernels refused a step: they do not know a {name} state of {stored.kind!r}")
     rows, sparse = step.grad.shape[0], step.ids is not None
     columns = step.grad.numel() // rows
     if _is_rowless(sparse, second.kind, first.kind, momentum.kind):
@@ -228,7 +233,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         second.kind == Kind.SM3 and second.columns is not None,
         step.leave_out,
         step.weight_decay != 0,
-        step.bound is not None,
+        step.use_bound,
         step.nesterov != 0,
         aligned and columns % 8 == 0,
         columns <= WIDEST_ROW,

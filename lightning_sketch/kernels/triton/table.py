@@ -10,24 +10,16 @@ import struct
 
 import triton.language as tl
 
+from lightning_sketch.kernels.fields import STATE, STATES, STEP
 from lightning_sketch.kernels.triton.jit import inlined
 
-#: Names of the words, in order; numbers are float32, all others int64.
-_STATE = ("data", "columns", "width", "seed", "decay", "weight", "column_weight", "scale")
-_NUMBERS = ("decay", "weight", "column_weight", "scale")
-_HEAD = ("param", "grad", "ids", "rows", "columns", "row_offset", "column_offset", "all_rows")
-_RULE = (
-    "lr",
-    "decay_factor",
-    "eps",
-    "weight_decay",
-    "correction",
-    "bound",
-    "nesterov",
-    "sign",
-    "of_column",
-    "of_scale",
-)
+# Words are the fields of `fields` that kernels read, and others of these kernels alone; numbers are float32, all others
+# int64.
+STATE_WORDS = tuple(field.name for field in STATE if field.word)
+STATE_FLOATS = tuple(field.name for field in STATE if field.word and field.is_float)
+HEAD = tuple(field.name for field in STEP if field.word and not field.is_float)
+RULE = tuple(field.name for field in STEP if field.word and field.is_float)
+_DERIVED = ("sign", "of_column", "of_scale")  # of maximize, columns and the second state's scale
 SCRATCH = ("count", "means", "row_sums", "partials", "groups", "shape", "hashes", "largest", "sums", "exponents")
 # Rows by bucket of a sketch: `orders.Order`.
 _ORDER = ("order", "edges", "keys", "entry", "key", "rows")
@@ -38,17 +30,19 @@ PROGRAMS = (
     "hash_columns",
 )
 NAMES = (
-    *_HEAD,
-    *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _STATE),
-    *_RULE,
+    *HEAD,
+    *(f"{state}_{word}" for state in STATES for word in STATE_WORDS),
+    *RULE,
+    *_DERIVED,
     *SCRATCH,
     *(f"{state}_{word}" for state in ("second", "first") for word in _ORDER),
     *(f"{kernel}_program" for kernel in PROGRAMS),
     "splits",
     "chunks",
 )
-FLOATS = {*_RULE, *(f"{state}_{word}" for state in ("second", "first", "momentum") for word in _NUMBERS)}
-ROW = struct.Struct("<" + "".join("f4x" if name in FLOATS else "q" for name in NAMES))
+FLOATS = {*RULE, *_DERIVED, *(f"{state}_{word}" for state in STATES for word in STATE_FLOATS)}
+_SEEDS = {f"{state}_seed" for state in STATES}
+ROW = struct.Struct("<" + "".join("f4x" if name in FLOATS else "Q" if name in _SEEDS else "q" for name in NAMES))
 #: Words of a layer. A multiple of 16 bytes, so that a part of the table is aligned as the table is.
 COUNT = len(NAMES) + len(NAMES) % 2
 PADDING = bytes(8 * COUNT - ROW.size)
@@ -65,7 +59,9 @@ ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset",
 SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
 SECOND, FIRST, MOMENTUM = map(_word, ("second_data", "first_data", "momentum_data"))
 # Of a state, from its first word.
-STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE = map(tl.constexpr, range(1, 8))
+STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE = (
+    tl.constexpr(STATE_WORDS.index(word)) for word in ("columns", *STATE_WORDS[2:])
+)
 LR, DECAY_FACTOR, EPS, WEIGHT_DECAY = map(_word, ("lr", "decay_factor", "eps", "weight_decay"))
 CORRECTION, BOUND, NESTEROV, SIGN = map(_word, ("correction", "bound", "nesterov", "sign"))
 # One over the number of columns, and over the second state's scale.
