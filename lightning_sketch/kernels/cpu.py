@@ -141,12 +141,8 @@ def _pack(
     states: list[Tensor],
 ) -> bytearray:
     """The step, of the layer of that number, as a ``StepArgs``; its tensors are appended to the lists."""
-    cache = step.cache if step.ids is None else None  # other rows at every step
-    packed = None if cache is None else cache.packed
-    if packed is None:
-        packed = _layout(step)
-        if cache is not None:
-            cache.packed = packed
+    packed = bytearray(_LAYER_BYTES)
+    _HEAD.pack_into(packed, _HEAD_AT, step.row_offset, step.column_offset)
     params.append(step.param)
     grads.append(step.grad)
     if step.ids is not None:
@@ -161,17 +157,8 @@ def _pack(
         if stored.columns is not None:
             states.append(stored.columns)
         columns = 0 if stored.columns is None else len(states)
+        _STATE.pack_into(packed, at, stored.kind, stored.dtype, stored.is_signed, stored.depth)
         _STATE_STEP.pack_into(packed, at + _STATE_STEP_AT, data, columns, *state_numbers(stored))
-    return packed
-
-
-def _layout(step: FusedStep) -> bytearray:
-    """The step as a ``StepArgs`` without what is something else at every step."""
-    packed = bytearray(_LAYER_BYTES)
-    _HEAD.pack_into(packed, _HEAD_AT, step.row_offset, step.column_offset)
-    for at, stored in zip(_STATES_AT, (step.second, step.first, step.momentum), strict=True):
-        if stored is not None:
-            _STATE.pack_into(packed, at, stored.kind, stored.dtype, stored.is_signed, stored.depth)
     return packed
 
 

@@ -75,8 +75,6 @@ class StepCache:
 
     Args:
         fusable: whether kernels take its states; ``None`` before that was asked.
-        packed: a step of all rows as the CPU's kernels read it, in which every step writes its numbers; ``None`` before
-            the first.
         laid: how Triton's kernels are launched for such a step, and what of it that depends on.
         program: the last step of all layers of which this is the first, if it can be made again: a `Program`.
         orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
@@ -84,7 +82,6 @@ class StepCache:
     """
 
     fusable: bool | None = None
-    packed: bytearray | None = None
     laid: tuple[tuple[bool, ...], Any] | None = None
     program: Any = None
     orders: list[Any] = field(default_factory=lambda: [None, None])

@@ -15,8 +15,6 @@ from torch.distributed.tensor import Shard as Split
 from torch.optim import AdamW, Optimizer
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Factored, Keep, Policy, RowWise, Rule, compress
-from lightning_sketch.kernels import cpu, native
-from lightning_sketch.kernels.schema import FusedStep
 from tests.ranks import run_ranks
 from tests.tiny import assert_same, snapshot
 
@@ -29,7 +27,6 @@ CODECS: dict[str, tuple[Codec, Codec]] = {
     "lazy": (BFloat16(), CountSketch(width=5, lazy=True)),
 }
 
-compiled = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 Happens = Callable[[nn.Embedding, Optimizer, int], None]
 
 
@@ -75,26 +72,6 @@ def _other_numbers(model: nn.Embedding, optimizer: Optimizer, step: int) -> None
 @pytest.mark.parametrize("happens", [_nothing, _sparse_by_turns, _states_in_another_order, _other_numbers])
 def test_steps_are_those_of_an_optimizer_that_forgets(codecs: tuple[Codec, Codec], happens: Happens) -> None:
     assert_same(_train(codecs, happens, forget=False), _train(codecs, happens, forget=True))
-
-
-LAYOUTS = [(_nothing, 1), (_other_numbers, 1), (_sparse_by_turns, 1 + 4), (_states_in_another_order, 3)]
-
-
-@compiled
-@pytest.mark.parametrize(("happens", "layouts"), LAYOUTS)
-def test_a_layer_is_laid_out_once_for_all_steps_of_all_its_rows(
-    happens: Happens, layouts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[FusedStep] = []
-    layout = cpu._layout
-
-    def spy(step: FusedStep) -> bytearray:
-        seen.append(step)
-        return layout(step)
-
-    monkeypatch.setattr(cpu, "_layout", spy)
-    _train(CODECS["Factored"], happens, forget=False)
-    assert len(seen) == layouts
 
 
 def _other_shards(rank: int, world_size: int) -> list[str]:
