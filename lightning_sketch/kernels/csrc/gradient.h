@@ -13,6 +13,17 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Rows up to here, in elements, are prefetched by the step of the row before.
+constexpr int64_t PREFETCHED_ROW = 1 << 15;
+// How many elements ahead to prefetch the gradient where a row is looked at and then stepped: in the first pass over it, and in
+// the second. To prefetch it twice would be in the way of what else the second one prefetches.
+inline int64_t ahead_in_first(const StepArgs& layer) {
+    return layer.ids || layer.columns > PREFETCHED_ROW ? PREFETCH : 0;
+}
+inline int64_t ahead_in_second(const StepArgs& layer) {
+    return layer.ids ? 0 : layer.columns > PREFETCHED_ROW ? PREFETCH : most(PREFETCH, layer.columns);
+}
+
 inline int64_t row_of(const StepArgs& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
 
 inline const void* element(const void* base, int32_t dtype, int64_t at) {
@@ -45,14 +56,14 @@ inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) 
 }
 
 // Whether all values are finite: if the exponent of one is not all ones, adding one to it does not carry into the sign's bit.
-inline bool finite(const void* values, int64_t count, int32_t dtype) {
+inline bool finite(const void* values, int64_t count, int32_t dtype, int64_t ahead = 0) {
     uint32_t bad = 0;
     if (dtype == BFLOAT16) {
         const uint16_t* half = (const uint16_t*)values;
         H any = {};
         int64_t i = 0;
         for (; i + LANES <= count; i += LANES) {
-            __builtin_prefetch(half + i + PREFETCH, 0, 3);
+            if (ahead) __builtin_prefetch(half + i + ahead, 0, 3);
             any |= (load_half(half + i) & 0x7f80) + 0x80;
         }
         for (; i < count; i++) bad |= (half[i] & 0x7f80u) + 0x80u;
@@ -64,7 +75,7 @@ inline bool finite(const void* values, int64_t count, int32_t dtype) {
     int64_t i = 0;
     for (; i + 4 * LANES <= count; i += 4 * LANES)
         for (int k = 0; k < 4; k++) {
-            __builtin_prefetch(full + i + k * LANES + PREFETCH, 0, 3);
+            if (ahead) __builtin_prefetch(full + i + k * LANES + ahead, 0, 3);
             any[k] |= (float_to_bits(load(full + i + k * LANES)) & 0x7f800000u) + 0x800000u;
         }
     for (; i < count; i++) {
@@ -80,13 +91,13 @@ inline bool finite(const void* values, int64_t count, int32_t dtype) {
 }
 
 // Whether the i-th row of the gradient, as it was given, is finite.
-inline bool finite_row(const StepArgs& layer, int64_t i) {
-    return finite(element(layer.grad, layer.dtype, i * layer.columns), layer.columns, layer.dtype);
+inline bool finite_row(const StepArgs& layer, int64_t i, int64_t ahead) {
+    return finite(element(layer.grad, layer.dtype, i * layer.columns), layer.columns, layer.dtype, ahead);
 }
 
 // The same of a row whose mean of squares is known: where that is finite, so is the row; finite squares may overflow.
-inline bool finite_row(const StepArgs& layer, int64_t i, float mean) {
-    return mean - mean == 0.0f || finite_row(layer, i);
+inline bool finite_by_mean(const StepArgs& layer, int64_t i, float mean) {
+    return mean - mean == 0.0f || finite_row(layer, i, 0);  // it was read just now
 }
 
 inline bool is_left(const StepArgs& layer, int64_t i) { return layer.left && layer.left[i]; }
@@ -127,7 +138,7 @@ struct Squares {
     }
 };
 
-inline float mean_square(const StepArgs& layer, int64_t i, float* buffer) {
+inline float mean_square(const StepArgs& layer, int64_t i, float* buffer, int64_t ahead) {
     Squares squares;
     for (int64_t c = 0; c < layer.columns; c += CHUNK) {
         int64_t count = least(CHUNK, layer.columns - c);
@@ -135,7 +146,7 @@ inline float mean_square(const StepArgs& layer, int64_t i, float* buffer) {
         int64_t j = 0;
         for (; j + 4 * LANES <= count; j += 4 * LANES)
             for (int k = 0; k < 4; k++) {
-                __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
+                if (ahead) __builtin_prefetch(g + j + k * LANES + ahead, 0, 3);
                 F x = load(g + j + k * LANES);
                 squares.total[k] += x * x;
             }
@@ -177,7 +188,7 @@ inline float add_squares(const StepArgs& layer, int64_t i, float* buffer, float*
 // Finds the rows that are to be left out.
 void check_rows(const StepArgs& layer, int64_t begin, int64_t end) {
     int64_t left_out = 0;
-    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i);
+    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i, PREFETCH);
     count_left_out(layer, left_out);
 }
 
@@ -185,11 +196,11 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     alignas(64) float buffer[CHUNK];
     bool clean = true;
     for (int64_t i = begin; i < end && clean; i++) {
-        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer);
+        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, PREFETCH);
         layer.sums[i] = mean;
         if (layer.left) {
             layer.left[i] = 0;
-            clean = finite_row(layer, i, mean);
+            clean = finite_by_mean(layer, i, mean);
         }
     }
     if (clean) return;
@@ -198,7 +209,7 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     for (int64_t c = 0; partial_columns && c < layer.columns; c++) partial_columns[c] = 0.0f;
     for (int64_t i = begin; i < end; i++)
         if (!layer.left[i])
-            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer);
+            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, PREFETCH);
 }
 
 }  // namespace

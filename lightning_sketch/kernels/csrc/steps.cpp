@@ -90,6 +90,7 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
     // What is left out is found here unless it was found before. In rows whose means are made here, by these.
     const bool by_element = layer.leave_out && is_elementwise(second) && is_elementwise(first);
     const bool by_row = layer.leave_out && !by_element && second.kind != ROW;
+    const int64_t ahead = ahead_in_first(layer);
     LeftElements left;
     int64_t left_out = 0;
     Hashes second_hashes, first_hashes;
@@ -112,15 +113,15 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
                 }
 
             if (is_left(layer, i)) continue;
-            if (by_row && !finite_row(layer, i)) {
+            if (by_row && !finite_row(layer, i, ahead)) {
                 left_out++;
                 continue;
             }
             float row_v = 0.0f;
             F largest_row = {};
             if (second.kind == ROW || second.kind == FACTORED) {
-                float mean = layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient);
-                if (layer.leave_out && !finite_row(layer, i, mean)) {
+                float mean = layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient, ahead);
+                if (layer.leave_out && !finite_by_mean(layer, i, mean)) {
                     left_out++;
                     continue;
                 }

@@ -248,14 +248,14 @@ void fold(const StepArgs& layer, const State& state, int64_t row, int64_t c, int
 
 // The loop over `count` elements from row * columns + c.
 template <class Second, class First, class Target>
-void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, const float* g, Second& of_row,
+void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, int64_t ahead_g, const float* g, Second& of_row,
                   const First& first, const Target& target) {
     const Numbers numbers = of_layer;
     Second second = of_row;
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
         if (ahead) {
-            __builtin_prefetch(g + j + ahead, 0, 3);
+            __builtin_prefetch(g + j + ahead_g, 0, 3);
             first.prefetch(j, ahead);
             target.prefetch(j, ahead);
         }
@@ -282,19 +282,19 @@ INLINE void update_into(const StepArgs& layer, const Numbers& numbers, const Pla
                         const First& first, float* buffer) {
     int64_t at = place.row * layer.columns + place.c;
     // Rows follow each other in memory unless there are ids; the processor's own prefetching ends with each page.
-    int64_t ahead = layer.ids ? 0 : PREFETCH;
+    int64_t ahead = layer.ids ? 0 : PREFETCH, ahead_g = ahead_in_second(layer);
     if (layer.momentum.kind != NONE) {
-        update_chunk(numbers, place.count, ahead, place.g, second, first, ToBuffer{buffer});
+        update_chunk(numbers, place.count, ahead, ahead_g, place.g, second, first, ToBuffer{buffer});
         fold(layer, layer.momentum, place.row, place.c, place.count, buffer, false, buffer);
         NoSecond none{0.0f};
         if (layer.dtype == BFLOAT16)
-            update_chunk(numbers, place.count, 0, buffer, none, NoState{}, ToHalf{(uint16_t*)layer.param + at});
+            update_chunk(numbers, place.count, 0, 0, buffer, none, NoState{}, ToHalf{(uint16_t*)layer.param + at});
         else
-            update_chunk(numbers, place.count, 0, buffer, none, NoState{}, ToFloat{(float*)layer.param + at});
+            update_chunk(numbers, place.count, 0, 0, buffer, none, NoState{}, ToFloat{(float*)layer.param + at});
     } else if (layer.dtype == BFLOAT16) {
-        update_chunk(numbers, place.count, ahead, place.g, second, first, ToHalf{(uint16_t*)layer.param + at});
+        update_chunk(numbers, place.count, ahead, ahead_g, place.g, second, first, ToHalf{(uint16_t*)layer.param + at});
     } else {
-        update_chunk(numbers, place.count, ahead, place.g, second, first, ToFloat{(float*)layer.param + at});
+        update_chunk(numbers, place.count, ahead, ahead_g, place.g, second, first, ToFloat{(float*)layer.param + at});
     }
 }
 
