@@ -84,6 +84,7 @@ class _SM3(ScaledState):
 
     row = Entry("dim0")
     divided = ("row",)
+    column_decay: Number  # what the other accumulators have yet to decay by
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(spec, tensors)
@@ -97,13 +98,17 @@ class _SM3(ScaledState):
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight
         self.decay_scale(decay)
-        self.column_decay: Number = 1.0
-        if self.deferred:
-            self.column_decay = decay
-        elif isinstance(decay, Tensor) or decay != 1:
-            for accumulator in self.others:
-                accumulator.mul_(decay)
+        self.column_decay = decay
         self.all_rows = rows is None or rows.numel() == self.spec.shard.local_rows
+        if rows is not None and rows.numel() == 0:  # kernels do nothing for such a layer
+            self.settle_columns()
+
+    def settle_columns(self) -> None:
+        """Let the accumulators of all dimensions but the first decay, which kernels do themselves."""
+        if isinstance(self.column_decay, Tensor) or self.column_decay != 1:
+            for accumulator in self.others:
+                accumulator.mul_(self.column_decay)
+        self.column_decay = 1.0
 
     def estimate(self, block: Block) -> Tensor:
         ndim = len(self.spec.local_shape)
@@ -118,8 +123,10 @@ class _SM3II(_SM3):
     # row belongs to one block, and to hold all new ones back would be a temporary that grows with the table.
     adds_values: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
+    can_follow: ClassVar[bool] = True
 
     def settle(self) -> None:
+        self.settle_columns()
         # With every row present the maximum is assigned (so it can fall); absent rows are bounded by the old value.
         self.new_others = [torch.zeros_like(a) if self.all_rows else a.clone() for a in self.others]
         self.left_out: Tensor | None = None  # whether a row was left out, 0-d
@@ -166,6 +173,7 @@ class _SM3I(_SM3):
             torch.maximum(most, _max_to(x, d), out=most)
 
     def settle(self) -> None:
+        self.settle_columns()
         for accumulator, most in zip(self.others, self.most, strict=True):
             add_scaled(accumulator, most, self.weight)
         del self.most

@@ -25,7 +25,7 @@ class KernelState:
         columns: column accumulators, ``row_shape`` (SM3, FACTORED); ``[rows, blocks]`` (QUANTIZED).
         decay: factor of what is stored; 1 where the scale has decayed already.
         weight: factor of x, divided by the scale already where values are stored so (but for SM3).
-        column_weight: the same of the column sums (FACTORED); factor of the columns (SM3), 1 if they decayed already.
+        column_weight: the same of the column sums (FACTORED); factor of the columns (SM3).
         scale: true value = stored value * scale.
         is_signed: whether a sketch or codes have signs.
         depth, width: of a sketch; bits and block (QUANTIZED).

@@ -47,7 +47,8 @@ class Run {
                 // A vector has no columns to be bounded by.
                 float* before = static_cast<float*>(layer.second.scratch);
                 std::fill(before, before + padded(layer.columns), INFINITY);
-                if (layer.second.columns) std::copy_n(layer.second.columns, layer.columns, before);
+                for (int64_t c = 0; layer.second.columns && c < layer.columns; c++)
+                    before[c] = layer.second.columns[c] * layer.second.column_weight;
                 // With every row present the maximum is assigned; absent rows are bounded by the old value.
                 std::fill(most, most + layer.columns, 0.0f);
                 if (!layer.all_rows) std::copy_n(before, layer.columns, most);
@@ -204,8 +205,9 @@ class Run {
             float* columns = layer.second.columns;
             const float* most = scratch_.largest[i];
             if (!most || !columns) continue;
+            const float* before = static_cast<const float*>(layer.second.scratch);
             bool bounded = *layer.left_out;  // as with absent rows; they were not known when the maxima began
-            for (int64_t c = 0; c < layer.columns; c++) columns[c] = bounded ? std::max(columns[c], most[c]) : most[c];
+            for (int64_t c = 0; c < layer.columns; c++) columns[c] = bounded ? std::max(before[c], most[c]) : most[c];
         }
     }
 
