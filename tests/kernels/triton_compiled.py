@@ -36,7 +36,16 @@ from lightning_sketch import (
 )
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
-from lightning_sketch.kernels.triton import device_numbers, insert, launch, launches, observe, quantized, row_sketch
+from lightning_sketch.kernels.triton import (
+    device_numbers,
+    insert,
+    launch,
+    launches,
+    observe,
+    quantized,
+    row_sketch,
+    write_words,
+)
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.optimizer import on_device
 from lightning_sketch.optimizer.step import pending_updates, step_compressed
@@ -90,7 +99,7 @@ KERNELS = (
     row_sketch.fold_rows,
 )
 #: What steps launch beside those where their numbers stay on the device.
-OF_NUMBERS = (device_numbers.write_words, device_numbers.renormalize, device_numbers.put_addresses)
+OF_NUMBERS = (write_words.write_words, write_words.renormalize, write_words.put_addresses)
 
 
 class Pretended:

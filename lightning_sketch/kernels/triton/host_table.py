@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.schema import FusedStep, KernelState, state_numbers
-from lightning_sketch.kernels.triton.device_numbers import NUMBERS_ON_DEVICE, device_words
+from lightning_sketch.kernels.triton.device_numbers import device_words
 from lightning_sketch.kernels.triton.launches import launch
 from lightning_sketch.kernels.triton.layout import Key, Laid, lay_out
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
+from lightning_sketch.kernels.triton.recipes import NUMBERS_ON_DEVICE
 from lightning_sketch.kernels.triton.table import (
     COUNT,
     FLOATS,
