@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.kernels import native
-from lightning_sketch.kernels.schema import DTYPES, FusedStep
+from lightning_sketch.kernels.schema import DTYPES, FusedStep, Observed
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 #: Returns how many rows, or elements, each step left out: int64 ``[len(layers)]`` on the layers' device, for which it
 #: does not wait.
 FusedKernel = Callable[[Sequence[FusedStep]], Tensor]
+
+#: Finds what gradients add to sums of rows and columns, for each of `schema.observation`.
+ObserveKernel = Callable[[Sequence[FusedStep]], list[Observed]]
 
 
 @_disable_dynamo
@@ -33,6 +36,20 @@ def fused_kernel(device: torch.device) -> FusedKernel | None:
         from lightning_sketch.kernels import triton
 
         return triton.step
+    return None
+
+
+@_disable_dynamo
+def observe_kernel(device: torch.device) -> ObserveKernel | None:
+    """What looks at gradients on a device; ``None`` where there is only the reference."""
+    if device.type == "cpu" and native.library() is not None:
+        from lightning_sketch.kernels import cpu  # defines torch operators
+
+        return cpu.observe
+    if device.type == "cuda" and not native.wants_reference() and _has_triton():
+        from lightning_sketch.kernels import triton
+
+        return triton.observe
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.autograd.graph import increment_version
 from lightning_sketch.kernels import native
 from lightning_sketch.kernels.fields import STATE, STATES, STEP, Kind, Source, offset, part, state_offset, step_size
 from lightning_sketch.kernels.program import Words
-from lightning_sketch.kernels.schema import FusedStep, KernelState, state_numbers, step_numbers
+from lightning_sketch.kernels.schema import FusedStep, KernelState, Observed, state_numbers, step_numbers
 
 # Of `fields`. In place of an address there is a position in a list of tensors, from 1.
 _HEAD, _HEAD_AT = part(STEP, Source.LAYOUT)
@@ -62,6 +63,33 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
         whole = not ids and rows == list(range(len(layers)))  # none is empty, in two parts, or has some rows only
         cache.program = _Program(layers, packed) if whole else None
     return left_out
+
+
+def observe(layers: Sequence[FusedStep]) -> list[Observed]:
+    """What the gradients of all `layers` add to sums of rows and columns; see `schema.observation`."""
+    found: list[Observed] = []
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    ids: list[Tensor] = []
+    states: list[Tensor] = []
+    packed = bytearray()
+    for number, layer in enumerate(layers):
+        assert layer.second is not None
+        made = Observed(
+            torch.empty(layer.grad.shape[0], dtype=torch.float32),
+            torch.zeros(layer.grad.shape[1:].numel()) if layer.second.kind == Kind.FACTORED else None,
+        )
+        found.append(made)
+        if layer.grad.numel():
+            into = replace(layer, second=replace(layer.second, data=made.means, columns=made.columns))
+            packed += _pack(into, number, params, grads, ids, states)
+        else:
+            made.means.zero_()
+    if packed:
+        left_out = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
+        program = torch.frombuffer(packed, dtype=torch.uint8)
+        torch.ops.lightning_sketch.observe(params, grads, ids, states, left_out, program)
+    return found
 
 
 class _Program:
@@ -169,6 +197,7 @@ def _fused_step(
     states: list[Tensor],
     left_out: Tensor,
     program: Tensor,
+    observe: bool = False,
 ) -> None:
     lib = native.library()
     assert lib is not None
@@ -179,7 +208,8 @@ def _fused_step(
     counts = ctypes.c_void_p(left_out.data_ptr())
     lib.lightning_sketch_resolve(ctypes.c_void_p(program.data_ptr()), count, layers, *tensors, counts)
     scratch = torch.empty(lib.lightning_sketch_scratch(layers, count, threads), dtype=torch.uint8, device="cpu")
-    failed = lib.lightning_sketch_step(
+    work = lib.lightning_sketch_observe if observe else lib.lightning_sketch_step
+    failed = work(
         layers,
         count,
         threads,
@@ -204,5 +234,13 @@ _OPERATORS.define(  # type: ignore[no-untyped-call]
     "fused_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] ids, Tensor(b!)[] states, Tensor(c!) left_out, "
     "Tensor program) -> ()"
 )
+_OPERATORS.define(  # type: ignore[no-untyped-call]
+    "observe(Tensor[] params, Tensor[] grads, Tensor[] ids, Tensor(a!)[] states, Tensor(b!) left_out, "
+    "Tensor program) -> ()"
+)
 _OPERATORS.impl("fused_step", _fused_step, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("lightning_sketch::fused_step", lambda params, grads, ids, states, left_out, program: None)
+_OPERATORS.impl("observe", functools.partial(_fused_step, observe=True), "CPU")  # type: ignore[no-untyped-call]
+for _name in ("fused_step", "observe"):
+    torch.library.register_fake(
+        f"lightning_sketch::{_name}", lambda params, grads, ids, states, left_out, program: None
+    )

@@ -184,6 +184,52 @@ def getter(fields: tuple[Field, ...]) -> attrgetter[tuple[Any, ...]]:
     return attrgetter(*(field.name for field in fields if field.source == Source.STEP and not field.is_address))
 
 
+@dataclass(slots=True)
+class Observed:
+    """What a gradient adds to sums, before weights.
+
+    Args:
+        means: of the squares of its rows, float32 ``[k]``; NaN for a row that is to be left out.
+        columns: sums of the squares of its columns, without such rows, float32 ``[columns]``; ``None`` if not wanted.
+    """
+
+    means: Tensor
+    columns: Tensor | None
+
+
+def observation(
+    param: Tensor,
+    grad: Tensor,
+    ids: Tensor | None,
+    *,
+    columns: bool,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    leave_out: bool = False,
+) -> FusedStep:
+    """A step of which only what is `Observed` is wanted: nothing changes.
+
+    Args:
+        param, grad, ids, weight_decay, maximize, leave_out: as in `FusedStep`.
+        columns: whether sums of columns are wanted, too.
+    """
+    second = KernelState(Kind.FACTORED if columns else Kind.ROW_SKETCH, torch.empty(0), weight=1.0, column_weight=1.0)
+    return FusedStep(
+        param,
+        grad,
+        ids,
+        0,
+        0,
+        second,
+        None,
+        None,
+        0.0,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        leave_out=leave_out,
+    )
+
+
 #: Of a step, and of a state.
 step_numbers, state_numbers = getter(STEP), getter(STATE)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch import kernels as package_kernels
 from lightning_sketch.kernels.schema import FusedStep
+from tests.kernels import observed
 from tests.kernels.fused_cases import FIRST, PAIRS, QUANTIZED, RULES, SECOND, Case, check, gradient, start, train
 
 pytestmark = pytest.mark.cuda
@@ -43,6 +44,16 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
         yield seen
     assert not package_kernels.unproved
     assert seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leave_out", [False, True])
+@SPARSE
+def test_sums_that_ranks_agree_on(sparse: bool, leave_out: bool, dtype: torch.dtype, stepped: list[FusedStep]) -> None:
+    observe = package_kernels.observe_kernel(torch.device("cuda"))
+    assert observe is not None
+    stepped += observed.steps(dtype, sparse=sparse, leave_out=leave_out, device="cuda")
+    observed.check(observe, stepped)
 
 
 @SPARSE

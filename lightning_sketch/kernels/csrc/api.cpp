@@ -22,6 +22,18 @@ bool known(const StepArgs& layer) {
     return in(layer.second, SECOND_KINDS) && in(layer.first, FIRST_KINDS) && in(layer.momentum, MOMENTUM_KINDS);
 }
 
+template <class Work>
+int with_run(StepArgs* layers, int64_t count, int threads, int isa, void* memory, void* parallel, const Work& work) {
+    const Steps* steps = steps_for(isa);
+    if (!steps) return 1;
+    for (int64_t i = 0; i < count; i++)
+        if (!known(layers[i])) return 2;
+    char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    Run run(*steps, reinterpret_cast<Parallel>(parallel), layers, count, threads, aligned);
+    work(run);
+    return 0;
+}
+
 }  // namespace
 
 // 0 generic, 1 AVX2, 2 AVX-512: the best that this processor has.
@@ -67,13 +79,13 @@ EXPORT int64_t lightning_sketch_scratch(StepArgs* layers, int64_t count, int thr
     return arena.used + 64;
 }
 
+// Only the sums that a step of FACTORED or ROW_SKETCH seconds begins with: means of the squares of rows are written to
+// `data`, NaN for a row that is left out, and sums of columns (FACTORED) added to `columns`. `memory` and `parallel` as below.
+EXPORT int lightning_sketch_observe(StepArgs* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
+    return with_run(layers, count, threads, isa, memory, parallel, [](Run& run) { run.observe_only(); });
+}
+
 // One step of all layers. `memory` has lightning_sketch_scratch bytes; `parallel` is GOMP_parallel or null.
 EXPORT int lightning_sketch_step(StepArgs* layers, int64_t count, int threads, int isa, void* memory, void* parallel) {
-    const Steps* steps = steps_for(isa);
-    if (!steps) return 1;
-    for (int64_t i = 0; i < count; i++)
-        if (!known(layers[i])) return 2;
-    char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    Run(*steps, reinterpret_cast<Parallel>(parallel), layers, count, threads, aligned).run();
-    return 0;
+    return with_run(layers, count, threads, isa, memory, parallel, [](Run& run) { run.run(); });
 }

@@ -28,6 +28,17 @@ class Run {
         commit();
     }
 
+    void observe_only() {
+        observe();
+        for (int64_t i = 0; i < count_; i++) {
+            const StepArgs& layer = layers_[i];
+            float* means = static_cast<float*>(layer.second.data);
+            std::copy_n(layer.sums, layer.rows, means);
+            for (int64_t row = 0; layer.left && row < layer.rows; row++)
+                if (layer.left[row]) means[row] = NAN;
+        }
+    }
+
   private:
     void each(const std::vector<Task>& tasks, void (Run::*work)(const Task&, int)) {
         parallel_for(parallel_, threads_, static_cast<int64_t>(tasks.size()),

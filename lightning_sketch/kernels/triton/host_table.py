@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.schema import FusedStep, KernelState, state_numbers
 from lightning_sketch.kernels.triton.device_numbers import device_words
-from lightning_sketch.kernels.triton.launches import launch
+from lightning_sketch.kernels.triton.launches import Launched, launch, launch_observe
 from lightning_sketch.kernels.triton.layout import Key, Laid, lay_out
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
 from lightning_sketch.kernels.triton.recipes import NUMBERS_ON_DEVICE
@@ -57,6 +57,7 @@ class Table:
 
     Attributes:
         groups: layers by key.
+        places: for each row of the table, where in the memory of float32 its pieces begin, as `Laid.floats` has them.
         numbers: for each row of the table, which of `layers` it is of.
         words: the rows; ``None`` if there are none, or numbers stay on the device.
     """
@@ -73,6 +74,7 @@ class Table:
         self._device, self._count, self._sizes = layers[0].param.device, len(layers), (floats, zeros)
         self.groups: dict[Key, Group] = {}
         at, at_zero, begin = 0, 8 * len(layers), 0  # distances from the beginning of the memory that programs share
+        self.places: list[list[int]] = []
         words: list[bytes] = []
         order: list[FusedStep] = []
         for key, members in by_key.items():
@@ -88,6 +90,7 @@ class Table:
                 scratch = (8 * number, *pieces, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
                 order.append(step)
+                self.places.append([place // 4 for place in pieces])
                 orders = [None if found is None else found.orders[position] for found in group.sorted]
                 words.append(pack(step, laid, scratch, orders, programs))
                 programs = [sum(pair) for pair in zip(programs, laid.programs, strict=True)]
@@ -110,9 +113,17 @@ class Table:
 
     def launch(self) -> Tensor:
         """All launches of a step, which returns what `step` does."""
+        return self._launch(launch)[1][: self._count]
+
+    def observe(self) -> Tensor:
+        """The launches before anything changes; the memory of float32, which then has means of rows and sums."""
+        return self._launch(launch_observe)[0]
+
+    def _launch(self, launches: Callable[[Key, Tensor, Launched], None]) -> tuple[Tensor, Tensor]:
+        """Memory of float32 and of int64 after some launches."""
         device, (floats, zeros) = self._device, self._sizes
         if not self.groups:
-            return torch.zeros(zeros, dtype=torch.int64, device=device)
+            return torch.empty(0, device=device), torch.zeros(zeros, dtype=torch.int64, device=device)
         guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with guard:
             scratch = torch.empty(floats, dtype=torch.float32, device=device)
@@ -126,8 +137,8 @@ class Table:
                 pinned = host.pin_memory() if device.type == "cuda" else host
                 table = pinned.to(device, non_blocking=True).view(-1)
             for key, group in self.groups.items():
-                launch(key, table, group)
-        return zeroed[: self._count]
+                launches(key, table, group)
+        return scratch, zeroed
 
 
 def _marks(names: Collection[str]) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_sketch.kernels.schema import FusedStep
+from lightning_sketch.kernels.fields import Kind
+from lightning_sketch.kernels.schema import FusedStep, Observed
 from lightning_sketch.kernels.triton.host_table import GRAD_WORD, Group, Table, laid_of, pack
+from lightning_sketch.kernels.triton.layout import GROUP, ceil
 from lightning_sketch.kernels.triton.table import PROGRAMS, SCRATCH
 
 
@@ -29,6 +31,36 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     if (cache := layers[0].cache) is not None:
         cache.program = _Program(layers, table) if table.repeats else None
     return left_out
+
+
+def observe(layers: Sequence[FusedStep]) -> list[Observed]:
+    """What the gradients of all `layers`, which are on one device, add to sums; see `schema.observation`."""
+    device = layers[0].param.device
+    found = [
+        Observed(
+            torch.zeros(layer.grad.shape[0], device=device),
+            torch.zeros(layer.grad.shape[1:].numel(), device=device) if _has_columns(layer) else None,
+        )
+        if layer.grad.numel() == 0
+        else None
+        for layer in layers
+    ]
+    table = Table(layers)
+    scratch = table.observe()
+    for number, (means, _, _, groups, *_) in zip(table.numbers, table.places, strict=True):
+        layer = layers[number]
+        rows, columns = layer.rows, layer.columns
+        sums = None
+        if _has_columns(layer):
+            count = ceil(laid_of(layer).blocks, GROUP)
+            sums = scratch[groups : groups + count * columns].view(count, columns)
+            sums = sums[0] if count == 1 else sums.sum(dim=0)
+        found[number] = Observed(scratch[means : means + rows], sums)
+    return [each for each in found if each is not None]
+
+
+def _has_columns(layer: FusedStep) -> bool:
+    return layer.second is not None and layer.second.kind == Kind.FACTORED
 
 
 class _Program:

@@ -39,23 +39,10 @@ class Launched(Protocol):
     sorted: tuple[Sorting | None, Sorting | None]
 
 
-def launch(key: Key, table: Tensor, group: Launched) -> None:
-    """All launches of the layers with one key.
-
-    Args:
-        table: words of all layers, int64 ``[layers * COUNT]``.
-    """
-    count = group.count
-    words = table[group.begin * COUNT :]
-    programs = group.programs
-    search = 0 if count == 1 else -(-(count - 1).bit_length() // 3) * 3  # few values, each of which is compiled
-    common: dict[str, Any] = {
-        "HALF": key.half,
-        "SPARSE": key.sparse,
-        "DECAYED": key.decayed,
-        "LEAVE_OUT": key.leave_out,
-    }
-    common |= {"ALIGNED": key.aligned, "SEARCH": search}
+def launch_observe(key: Key, table: Tensor, group: Launched) -> None:
+    """The launches of the layers with one key before anything changes; arguments as in `launch`."""
+    count, programs, words, search = group.count, group.programs, table[group.begin * COUNT :], _search(group)
+    common = _common(key, search)
     if key.observed:
         rows, columns = key.observe_tile
         seen = common | {
@@ -69,6 +56,21 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
             settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
+    if key.second == Kind.FACTORED:
+        reduce_columns[(programs["reduce"],)](
+            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
+        )
+
+
+def launch(key: Key, table: Tensor, group: Launched) -> None:
+    """All launches of the layers with one key.
+
+    Args:
+        table: words of all layers, int64 ``[layers * COUNT]``.
+    """
+    count, programs, words, search = group.count, group.programs, table[group.begin * COUNT :], _search(group)
+    common = _common(key, search)
+    launch_observe(key, table, group)
     if key.second == Kind.ROW_SKETCH:
         add_rows[(programs["add"],)](
             words,
@@ -81,9 +83,6 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         )
         fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
-        reduce_columns[(programs["reduce"],)](
-            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
-        )
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
@@ -125,6 +124,22 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
     )
     if key.columns_used:
         finish_sm3[(programs["finish"],)](words, count, SEARCH=search, TILE=TILE_FINISH, **OPTIONS)
+
+
+def _search(group: Launched) -> int:
+    """Steps in which a program finds its layer: few values, each of which is compiled."""
+    return 0 if group.count == 1 else -(-(group.count - 1).bit_length() // 3) * 3
+
+
+def _common(key: Key, search: int) -> dict[str, Any]:
+    return {
+        "HALF": key.half,
+        "SPARSE": key.sparse,
+        "DECAYED": key.decayed,
+        "LEAVE_OUT": key.leave_out,
+        "ALIGNED": key.aligned,
+        "SEARCH": search,
+    }
 
 
 def _insert(

@@ -1,0 +1,16 @@
+"""Triton's look at gradients, before ranks agree on a step. Run with TRITON_INTERPRET=1, by test_triton.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_sketch.kernels.triton import observe
+from tests.kernels import observed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leave_out", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sums_are_those_of_float64(dtype: torch.dtype, leave_out: bool, sparse: bool) -> None:
+    observed.check(observe, observed.steps(dtype, sparse=sparse, leave_out=leave_out))
