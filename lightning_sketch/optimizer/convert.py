@@ -199,9 +199,8 @@ def _convert(
     compression.remember_plain(inner.param_groups)
     inner.compression = compression  # type: ignore[attr-defined]
     reads_scaler = hasattr(inner, "_step_supports_amp_scaling") and scaler_on_device(made, inner.param_groups)
-    reads_scaler = reads_scaler and not step_in_backward  # a scaler that unscales by itself is seen to do so
     _swap_class(inner, compressed_class(inner))
-    if reads_scaler:
+    if reads_scaler or step_in_backward:  # in backward to refuse it
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
