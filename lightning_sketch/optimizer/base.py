@@ -128,11 +128,10 @@ class CompressedOptimizer(CompressedGroups):
         if self.compression.step_in_backward:
             if self.in_backward is None:
                 self.in_backward = InBackward(self)
-                self._step_supports_amp_scaling = True  # so that a GradScaler shows itself, and is refused
             self.in_backward.attach()
         elif self.in_backward is not None:
             self.in_backward.detach()
-            del self.in_backward, self._step_supports_amp_scaling
+            del self.in_backward
 
     def encode_assigned(self) -> None:
         """Verify the states of all compressed layers, and encode dense ones that were assigned to them.

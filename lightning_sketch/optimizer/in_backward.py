@@ -83,6 +83,7 @@ class InBackward:
         optimizer = self._optimizer()
         if optimizer is None:
             return
+        vars(optimizer)["_step_supports_amp_scaling"] = True  # so that a GradScaler shows itself to `check`
         places: dict[int, tuple[dict[str, Any], int]] = {}
         kept: list[Tensor] = []
         for group in optimizer.param_groups:
@@ -107,6 +108,8 @@ class InBackward:
 
     def detach(self) -> None:
         """Remove all hooks."""
+        if (optimizer := self._optimizer()) is not None:
+            vars(optimizer).pop("_step_supports_amp_scaling", None)
         for _, handle in self._hooks.values():
             handle.remove()
         if self._sample is not None:
@@ -204,12 +207,16 @@ class InBackward:
 
 
 class _Sample:
-    """Some numbers of an uncompressed layer's gradient, as they were when it was complete."""
+    """Some numbers of an uncompressed layer's gradient, as they were when it was complete.
+
+    On an accelerator, where to compare them is to wait for it, they are taken in steps 1, 2, 4, 8 and so on only.
+    """
 
     def __init__(self, param: Tensor) -> None:
         self.param = param
         self.handle = _register(param, self._take)
-        self._taken: tuple[tuple[int, int], Tensor] | None = None  # which gradient in which version, and the numbers
+        self._numbers: Tensor | None = None
+        self._step = 1
 
     @classmethod
     def of_smallest(cls, params: Iterable[Tensor]) -> _Sample | None:
@@ -218,27 +225,22 @@ class _Sample:
         return cls(min(some, key=lambda param: local(param).numel())) if some else None
 
     def forget(self) -> None:
-        self._taken = None
+        """Begin another step."""
+        self._numbers, self._step = None, self._step + 1
 
     def changed(self) -> bool:
-        """Whether the gradient has other numbers now. Waits for a device only if somebody wrote to it."""
-        if self._taken is None or self.param.grad is None or capturing():
-            return False
-        version, numbers = self._taken
-        if _version(self.param.grad) == version:
+        """Whether the gradient has other numbers now."""
+        if self._numbers is None or self.param.grad is None or capturing():
             return False
         now = _some(local(self.param.grad))
-        return now is None or not torch.allclose(now, numbers, rtol=0.0, atol=0.0, equal_nan=True)
+        return now is None or not torch.allclose(now, self._numbers, rtol=0.0, atol=0.0, equal_nan=True)
 
     @_disable_dynamo
     def _take(self, param: Tensor) -> None:
-        if param.grad is not None and not capturing():
+        waits = param.device.type != "cpu" and self._step & (self._step - 1) != 0
+        if param.grad is not None and not waits and not capturing():
             numbers = _some(local(param.grad.detach()))
-            self._taken = None if numbers is None else (_version(param.grad), numbers.clone())
-
-
-def _version(grad: Tensor) -> tuple[int, int]:
-    return id(grad), local(grad.detach())._version
+            self._numbers = None if numbers is None else numbers.clone()
 
 
 def _some(grad: Tensor) -> Tensor | None:

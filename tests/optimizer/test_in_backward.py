@@ -126,7 +126,7 @@ def test_gradient_hooks_from_before_are_heeded() -> None:
 
 
 def test_a_layer_that_was_not_stepped_in_backward_is_stepped_by_the_step() -> None:
-    """A gradient that was assigned, a layer that was unfrozen; from then on it, and a group that was added, have hooks."""
+    """A gradient that was assigned, a layer that was unfrozen. Then that and a group that was added have hooks."""
 
     def happens(in_backward: bool) -> dict[str, Any]:
         torch.manual_seed(0)
