@@ -200,10 +200,11 @@ def _convert(
     inner.compression = compression  # type: ignore[attr-defined]
     reads_scaler = hasattr(inner, "_step_supports_amp_scaling") and scaler_on_device(made, inner.param_groups)
     _swap_class(inner, compressed_class(inner))
-    if reads_scaler or step_in_backward:  # in backward to refuse it
+    if reads_scaler:
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
+    inner.follow_backward()
     _announce(made, inner, model)
     warn_of_lossy(inner, errors)
 

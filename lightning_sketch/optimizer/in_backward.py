@@ -69,7 +69,7 @@ class InBackward:
         self._sample: _Sample | None = None
         self._stepped: dict[int, tuple[Tensor, str]] = {}  # and its name
         self._left_out: list[Counted] = []
-        self._engines_checked = False
+        self._engines_checked = self._meets_scalers = False
         self._lock = threading.Lock()  # every device has a thread of its own in backward
 
     @property
@@ -83,7 +83,6 @@ class InBackward:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        vars(optimizer)["_step_supports_amp_scaling"] = True  # so that a GradScaler shows itself to `check`
         places: dict[int, tuple[dict[str, Any], int]] = {}
         kept: list[Tensor] = []
         for group in optimizer.param_groups:
@@ -101,15 +100,18 @@ class InBackward:
             group, index = places[key]
             self._hooks[key] = group["params"][index], _register(group["params"][index], self._on_gradient)
             self._engines_checked = False
+        if not places:
+            kept = []
         if self._sample is None or all(param is not self._sample.param for param in kept):
             if self._sample is not None:
                 self._sample.handle.remove()
             self._sample = _Sample.of_smallest(kept)
+        self._meet_scalers(optimizer, bool(places))
 
     def detach(self) -> None:
         """Remove all hooks."""
         if (optimizer := self._optimizer()) is not None:
-            vars(optimizer).pop("_step_supports_amp_scaling", None)
+            self._meet_scalers(optimizer, False)
         for _, handle in self._hooks.values():
             handle.remove()
         if self._sample is not None:
@@ -130,16 +132,14 @@ class InBackward:
             RuntimeError: a layer that was stepped in backward has another gradient since; a gradient scaler left
                 unscaling to the step; or gradients were scaled after backward.
         """
-        optimizer = self._optimizer()
-        if not self._stepped or optimizer is None:
+        if (optimizer := self._optimizer()) is None:
             return
+        _refuse_scaler(optimizer, _some_names(fqn for _, fqn in self._stepped.values()))
         for param, fqn in self._stepped.values():
             if param.grad is not None:
                 raise RuntimeError(_SECOND.format(fqn))
-        names = ", ".join(fqn for _, fqn in self._stepped.values())
-        _refuse_scaler(optimizer, names)
-        if self._sample is not None and self._sample.changed():
-            raise RuntimeError(_SCALED.format(names))
+        if self._stepped and self._sample is not None and self._sample.changed():
+            raise RuntimeError(_SCALED.format(_some_names(fqn for _, fqn in self._stepped.values())))
 
     @_disable_dynamo
     def finish(self, counted: Counted | None) -> Counted | None:
@@ -195,6 +195,14 @@ class InBackward:
         self._stepped[id(param)] = param, fqn
         if counted is not None:
             self._left_out.append(counted)
+
+    def _meet_scalers(self, optimizer: Optimizer, meet: bool) -> None:
+        """Have GradScalers leave unscaling to the optimizer, or no longer: so they show themselves, and are refused."""
+        if meet:
+            vars(optimizer)["_step_supports_amp_scaling"] = self._meets_scalers = True
+        elif self._meets_scalers:
+            vars(optimizer).pop("_step_supports_amp_scaling", None)
+            self._meets_scalers = False
 
     def _refuse_averaging(self, fqn: str) -> None:
         """Look, once, for what averages gradients after they are complete; a parameter does not know its modules."""
@@ -311,6 +319,11 @@ def _averages(module: nn.Module) -> bool:
 def _refuse_scaler(optimizer: Optimizer, names: str) -> None:
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise RuntimeError(_NO_SCALER.format(names))
+
+
+def _some_names(names: Iterable[str]) -> str:
+    first, *others = [*names] or ["compressed layers"]
+    return f"{first} and {len(others)} others" if others else first
 
 
 _SECOND = (

@@ -114,6 +114,28 @@ def test_a_grad_scaler_raises_at_its_first_step() -> None:
     assert model.kept.weight not in optimizer.state
 
 
+def test_a_grad_scaler_raises_where_compressed_layers_have_no_gradient() -> None:
+    """It leaves unscaling to the optimizer, which must not step anything by scaled gradients then."""
+    model, optimizer = make(ROWS)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model.kept(torch.ones(4)).sum()).backward()
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_an_optimizer_with_nothing_to_step_in_backward_takes_a_grad_scaler() -> None:
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    optimizer = compress(optimizer, model, step_in_backward=True)  # the default policy compresses larger tables
+    before = model.kept.bias.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model.kept(torch.ones(4)).sum()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(before - model.kept.bias.detach(), torch.ones(3))
+
+
 def test_a_scaler_that_leaves_unscaling_to_the_step_raises() -> None:
     model, optimizer = make(ROWS)
     optimizer.grad_scale = torch.tensor(2.0)
