@@ -64,6 +64,21 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     return left_out
 
 
+def scratch_bytes(layers: Sequence[FusedStep]) -> int:
+    """Bytes of temporary memory that kernels ask for in a step; tensors may be on the meta device."""
+    packed = bytearray()
+    for layer in layers:
+        for part in _parts(layer) if layer.grad.numel() else ():
+            packed += _pack(part, 0, [], [], [], [])
+    if not packed:
+        return 0
+    lib = native.library()
+    assert lib is not None
+    # Nothing is read but shapes, so positions may stay where addresses belong.
+    count, buffer = len(packed) // _LAYER_BYTES, (ctypes.c_char * len(packed)).from_buffer(packed)
+    return int(lib.lightning_sketch_scratch(buffer, ctypes.c_int64(count), torch.get_num_threads()))
+
+
 class _Program:
     """A `Program` of layers of which each is a row of words."""
 
