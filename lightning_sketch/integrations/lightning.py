@@ -21,6 +21,7 @@ from lightning_sketch.memory import report
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import COMPRESSED
 from lightning_sketch.optimizer.convert import compress_all
+from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.plan import LayerPlan
 from lightning_sketch.policy.policy import Policy, as_policy, plan
@@ -237,28 +238,24 @@ def _refuse_step_in_backward(trainer: Any) -> None:
         ValueError: it does something; says what to set.
     """
     schedules = [callback for callback in trainer.callbacks if hasattr(callback, "going_to_accumulate_grad_batches")]
-    found = {
-        f"gradient_clip_val={trainer.gradient_clip_val}: clipping needs all gradients at once": (
-            trainer.gradient_clip_val
-        ),
-        f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a layer would be stepped in every batch": (
-            trainer.accumulate_grad_batches != 1
-        ),
-        "GradientAccumulationScheduler: a layer would be stepped in every batch": any(
-            schedule.going_to_accumulate_grad_batches() for schedule in schedules
-        ),
-        f'precision="{trainer.precision}": a GradScaler unscales gradients after backward; use "bf16-mixed"': (
-            getattr(trainer.precision_plugin, "scaler", None) is not None
-        ),
-        f"{type(trainer.strategy).__name__}: it averages gradients after they are complete; use ModelParallelStrategy "
-        "(FSDP2)": _is_strategy(trainer, "DDPStrategy"),  # DeepSpeedStrategy is one
-    }
-    if wrong := [reason for reason, holds in found.items() if holds]:
-        raise ValueError(
-            "OptimizerStateCompression(step_in_backward=True) does not work with "
-            + "; nor with ".join(wrong)
-            + ". Or leave step_in_backward=False"
-        )
+    refuse_settings(
+        {
+            f"gradient_clip_val={trainer.gradient_clip_val}: clipping needs all gradients at once": (
+                trainer.gradient_clip_val
+            ),
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a layer would be stepped in every batch": (
+                trainer.accumulate_grad_batches != 1
+            ),
+            "GradientAccumulationScheduler: a layer would be stepped in every batch": any(
+                schedule.going_to_accumulate_grad_batches() for schedule in schedules
+            ),
+            f'precision="{trainer.precision}": a GradScaler unscales gradients after backward; use "bf16-mixed"': (
+                getattr(trainer.precision_plugin, "scaler", None) is not None
+            ),
+            f"{type(trainer.strategy).__name__}: it averages gradients after they are complete; use "
+            "ModelParallelStrategy (FSDP2)": _is_strategy(trainer, "DDPStrategy"),  # DeepSpeedStrategy is one
+        }
+    )
 
 
 def _is_as_planned(planned: LayerPlan, record: str | None) -> bool:

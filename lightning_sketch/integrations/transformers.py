@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_sketch.integrations.resharding import accelerate_place, move, needs_resharding
 from lightning_sketch.optimizer.convert import compress
+from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.policy import Policy
 
@@ -124,22 +125,18 @@ def compressed_optimizer(
 
 
 def _refuse_step_in_backward(args: Any) -> None:
-    found = {
-        f"max_grad_norm={args.max_grad_norm}: clipping needs all gradients at once; set max_grad_norm=0": (
-            args.max_grad_norm
-        ),
-        f"gradient_accumulation_steps={args.gradient_accumulation_steps}: a layer would be stepped in every one": (
-            args.gradient_accumulation_steps > 1
-        ),
-        "fp16=True: a GradScaler unscales gradients after backward; set bf16=True": args.fp16,
-        "DeepSpeed: it averages gradients after they are complete; use FSDP2": args.deepspeed_plugin is not None,
-    }
-    if wrong := [reason for reason, holds in found.items() if holds]:
-        raise ValueError(
-            "step_in_backward=True does not work with "
-            + "; nor with ".join(wrong)
-            + ". Or leave step_in_backward=False"
-        )
+    refuse_settings(
+        {
+            f"max_grad_norm={args.max_grad_norm}: clipping needs all gradients at once; set max_grad_norm=0": (
+                args.max_grad_norm
+            ),
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: a layer would be stepped in every one": (
+                args.gradient_accumulation_steps > 1
+            ),
+            "fp16=True: a GradScaler unscales gradients after backward; set bf16=True": args.fp16,
+            "DeepSpeed: it averages gradients after they are complete; use FSDP2": args.deepspeed_plugin is not None,
+        }
+    )
 
 
 class MovesStates:

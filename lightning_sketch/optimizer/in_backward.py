@@ -32,7 +32,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -177,13 +177,9 @@ class InBackward:
             RuntimeError: it was stepped in an earlier backward pass, or may not be stepped in this one. Nothing of it
                 was changed.
         """
-        group, index = self._places[id(param)]
-        records = group.get(RECORDS) or ()
-        at_home = any(group is own for own in optimizer.param_groups) and index < min(
-            len(group["params"]), len(records)
-        )
-        if not at_home or group["params"][index] is not param or (record := records[index]) is None:
-            return  # moved since: ``optimizer.step()`` finds it
+        group, record = self._find(optimizer, param)
+        if record is None:
+            return
         part = optimizer.compression.bindings.part(record, param)
         fqn = part.layer.fqn
         if id(param) in self._stepped:
@@ -195,6 +191,13 @@ class InBackward:
         self._stepped[id(param)] = param, fqn
         if counted is not None:
             self._left_out.append(counted)
+
+    def _find(self, optimizer: CompressedGroups, param: Tensor) -> tuple[dict[str, Any], str | None]:
+        """A parameter's group and record; none if something moved it, and ``optimizer.step()`` is to find where."""
+        group, index = self._places[id(param)]
+        params, records = group["params"], group.get(RECORDS, ())
+        here = any(group is own for own in optimizer.param_groups) and index < min(len(params), len(records))
+        return group, records[index] if here and params[index] is param else None
 
     def _meet_scalers(self, optimizer: Optimizer, meet: bool) -> None:
         """Have GradScalers leave unscaling to the optimizer, or no longer: so they show themselves, and are refused."""
@@ -309,6 +312,21 @@ def refuse_step_in_backward(optimizer: Any, made: Plan | CompressedGroups, model
             f"step_in_backward=True: Accelerate accumulates gradients over {optimizer.gradient_state.num_steps} "
             f"backward passes, and {layers[0].fqn} would be stepped in each. Set gradient_accumulation_steps=1, or "
             "leave step_in_backward=False"
+        )
+
+
+def refuse_settings(found: Mapping[str, Any]) -> None:
+    """Refuse settings of a trainer that do not go with steps in backward.
+
+    Args:
+        found: by reason, what is true if it holds.
+
+    Raises:
+        ValueError: some hold; it names them.
+    """
+    if wrong := [reason for reason, holds in found.items() if holds]:
+        raise ValueError(
+            f"step_in_backward=True does not work with {'; nor with '.join(wrong)}. Or leave step_in_backward=False"
         )
 
 
