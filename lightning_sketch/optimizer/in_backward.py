@@ -341,7 +341,7 @@ def _refuse_scaler(optimizer: Optimizer, names: str) -> None:
 
 def _some_names(names: Iterable[str]) -> str:
     first, *others = [*names] or ["compressed layers"]
-    return f"{first} and {len(others)} others" if others else first
+    return f"{first} and {len(others)} more" if others else first
 
 
 _SECOND = (
