@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels import describe, fused_kernel
-from lightning_sketch.kernels.schema import DTYPES
+from lightning_sketch.kernels.schema import DTYPES, FusedStep, KernelState
 from lightning_sketch.layers.dtensor_states import of_others
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.optimizer.base import CompressedOptimizer
@@ -26,10 +26,10 @@ from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import block_numel
 from lightning_sketch.text import human_bytes, table
 
-# Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
+# Of Triton's kernels: rows whose order by bucket is there at once, and the most partial sums of the columns.
 _WAVE, _PARTIAL_SUMS = 1 << 14, 66
-# Of their strips: columns, bytes of the sketches in one and their depth at most, and bytes between two threads'.
-_STRIP, _STRIP_BYTES, _STRIP_DEPTH, _STRIP_GAP = 64, 8 << 20, 3, 4096 + 256
+# What a fused step has beside what its kernels ask for: counts of rows, numbers of a step.
+_STEP_BYTES = 4096
 
 # Block-sized tensors that are alive at once in the hungriest reference step (Adam over a depth-3 signed sketch: the
 # gradient, its square, three gathered rows, their partial medians, the estimate of v, the denominator, the update).
@@ -123,6 +123,7 @@ def report(optimizer: Any) -> MemoryReport:
     else:
         tensors = [(param, ()) for group in inner.param_groups for param in group["params"]]
     resident = _resident()
+    on_cpu: list[FusedStep] = []
     kinds = sorted({local(param).device.type for param, _ in tensors})
     for param, parts in tensors:
         parameters += 0 if is_lazy(param) else local(param).nbytes
@@ -146,13 +147,17 @@ def report(optimizer: Any) -> MemoryReport:
                 dense_state += kept
                 blocks = max(blocks, _block_bytes(part, param))
                 continue
-            if isinstance(inner, CompressedOptimizer) and fused(inner.rule, part, param):
-                together += _fused_bytes(part, param)  # one call steps all layers
+            step = fused_step(inner.rule, part, param) if isinstance(inner, CompressedOptimizer) else None
+            if step is not None and param.device.type == "cpu":
+                on_cpu.append(step)
+            elif step is not None:
+                together += _triton_bytes(part, param)
             else:
                 blocks = max(blocks, _block_bytes(part, param))
             together += _copied_bytes(part, param)
         if state:
             by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
+    together += _cpu_bytes(on_cpu)  # one call steps all layers
     used = ", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"])
     if isinstance(inner, StockOptimizer):
         together += most_decoded_bytes(inner, inner.steps_apart)
@@ -174,34 +179,72 @@ def report(optimizer: Any) -> MemoryReport:
 
 def transient_bytes(rule: UpdateRule, part: LayerPart, param: Tensor) -> int:
     """Upper bound of the temporaries of one step of a compressed layer on its own, bytes."""
-    own = _fused_bytes(part, param) if fused(rule, part, param) else _block_bytes(part, param)
+    if (step := fused_step(rule, part, param)) is None:
+        own = _block_bytes(part, param)
+    else:
+        own = _cpu_bytes([step]) if param.device.type == "cpu" else _triton_bytes(part, param)
     return own + _copied_bytes(part, param)
 
 
-def fused(rule: UpdateRule, part: LayerPart, param: Tensor) -> bool:
-    """Whether fused kernels do the steps of a layer; gradients are taken to be contiguous."""
+def fused_step(rule: UpdateRule, part: LayerPart, param: Tensor) -> FusedStep | None:
+    """A step of a layer as kernels are given it, on the meta device and with numbers that mean nothing.
+
+    Args:
+        param: its gradient counts, if it has one, and is taken to be contiguous.
+
+    Returns:
+        ``None`` if no kernel does it.
+    """
     stored = part.layer.persistent_codecs()
     if fused_kernel(param.device) is None or param.dtype not in DTYPES or not rule.fusable(stored):
-        return False
-    for state, codec in stored.items():
-        spec = replace(part.spec(state, param, {}), device=torch.device("meta"))
-        if not codec.bind(spec, allocate(codec, spec)).fusable():
-            return False
-    return True
+        return None
+    states: dict[bool, KernelState] = {}
+    momentum: KernelState | None = None
+    for name, codec in stored.items():
+        spec = replace(part.spec(name, param, {}), device=torch.device("meta"))
+        tensors = allocate(codec, spec)
+        bound = [codec.bind(spec, tensors), *([codec.bind_momentum(spec, tensors)] if codec.momentum else [])]
+        kernel_states = []
+        for state in bound:
+            if state is None or not state.fusable():
+                return None
+            state.begin(decay=1.0, weight=1.0, step=1, rows=None)
+            kernel_states.append(state.to_kernel())
+        states[part.layer.signed[name]] = kernel_states[0]
+        momentum = kernel_states[1] if codec.momentum else momentum
+    shape, sparse = part.rows(param).shape, param.grad is not None and param.grad.is_sparse
+    present = min(shape[0], param.grad._values().shape[0]) if param.grad is not None and sparse else shape[0]
+    return FusedStep(
+        param=torch.empty(shape, dtype=param.dtype, device="meta"),
+        grad=torch.empty((present, *shape[1:]), dtype=param.dtype, device="meta"),
+        ids=torch.empty(present, dtype=torch.int64, device="meta") if sparse or part.layer.lazy else None,
+        row_offset=0,
+        column_offset=0,
+        second=states.get(False),
+        first=states.get(True),
+        momentum=momentum,
+        lr=0.0,
+        leave_out=True,
+    )
 
 
-def _fused_bytes(part: LayerPart, param: Tensor) -> int:
-    """Memory that the CPU kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
+def _cpu_bytes(steps: Sequence[FusedStep]) -> int:
+    """Memory that the compiled kernels ask for, in a step of these layers."""
+    if not steps:
+        return 0
+    from lightning_sketch.kernels import cpu  # defines torch operators
+
+    return cpu.scratch_bytes(steps) + _STEP_BYTES
+
+
+def _triton_bytes(part: LayerPart, param: Tensor) -> int:
+    """Memory that Triton's kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
     depth, _ = _hashes(part)
-    columns = part.shard.row_numel + 16
-    rows = part.shard.local_rows
+    columns, rows = part.shard.row_numel + 16, part.shard.local_rows
     scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
-    by_row = 8 * depth * max(min(rows, _WAVE), scattered)  # their order; their buckets in two sketches
     scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.persistent_codecs().values()), default=0)
-    by_row += scratch * (rows + 64)
-    threads = torch.get_num_threads()
-    together = by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
-    return together + (_order_bytes(part, scattered) if param.device.type == "cuda" else 0)
+    by_row = 8 * depth * max(min(rows, _WAVE), scattered) + scratch * (rows + 64)
+    return by_row + 4 * columns * _PARTIAL_SUMS + _STEP_BYTES + _order_bytes(part, scattered)
 
 
 def _order_bytes(part: LayerPart, scattered: int) -> int:
@@ -212,21 +255,6 @@ def _order_bytes(part: LayerPart, scattered: int) -> int:
     hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
     rows = scattered or part.shard.local_rows
     return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
-
-
-def _strip_bytes(part: LayerPart) -> int:
-    """Of dense steps in strips of a sketch's columns: where every row lies in it, and every thread's strip."""
-    shapes = [shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))]
-    if not shapes:
-        return 0
-    rows, columns, threads = part.shard.local_rows, part.shard.row_numel, torch.get_num_threads()
-    depth, width = shapes[0]
-    own = 4 * depth * width * _STRIP * len(shapes)
-    if depth > _STRIP_DEPTH or own > _STRIP_BYTES or -(-columns // _STRIP) < 2 * threads:
-        return 0
-    if not 2 * width <= rows <= width * columns // 2:
-        return 0
-    return 2 * depth * rows + threads * (own + _STRIP_GAP)
 
 
 def _block_bytes(part: LayerPart, param: Tensor) -> int:

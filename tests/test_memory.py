@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
 from lightning_sketch.kernels import native
-from lightning_sketch.memory import fused, transient_bytes
+from lightning_sketch.memory import fused_step, transient_bytes
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 from tests.tiny import ADAM, CODECS, LOSSY, Tiny, on_table, train
 
@@ -148,13 +148,25 @@ def test_a_step_needs_no_more_than_the_reported_temporaries(name, dim, sparse):
     bound = report(optimizer).transient
     (part,) = next(iter(optimizer.compressed_tensors()))[2]
     # The fused kernels' temporaries are small anyway; the reference's bound should say something.
-    least = 0 if fused(optimizer.rule, part, model.weight) else bound / 20
+    least = 0 if fused_step(optimizer.rule, part, model.weight) else bound / 20
     assert least < peak_bytes(optimizer.step) <= bound
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
+@pytest.mark.parametrize("name", ["sketch", "bfloat16", "quantized", "rows", "sketched rows", "factored", "SM3"])
+def test_a_step_by_compiled_kernels_takes_what_is_reported(name):
+    """The library is asked, not estimated."""
+    model = nn.Embedding(5 * BLOCK_NUMEL // 4 // 64, 64)
+    optimizer = compress(Adam(model.parameters()), model, on_table(**CODECS[name]))
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    bound = report(optimizer).transient
+    assert bound - 4096 < peak_bytes(optimizer.step) <= bound
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_temporaries_grow_with_the_table_by_a_number_for_each_row_at_most(name):
-    noted = {"factored": 5, "sketched rows": 5, "sketch": 1, "exact": 1}  # bytes a row: means, and what is left out
+    noted = {"factored": 5, "sketched rows": 5, "sketch": 1}  # bytes a row: means, and what is left out
     bounds, more = [], noted.get(name, 0) * BLOCK_NUMEL // 2 if native.library() else 0
     for rows in (BLOCK_NUMEL // 4, 3 * BLOCK_NUMEL // 4):  # one block of rows of 4 elements, and three
         model = Tiny(rows=rows)

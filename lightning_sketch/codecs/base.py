@@ -258,7 +258,7 @@ class Codec(ABC):
         return shape is not None and shape[1] < shard.table_rows
 
     def scratch_per_row(self, shard: Shard) -> int:
-        """Bytes for each row that the CPU's kernels ask for in a step."""
+        """Bytes for each row that Triton's kernels ask for in a step."""
         # The mean square of each, and whether it is left out.
         return 5 if self.row_table_shape(shard) else 1 if self.table_shape(shard) else 0
 

@@ -21,6 +21,7 @@ from lightning_sketch.memory import report
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import COMPRESSED
 from lightning_sketch.optimizer.convert import compress_all
+from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.plan import LayerPlan
 from lightning_sketch.policy.policy import Policy, as_policy, plan
@@ -78,6 +79,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             which adds layers later, it is a warning only.
         log_memory: print the plan at conversion and one line of bytes after the first step, where Lightning prints
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
+        step_in_backward: see `lightning_sketch.compress`. A trainer that clips or accumulates gradients, scales the
+            loss, or trains under DDP or DeepSpeed is refused.
 
     Raises:
         TypeError, ValueError: from ``trainer.fit``, if the optimizer or the policy does not fit.
@@ -90,6 +93,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         nonfinite: NonFinite = "raise",
         log_memory: bool = True,
         allow_empty: bool = False,
+        step_in_backward: bool = False,
     ) -> None:
         super().__init__()
         self._explicit = policy is not None
@@ -97,6 +101,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self.nonfinite: NonFinite = nonfinite
         self.log_memory = log_memory
         self.allow_empty = allow_empty
+        self.step_in_backward = step_in_backward
         self._patch: _Patch | None = None
         self._load_patch: ReshardingLoad | None = None
         self._left_alone: list[Optimizer] = []
@@ -109,6 +114,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         for refused, reason in _REFUSED_STRATEGIES.items():
             if _is_strategy(trainer, refused):
                 raise ValueError(f"OptimizerStateCompression does not work with {refused}: {reason}")
+        if self.step_in_backward:
+            _refuse_step_in_backward(trainer)
         classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
         self._layers_are_added = "BaseFinetuning" in classes
         self._patch = _Patch(pl_module, self._convert)
@@ -216,11 +223,39 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             explicit=self._explicit,
             nonfinite=self.nonfinite,
             allow_empty=self.allow_empty or self._layers_are_added,
+            step_in_backward=self.step_in_backward,
         )
         for optimizer in ours:
             made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
             if self.log_memory and any(x.layer.compressed for x in made.layers):
                 _say(str(made))
+
+
+def _refuse_step_in_backward(trainer: Any) -> None:
+    """Refuse what a trainer does to gradients after they are complete.
+
+    Raises:
+        ValueError: it does something; says what to set.
+    """
+    schedules = [callback for callback in trainer.callbacks if hasattr(callback, "going_to_accumulate_grad_batches")]
+    refuse_settings(
+        {
+            f"gradient_clip_val={trainer.gradient_clip_val}: clipping needs all gradients at once": (
+                trainer.gradient_clip_val
+            ),
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a layer would be stepped in every batch": (
+                trainer.accumulate_grad_batches != 1
+            ),
+            "GradientAccumulationScheduler: a layer would be stepped in every batch": any(
+                schedule.going_to_accumulate_grad_batches() for schedule in schedules
+            ),
+            f'precision="{trainer.precision}": a GradScaler unscales gradients after backward; use "bf16-mixed"': (
+                getattr(trainer.precision_plugin, "scaler", None) is not None
+            ),
+            f"{type(trainer.strategy).__name__}: it averages gradients after they are complete; use "
+            "ModelParallelStrategy (FSDP2)": _is_strategy(trainer, "DDPStrategy"),  # DeepSpeedStrategy is one
+        }
+    )
 
 
 def _is_as_planned(planned: LayerPlan, record: str | None) -> bool:

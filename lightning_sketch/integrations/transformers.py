@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_sketch.integrations.resharding import accelerate_place, move, needs_resharding
 from lightning_sketch.optimizer.convert import compress
+from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.policy import Policy
 
@@ -43,6 +44,7 @@ class CompressedOptimizerFactory:
         policy: Policy | Mapping[str, Any] | str | Path | None = None,
         nonfinite: NonFinite = "raise",
         allow_empty: bool = False,
+        step_in_backward: bool = False,
         **kwargs: Any,
     ) -> Optimizer:
         """The compressed optimizer over the trainable parameters of `model`, in the Trainer's own two groups.
@@ -54,6 +56,8 @@ class CompressedOptimizerFactory:
             policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
             nonfinite: see `lightning_sketch.compress`.
             allow_empty: see `lightning_sketch.compress`.
+            step_in_backward: see `lightning_sketch.compress`; `compressed_optimizer` looks at the arguments for what
+                does not go with it.
             kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
 
         Raises:
@@ -63,7 +67,14 @@ class CompressedOptimizerFactory:
         """
         chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy
         optimizer = optimizer_cls(_groups(model, optimizer_cls), lr=lr, **kwargs)  # type: ignore[call-arg]
-        return compress(optimizer, model, chosen, nonfinite=nonfinite, allow_empty=allow_empty)
+        return compress(
+            optimizer,
+            model,
+            chosen,
+            nonfinite=nonfinite,
+            allow_empty=allow_empty,
+            step_in_backward=step_in_backward,
+        )
 
 
 def compressed_optimizer(
@@ -72,6 +83,7 @@ def compressed_optimizer(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
+    step_in_backward: bool = False,
 ) -> tuple[type[CompressedOptimizerFactory], dict[str, Any]]:
     """The optimizer that the Trainer would make from its arguments, compressed.
 
@@ -86,13 +98,18 @@ def compressed_optimizer(
         policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
         nonfinite: see `lightning_sketch.compress`.
         allow_empty: see `lightning_sketch.compress`.
+        step_in_backward: see `lightning_sketch.compress`. Needs ``max_grad_norm=0`` (the default clips), no
+            accumulation, no fp16 and no DeepSpeed.
 
     Returns:
         the value of the Trainer's ``optimizer_cls_and_kwargs``.
 
     Raises:
-        ValueError: DeepSpeed's configuration names an optimizer, which the Trainer would take instead.
+        ValueError: DeepSpeed's configuration names an optimizer, which the Trainer would take instead. Or the
+            arguments ask for what does not go with `step_in_backward`.
     """
+    if step_in_backward:
+        _refuse_step_in_backward(args)
     from transformers import Trainer  # slow to import, and loaded already where arguments exist
 
     plugin = args.deepspeed_plugin
@@ -103,7 +120,23 @@ def compressed_optimizer(
         )
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite, "allow_empty": allow_empty}
+    ours["step_in_backward"] = step_in_backward
     return CompressedOptimizerFactory, {**kwargs, "weight_decay": args.weight_decay, **ours}
+
+
+def _refuse_step_in_backward(args: Any) -> None:
+    refuse_settings(
+        {
+            f"max_grad_norm={args.max_grad_norm}: clipping needs all gradients at once; set max_grad_norm=0": (
+                args.max_grad_norm
+            ),
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: a layer would be stepped in every one": (
+                args.gradient_accumulation_steps > 1
+            ),
+            "fp16=True: a GradScaler unscales gradients after backward; set bf16=True": args.fp16,
+            "DeepSpeed: it averages gradients after they are complete; use FSDP2": args.deepspeed_plugin is not None,
+        }
+    )
 
 
 class MovesStates:

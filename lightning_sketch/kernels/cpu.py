@@ -77,7 +77,9 @@ def observe(layers: Sequence[FusedStep]) -> list[Observed]:
         assert layer.second is not None
         made = Observed(
             torch.empty(layer.grad.shape[0], dtype=torch.float32),
-            torch.zeros(layer.grad.shape[1:].numel()) if layer.second.kind == Kind.FACTORED else None,
+            torch.zeros(layer.grad.shape[1:].numel(), dtype=torch.float32)
+            if layer.second.kind == Kind.FACTORED
+            else None,
         )
         found.append(made)
         if layer.grad.numel():
@@ -90,6 +92,21 @@ def observe(layers: Sequence[FusedStep]) -> list[Observed]:
         program = torch.frombuffer(packed, dtype=torch.uint8)
         torch.ops.lightning_sketch.observe(params, grads, ids, states, left_out, program)
     return found
+
+
+def scratch_bytes(layers: Sequence[FusedStep]) -> int:
+    """Bytes of temporary memory that kernels ask for in a step; tensors may be on the meta device."""
+    packed = bytearray()
+    for layer in layers:
+        for lines in _parts(layer) if layer.grad.numel() else ():
+            packed += _pack(lines, 0, [], [], [], [])
+    if not packed:
+        return 0
+    lib = native.library()
+    assert lib is not None
+    # Nothing is read but shapes, so positions may stay where addresses belong.
+    count, buffer = len(packed) // _LAYER_BYTES, (ctypes.c_char * len(packed)).from_buffer(packed)
+    return int(lib.lightning_sketch_scratch(buffer, ctypes.c_int64(count), torch.get_num_threads()))
 
 
 class _Program:

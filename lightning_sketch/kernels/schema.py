@@ -213,7 +213,8 @@ def observation(
         param, grad, ids, weight_decay, maximize, leave_out: as in `FusedStep`.
         columns: whether sums of columns are wanted, too.
     """
-    second = KernelState(Kind.FACTORED if columns else Kind.ROW_SKETCH, torch.empty(0), weight=1.0, column_weight=1.0)
+    kind, nothing = Kind.FACTORED if columns else Kind.ROW_SKETCH, torch.empty(0, dtype=torch.float32)
+    second = KernelState(kind, nothing, weight=1.0, column_weight=1.0)
     return FusedStep(
         param,
         grad,

@@ -14,6 +14,7 @@ from lightning_sketch.optimizer import stock_step
 from lightning_sketch.optimizer.assigned import encode_assigned
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.guard import guard_foreign_steps
+from lightning_sketch.optimizer.in_backward import InBackward
 from lightning_sketch.optimizer.step import pending_updates, refuse_kept_sparse, step_compressed, to_be_stepped
 from lightning_sketch.policy.dropped import warn_of_dropped
 from lightning_sketch.policy.plan import Plan
@@ -26,6 +27,8 @@ class CompressedOptimizer(CompressedGroups):
     by ``__qualname__``.
     """
 
+    #: Steps compressed layers in backward; ``None`` where `step` does.
+    in_backward: InBackward | None = None
     _loading = False  # whether `load_state_dict` is running
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -60,7 +63,9 @@ class CompressedOptimizer(CompressedGroups):
             ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or
                 its states are neither what its codecs store nor dense ones. Nothing was changed then.
         """
-        self.compression.judge_left_out(wait=False)
+        in_backward = self.in_backward
+        if in_backward is None:
+            self.compression.judge_left_out(wait=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,8 +76,11 @@ class CompressedOptimizer(CompressedGroups):
             if not self.compression.bindings.kept_checked:
                 refuse_kept_sparse(self)
                 self.compression.bindings.kept_checked = True
+            if in_backward is not None:
+                in_backward.check()
             ours = pending_updates(self, compiling=torch.compiler.is_compiling())
-            ready = to_be_stepped(self, ours)
+            all_done = not ours and in_backward is not None and in_backward.any_stepped
+            ready = ours if all_done else to_be_stepped(self, ours)
             try:
                 for own in ours:
                     own.param.grad = None
@@ -83,7 +91,13 @@ class CompressedOptimizer(CompressedGroups):
             finally:
                 for own in ours:
                     own.param.grad = own.grad
-            step_compressed(self, ready)
+            counted = step_compressed(self, ready)
+            if in_backward is not None:
+                counted = in_backward.finish(counted)
+            if counted is not None:
+                self.compression.take_left_out(counted)
+        if in_backward is not None:  # not at the beginning: half of this step was made in backward
+            self.compression.judge_left_out(wait=False)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,7 +120,18 @@ class CompressedOptimizer(CompressedGroups):
         self.compression.records += [planned.record for planned in decided if planned.record is not None]
         self.compression.remember_plain(self.param_groups[-1:])
         self.compression.names.append([planned.layer.fqn for planned in decided])
+        self.follow_backward()
         warn_of_dropped(Plan((tuple(decided),)))
+
+    def follow_backward(self) -> None:
+        """Step compressed layers in backward, or cease to, as ``compression.step_in_backward`` says."""
+        if self.compression.step_in_backward:
+            if self.in_backward is None:
+                self.in_backward = InBackward(self)
+            self.in_backward.attach()
+        elif self.in_backward is not None:
+            self.in_backward.detach()
+            del self.in_backward
 
     def encode_assigned(self) -> None:
         """Verify the states of all compressed layers, and encode dense ones that were assigned to them.
@@ -118,6 +143,8 @@ class CompressedOptimizer(CompressedGroups):
 
     def forget_conversion(self) -> None:
         """Let go of everything that is kept beside the groups and states, whose records and codecs are gone."""
+        self.compression.step_in_backward = False
+        self.follow_backward()
         for group in self.param_groups:
             del group[RECORDS]
         del self.compression
@@ -161,6 +188,8 @@ class CompressedOptimizer(CompressedGroups):
         for param, tensors in restored:
             self.state[param] = tensors
         self.compression.bindings.clear()  # let go of the states of before
+        if self.in_backward is not None:
+            self.in_backward.forget()
         for post_hook in after.values():
             post_hook(self)
 
@@ -187,4 +216,6 @@ class CompressedOptimizer(CompressedGroups):
 
     def _patch_step_function(self) -> None:
         super()._patch_step_function()
-        guard_foreign_steps()  # here, because copies and unpickled ones are converted, too
+        # Here, because copies and unpickled ones are converted, too.
+        guard_foreign_steps()
+        self.follow_backward()

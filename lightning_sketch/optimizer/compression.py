@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.layers.flat import FlatTensors
 from lightning_sketch.optimizer.bindings import Bindings
-from lightning_sketch.optimizer.nonfinite import LeftOut, NonFinite
+from lightning_sketch.optimizer.nonfinite import Counted, LeftOut, NonFinite
 from lightning_sketch.policy.plan import Plan
 from lightning_sketch.policy.policy import Policy
 
@@ -33,6 +33,7 @@ class Compression:
         skipped: in how many steps something of a layer was left out, because its gradient was not finite.
         plain: the user's plain tensors beside the model's parameters, which torch steps. A tensor that is no
             ``nn.Parameter`` and not among them was put in place of the parameters by an engine.
+        step_in_backward: whether compressed layers are stepped in backward.
 
     Attributes:
         flat: what lies in DeepSpeed's flat tensors; ``None`` until they are known.
@@ -49,6 +50,7 @@ class Compression:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     plain: list[Tensor] = field(default_factory=list)
+    step_in_backward: bool = False
     # Of this object alone: copies and pickles begin without.
     flat: FlatTensors | None = field(default=None, init=False, repr=False)
     bindings: Bindings = field(default_factory=Bindings, init=False, repr=False)
@@ -64,6 +66,10 @@ class Compression:
         """Take the plain tensors in `groups` for the user's own."""
         self.plain += [param for group in groups for param in group["params"] if not isinstance(param, nn.Parameter)]
 
+    def take_left_out(self, step: Counted) -> None:
+        """Raise, or warn and count, for what the step that was just made left out; see `LeftOut.take`."""
+        self.left_out.take(step, self.nonfinite, self.skipped)
+
     def judge_left_out(self, *, wait: bool) -> None:
         """Raise, or warn and count, for what earlier steps left out; see `LeftOut.judge`."""
         self.left_out.judge(self.nonfinite, self.skipped, wait=wait)
@@ -73,13 +79,15 @@ class Compression:
         model = memo.get(id(self.model()))
         reference = _no_model if model is None else weakref.ref(model)
         copies = list(self.records), [list(names) for names in self.names], dict(self.errors), self.skipped.copy()
-        return Compression(self.policy, reference, self.nonfinite, *copies, copy.deepcopy(self.plain, memo))
+        return Compression(
+            self.policy, reference, self.nonfinite, *copies, copy.deepcopy(self.plain, memo), self.step_in_backward
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model cannot travel by weak reference, nor a policy with a lambda; only add_param_group needs them.
         portable = self.policy is not None and all(rule.match is None for rule in self.policy.rules)
         policy = self.policy if portable else None
-        kept = self.records, self.names, self.errors, self.skipped, self.plain
+        kept = self.records, self.names, self.errors, self.skipped, self.plain, self.step_in_backward
         return Compression, (policy, _no_model, self.nonfinite, *kept)
 
 

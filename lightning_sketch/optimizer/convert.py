@@ -19,6 +19,7 @@ from lightning_sketch.optimizer.classes import compressed_class
 from lightning_sketch.optimizer.compression import Compression
 from lightning_sketch.optimizer.coverage import check_coverage
 from lightning_sketch.optimizer.guard import refuse_zero_redundancy
+from lightning_sketch.optimizer.in_backward import refuse_step_in_backward
 from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer.nonfinite import NonFinite
@@ -48,6 +49,7 @@ def compress(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
+    step_in_backward: bool = False,
 ) -> list[Any]: ...
 
 
@@ -59,6 +61,7 @@ def compress(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
+    step_in_backward: bool = False,
 ) -> OptimizerT: ...
 
 
@@ -69,6 +72,7 @@ def compress(
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
+    step_in_backward: bool = False,
 ) -> Any:
     """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
 
@@ -91,13 +95,18 @@ def compress(
             does.
         allow_empty: whether `policy` may compress nothing: what it matches is frozen or not in this optimizer. A
             warning then says so; without a policy it always does, and the optimizer is converted all the same.
+        step_in_backward: whether compressed layers are stepped inside of ``backward()``, each as soon as its gradient
+            is complete, which is then freed; ``optimizer.step()``, called after every backward pass, steps the others.
+            The results are the same bits. For training without DDP and DeepSpeed, accumulation, clipping by the norm
+            of all gradients and GradScaler, which raise where they can be seen; see `optimizer.in_backward`.
 
     Returns:
         `optimizer`; of several, a list of them.
 
     Raises:
         TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
-        ValueError: the policy does not fit, or compresses nothing; nothing was changed.
+        ValueError: the policy does not fit, or compresses nothing, or layers cannot be stepped in backward; nothing was
+            changed.
 
     >>> import torch
     >>> from lightning_sketch import Policy, Rule, compress
@@ -112,7 +121,15 @@ def compress(
     if not optimizers:
         raise ValueError("compress() was given an empty list of optimizers")
     explicit = policy is not None
-    compress_all(optimizers, model, policy, explicit=explicit, nonfinite=nonfinite, allow_empty=allow_empty)
+    compress_all(
+        optimizers,
+        model,
+        policy,
+        explicit=explicit,
+        nonfinite=nonfinite,
+        allow_empty=allow_empty,
+        step_in_backward=step_in_backward,
+    )
     return optimizers if several else optimizer
 
 
@@ -124,6 +141,7 @@ def compress_all(
     explicit: bool,
     nonfinite: NonFinite,
     allow_empty: bool,
+    step_in_backward: bool = False,
 ) -> None:
     """`compress` several optimizers of one model; what the policy compresses is judged over all of them.
 
@@ -139,12 +157,15 @@ def compress_all(
     plans = [_plan(unwrap(optimizer), model, chosen) for optimizer in optimizers]
     if not plans or any(isinstance(made, Plan) for made in plans):
         check_coverage(model, chosen, plans, explicit=explicit, allow_empty=allow_empty)
+    for optimizer, made in zip(optimizers, plans, strict=True):
+        if step_in_backward:
+            refuse_step_in_backward(optimizer, made, model)
     for made in plans:
         if isinstance(made, CompressedOptimizer):
-            _reattach(made, model, None if policy is None else chosen, nonfinite)
+            _reattach(made, model, None if policy is None else chosen, nonfinite, step_in_backward)
     for optimizer, made in zip(optimizers, plans, strict=True):
         if isinstance(made, Plan):
-            _convert(optimizer, made, model, chosen, nonfinite)
+            _convert(optimizer, made, model, chosen, nonfinite, step_in_backward)
 
 
 def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | CompressedOptimizer:
@@ -158,7 +179,9 @@ def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | Comp
     return made
 
 
-def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfinite: NonFinite) -> None:
+def _convert(
+    optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfinite: NonFinite, step_in_backward: bool
+) -> None:
     inner = unwrap(optimizer)
     errors: dict[str, dict[str, float]] = {}
     for group, planned in zip(inner.param_groups, made.groups, strict=True):
@@ -171,7 +194,7 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
                     inner.state[param] = _entries_of_others(param, state, {"step", *x.layer.codecs}) | encoded
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
                     inner.state[param] = fresh_state(x.layer, param, group)
-    compression = Compression(policy, weakref.ref(model), nonfinite, errors=errors)
+    compression = Compression(policy, weakref.ref(model), nonfinite, errors=errors, step_in_backward=step_in_backward)
     compression.describe(made)
     compression.remember_plain(inner.param_groups)
     inner.compression = compression  # type: ignore[attr-defined]
@@ -181,6 +204,7 @@ def _convert(optimizer: Any, made: Plan, model: nn.Module, policy: Policy, nonfi
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     _refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
+    inner.follow_backward()
     _announce(made, inner, model)
     warn_of_lossy(inner, errors)
 
@@ -275,7 +299,13 @@ def _refresh_wrapper(optimizer: Any) -> None:
             return
 
 
-def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy | None, nonfinite: NonFinite) -> None:
+def _reattach(
+    optimizer: CompressedOptimizer,
+    model: nn.Module,
+    policy: Policy | None,
+    nonfinite: NonFinite,
+    step_in_backward: bool,
+) -> None:
     old = optimizer.compression
     if policy is not None and old.policy is not None and policy != old.policy:
         raise ValueError(
@@ -285,7 +315,8 @@ def _reattach(optimizer: CompressedOptimizer, model: nn.Module, policy: Policy |
     if old.model() is not model:
         _rename(optimizer, model)
     old.policy = old.policy or policy
-    old.model, old.nonfinite = weakref.ref(model), nonfinite
+    old.model, old.nonfinite, old.step_in_backward = weakref.ref(model), nonfinite, step_in_backward
+    optimizer.follow_backward()
 
 
 def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:

@@ -102,8 +102,14 @@ class CompressedGroups(Converted):
         """Take the layout of the flat tensors from DeepSpeed's optimizer wrapper.
 
         Raises:
-            RuntimeError: the layout cannot be read reliably, or is not the model's.
+            RuntimeError: the layout cannot be read reliably, or is not the model's. Or compressed layers are to be
+                stepped in backward.
         """
+        if self.compression.step_in_backward:
+            raise RuntimeError(
+                "step_in_backward=True: under DeepSpeed gradients are complete after backward only, when it has "
+                "averaged them among processes. Use FSDP2 (fully_shard), or leave step_in_backward=False"
+            )
         model, policy = self._model_and_policy()
         layers = [LayerRecord.from_record(record) for record in self.compression.records]
         named = named_layers(model, policy.role_hints)

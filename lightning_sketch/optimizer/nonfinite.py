@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,20 @@ NonFinite = Literal["raise", "skip", "propagate"]
 
 #: A layer's name, and whether elements of it are counted, not rows.
 Unit = tuple[str, bool]
+
+
+class Counted(NamedTuple):
+    """What a step left out.
+
+    Args:
+        counts: of each layer, int64 ``[layers]``.
+        units: for each layer.
+        capturable: whether such a step may be captured into a graph, which needs a place to count in.
+    """
+
+    counts: Tensor
+    units: Sequence[Unit]
+    capturable: bool
 
 
 class LeftOut:
@@ -40,6 +54,25 @@ class LeftOut:
     def is_late(counts: Tensor) -> bool:
         """Whether to read them would be to wait."""
         return counts.device.type != "cpu"
+
+    @_disable_dynamo
+    def take(self, step: Counted, nonfinite: NonFinite, skipped: Counter[str]) -> None:
+        """Judge what the step that was just made left out, or remember to.
+
+        Args:
+            step: its counts.
+            nonfinite, skipped: as in `judge`.
+
+        Raises:
+            FloatingPointError: something was left out, the counts are on the CPU, and ``nonfinite="raise"``.
+        """
+        counts, units, capturable = step
+        if capturing():
+            self.add_captured(counts, units)
+        elif self.is_late(counts):
+            self.add(counts, units, capturable=capturable)
+        elif bool(counts.any()):
+            _judge(nonfinite, skipped, [_by_layer(counts, units)], "")
 
     def add(self, counts: Tensor, units: Sequence[Unit], *, capturable: bool = False) -> None:
         """Take the counts of a step, and begin to copy them to the host.
@@ -108,20 +141,6 @@ class LeftOut:
                 found.append(_by_layer(counts, units))
         if found:
             _judge(nonfinite, skipped, found, " in an earlier step")
-
-
-def judge(nonfinite: NonFinite, skipped: Counter[str], counts: Tensor, units: Sequence[Unit]) -> None:
-    """Raise, or warn and count, for what the step that was just made left out.
-
-    Args:
-        nonfinite, skipped: as in `LeftOut.judge`.
-        counts: of each layer, int64 ``[layers]``, on the CPU; not all are 0.
-        units: for each layer.
-
-    Raises:
-        FloatingPointError: ``nonfinite="raise"``.
-    """
-    _judge(nonfinite, skipped, [_by_layer(counts, units)], "")
 
 
 def _judge(nonfinite: NonFinite, skipped: Counter[str], steps: list[dict[str, list[int]]], when: str) -> None:

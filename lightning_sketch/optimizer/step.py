@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightning_sketch.optimizer.amp import amp_on_device, grad_scale, overflowed
 from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
 from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.groups import CompressedGroups
-from lightning_sketch.optimizer.nonfinite import judge
+from lightning_sketch.optimizer.nonfinite import Counted
 from lightning_sketch.optimizer.on_device import asked, check_capturable, check_capture, numbers_of, stay_on_device
 from lightning_sketch.optimizer.prepared import Prepared
 from lightning_sketch.optimizer.proof import proved
@@ -43,19 +44,30 @@ def pending_updates(optimizer: CompressedGroups, *, compiling: bool = False) -> 
         ValueError: a layer's shape changed, its group's hyperparameters ask for what it was compressed without, or its
             states are not what the codecs store.
     """
-    rule, bindings, states = optimizer.rule, optimizer.compression.bindings, optimizer.state
+    bindings = optimizer.compression.bindings
     if (prepared := bindings.prepared) is not None:
-        if prepared.take_gradients(rule, optimizer):
+        if prepared.take_gradients(optimizer.rule, optimizer):
             return prepared.tensors
         bindings.prepared = None
-    bindings.keep_those_in(states)
+    bindings.keep_those_in(optimizer.state)
+    return _pending_updates(optimizer, optimizer.compressed_tensors(), compiling=compiling)
+
+
+def _pending_updates(
+    optimizer: CompressedGroups,
+    tensors: Iterable[tuple[dict[str, Any], Tensor, tuple[LayerPart, ...]]],
+    *,
+    compiling: bool = False,
+) -> list[PendingUpdate]:
+    """Those of `tensors`, as ``(group, tensor, parts)``, that have a gradient."""
+    rule, bindings, states = optimizer.rule, optimizer.compression.bindings, optimizer.state
     ours: list[PendingUpdate] = []
     fake: bool | None = None
     assigned: list[Encoded] = []
     options: dict[int, tuple[set[str], bool, bool]] = {}  # by group: states that are needed, and what `asked` says
     scales: dict[int, float | None] = {}  # what gradients are to be divided by, where the host does it
     captured = capturing()
-    for group, param, parts in optimizer.compressed_tensors():
+    for group, param, parts in tensors:
         if (grad := param.grad) is None:
             continue
         if (found := options.get(id(group))) is None:
@@ -132,43 +144,53 @@ def to_be_stepped(optimizer: CompressedGroups, ours: list[PendingUpdate]) -> lis
 
 
 @_disable_dynamo
-def step_compressed(optimizer: CompressedGroups, ready: list[PendingUpdate]) -> None:
+def step_compressed(optimizer: CompressedGroups, ready: list[PendingUpdate]) -> Counted | None:
     """One step of our tensors (they and their states are modified in place), but of what is not finite in gradients.
 
-    Raises:
-        FloatingPointError: something was left out, and ``nonfinite="raise"``. Everything else was stepped.
+    Returns:
+        what was left out; ``None`` for nothing, where that is known.
     """
     if not ready:
-        return
-    compression = optimizer.compression
-    bindings, leave_out = compression.bindings, compression.nonfinite != "propagate"
+        return None
+    bindings, leave_out = optimizer.compression.bindings, optimizer.compression.nonfinite != "propagate"
     prepared, bindings.prepared = bindings.prepared, None  # unless the step is made
     if prepared is not None and ready is prepared.tensors:
-        left_out: Tensor | None = prepared.step(optimizer.rule, leave_out=leave_out)
-        units = prepared.units
+        left_out = prepared.step(optimizer.rule, leave_out=leave_out)
         bindings.prepared = prepared if prepared.valid else None
-    elif not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
+        return Counted(left_out, prepared.units, ready[0].on_device) if leave_out else None
+    counted = _step_each(optimizer, ready, leave_out=leave_out)
+    if ready[0].gradients:
+        bindings.prepared = Prepared.make(optimizer, ready, bound=len(bindings))
+    return counted
+
+
+@_disable_dynamo
+def step_alone(
+    optimizer: CompressedGroups, group: dict[str, Any], param: Tensor, parts: tuple[LayerPart, ...]
+) -> Counted | None:
+    """One step of a single tensor (it and its states are modified in place).
+
+    Args:
+        group, param, parts: one of `CompressedGroups.compressed_tensors`; it has a gradient.
+
+    Returns:
+        as `step_compressed`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as `pending_updates` does. Nothing was changed then.
+    """
+    ready = _pending_updates(optimizer, [(group, param, parts)])
+    return _step_each(optimizer, ready, leave_out=optimizer.compression.nonfinite != "propagate")
+
+
+def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave_out: bool) -> Counted | None:
+    """A step of which nothing is prepared."""
+    rule, compression = optimizer.rule, optimizer.compression
+    if not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
         for own in ready:
             if not own.state:
                 _allocate(optimizer, own)
-        return
-    else:
-        left_out = _step_each(optimizer, ready, leave_out=leave_out)
-        units = [part.unit for own in ready for part in own.bound or ()]
-        bindings.prepared = Prepared.make(optimizer, ready, bound=len(bindings))
-    if not leave_out or left_out is None:
-        return
-    if capturing():
-        compression.left_out.add_captured(left_out, units)
-    elif compression.left_out.is_late(left_out):
-        compression.left_out.add(left_out, units, capturable=ready[0].on_device)
-    elif bool(left_out.any()):
-        judge(compression.nonfinite, compression.skipped, left_out, units)
-
-
-def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave_out: bool) -> Tensor | None:
-    """A step of which nothing is prepared: what `run` returns."""
-    rule, compression = optimizer.rule, optimizer.compression
+        return None
     counts: list[Tensor] = []
     for own in ready:
         if own.scale is not None:
@@ -186,7 +208,7 @@ def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
     if counts:  # a list of ones: of a number a tensor would be made for every count, which takes longer than adding
         torch._foreach_add_(counts, [step_tensor(1.0)] * len(counts))
-    return run(
+    left_out = run(
         rule,
         (
             part.step(gradient, of_step, step, maximize=maximize, leave_out=leave_out, on_device=on_device)
@@ -194,6 +216,9 @@ def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave
             for part, gradient in zip(own.bound or (), own.gradients, strict=True)
         ),
     )
+    if not leave_out or left_out is None:
+        return None
+    return Counted(left_out, [part.unit for own in ready for part in own.bound or ()], ready[0].on_device)
 
 
 #: Of a tensor's step: `UpdateRule.numbers`, the step's number, whether to maximize, and what stays on the device.

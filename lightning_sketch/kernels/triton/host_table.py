@@ -123,7 +123,9 @@ class Table:
         """Memory of float32 and of int64 after some launches."""
         device, (floats, zeros) = self._device, self._sizes
         if not self.groups:
-            return torch.empty(0, device=device), torch.zeros(zeros, dtype=torch.int64, device=device)
+            return torch.empty(0, dtype=torch.float32, device=device), torch.zeros(
+                zeros, dtype=torch.int64, device=device
+            )
         guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with guard:
             scratch = torch.empty(floats, dtype=torch.float32, device=device)

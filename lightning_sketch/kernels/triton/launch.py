@@ -38,8 +38,10 @@ def observe(layers: Sequence[FusedStep]) -> list[Observed]:
     device = layers[0].param.device
     found = [
         Observed(
-            torch.zeros(layer.grad.shape[0], device=device),
-            torch.zeros(layer.grad.shape[1:].numel(), device=device) if _has_columns(layer) else None,
+            torch.zeros(layer.grad.shape[0], dtype=torch.float32, device=device),
+            torch.zeros(layer.grad.shape[1:].numel(), dtype=torch.float32, device=device)
+            if _has_columns(layer)
+            else None,
         )
         if layer.grad.numel() == 0
         else None
