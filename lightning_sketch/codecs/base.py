@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels import huge_pages
 from lightning_sketch.kernels.schema import KernelState
-from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding import Block, Cut, Shard
 from lightning_sketch.sharding.fake import is_fake
 
 #: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
@@ -97,6 +98,8 @@ class CodecState(ABC):
     elementwise: bool = False
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.
     adds_values: ClassVar[bool] = True
+    #: Whether `observe` looks at the values that a step will add.
+    observes: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
     #: lets nothing decay, and `stored` says weights as if no scale had decayed.
@@ -105,6 +108,10 @@ class CodecState(ABC):
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
     can_follow: ClassVar[bool] = False
+    #: What all ranks add in the step that is to begin, where they share the state; `begin` takes it.
+    shared: Shared | None = None
+    #: Whether `begin` has folded in all that the step adds, so that `add` has nothing left to do.
+    observed: bool = False
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -115,6 +122,29 @@ class CodecState(ABC):
 
     def __setitem__(self, suffix: str, value: Any) -> None:
         self.tensors[key_of(self.spec.name, suffix)] = value
+
+    def share(self, shared: Shared) -> None:
+        """Take part in a step that ranks agree on: `shared` is where `offer` and `observe` are to add."""
+        self.shared = shared
+
+    def offer(self) -> None:  # noqa: B027
+        """Add to `shared` what other ranks must know of the state as it is."""
+
+    @property
+    def observes_agreed(self) -> bool:
+        """Whether there are sums of this rank alone over rows that lie on others, too."""
+        return False
+
+    def observe(self, block: Block, x: Tensor) -> None:  # noqa: B027
+        """Add to `shared` what the step will add here, before `weight`; the state does not change.
+
+        Args:
+            x: as in `add`.
+        """
+
+    def observe_agreed(self, block: Block, x: Tensor) -> None:
+        """Where `observes_agreed`: as `observe`, after the ranks agreed, so that all leave out the same rows."""
+        raise NotImplementedError
 
     @abstractmethod
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
@@ -243,6 +273,15 @@ class Codec(ABC):
         Args:
             ndim: number of dimensions of the parameter, a scalar counting as one row.
         """
+
+    def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
+        """What ranks agree on in every step of a layer that is divided over them; ``None`` if each is on its own.
+
+        Args:
+            shape: global shape of the layer.
+            cut: how it is divided.
+        """
+        return None
 
     def table_shape(self, shard: Shard) -> tuple[int, int] | None:
         """``(depth, width)`` of the sketch of whole rows that this codec keeps; ``None`` if it keeps none."""

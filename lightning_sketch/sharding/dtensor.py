@@ -65,6 +65,16 @@ def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
     return sharded[0]
 
 
+def ranks_of(param: Any, fqn: str) -> Any:
+    """The process group over which a DTensor is sharded; ``None`` if it is replicated.
+
+    Raises:
+        TypeError: its placements are not supported.
+    """
+    mesh_dim = sharded_mesh_dim(param, fqn)
+    return None if mesh_dim is None else param.device_mesh.get_group(mesh_dim)
+
+
 def shard_of(param: Any, fqn: str) -> Shard:
     """The shard that a DTensor's local tensor is.
 
@@ -87,12 +97,15 @@ def shard_of(param: Any, fqn: str) -> Shard:
 
 
 def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shard:
-    """Part `index` of `parts` along dimension 0 or 1, cut as ``torch.chunk`` does: the last may be smaller or empty."""
+    """Part `index` of `parts` along dimension 0 or 1, cut as ``torch.chunk`` does: the last may be smaller or empty.
+
+    The ranks of several parts agree.
+    """
     each = -(-shape[dim] // parts)
     start = min(index * each, shape[dim])
     size = min(each, shape[dim] - start)
     if dim == 0:
-        return Shard(shape, row_offset=start, local_rows=size, even_rows=each)
+        return Shard(shape, row_offset=start, local_rows=size, even_rows=each, cut="rows" if parts > 1 else None)
     inner = math.prod(shape[2:])
     return Shard(
         shape,
@@ -101,4 +114,5 @@ def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shar
         part_shape=(size, *shape[2:]),
         column_offset=start * inner,
         even_columns=each * inner,
+        cut="columns" if parts > 1 else None,
     )

@@ -21,7 +21,7 @@ enum Kind : int32_t {
 };
 
 // s <- decay * s + weight * x. Where values are stored divided by `scale`, decay is in the scale and weight is
-// divided by it already.
+// divided by it already. ROW, ROW_SKETCH and FACTORED with a weight of 0 hold this step already, so no sums are made.
 struct State {
     int32_t kind;
     int32_t dtype;
