@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,9 @@ Count = int | Tensor
 #: What lies in ``optimizer.state[param]``: tensors only, because training code moves and measures all of its values as
 #: such. Scalars that the host reads every step are 0-d and on the CPU, as torch's ``step`` is.
 Tensors = MutableMapping[str, Any]
+
+#: Where a part of a tensor lies.
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,32 @@ class Codec(ABC):
         """The momentum of the update that is kept beside this state, if `momentum`."""
         return None
 
+    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
+        """A shard's tensors as parts of those of the whole layer: suffix, place, and what lies there.
+
+        Args:
+            spec: of the shard's state, which ranks share.
+            tensors: by suffix, without the scale.
+        """
+        for suffix, value in tensors.items():
+            yield suffix, self._place(suffix, spec.shard), value
+
+    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The shard's tensors, by suffix, of those of the whole layer; views of these."""
+        return {suffix: value[self._place(suffix, spec.shard)] for suffix, value in whole.items()}
+
+    def _place(self, suffix: str, shard: Shard) -> Index:
+        found: list[slice] = []
+        for along in self.axes(max(1, len(shard.global_shape)))[suffix]:
+            place = slice(None)
+            if along == 0:
+                place = slice(shard.row_offset, shard.row_offset + shard.local_rows)
+            elif along == 1 and shard.part_shape is not None:
+                start = shard.column_offset // max(1, math.prod(shard.part_shape[1:]))
+                place = slice(start, start + shard.part_shape[0])
+            found.append(place)
+        return tuple(found)
+
     def nbytes(self, spec: StateSpec) -> int:
         """Bytes of the stored tensors. Nothing is allocated."""
         meta = dataclasses.replace(spec, device=torch.device("meta"))
@@ -356,27 +385,51 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
     """
-    rows = rows_of(dense, spec.shard)
-    blocks = tuple(spec.shard.blocks(device=spec.device))
-    if spec.fill:
-        # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
-        smallest = min((float(rows(block).min()) for block in blocks), default=spec.fill)
-        spec = dataclasses.replace(spec, fill=min(spec.fill, smallest))
-    tensors = allocate(codec, spec)
-    state = codec.bind(spec, tensors)
+    return Encoding(codec, spec, dense, step).finish()
 
-    def values(block: Block) -> Tensor:
-        # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
-        return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
-    state.begin(decay=1.0, weight=1.0, step=step, rows=None)
-    for block in blocks:
-        state.add(block, values(block))
-    state.settle()
-    for block in blocks:
-        state.read(block, values(block))
-    state.commit()
-    return tensors
+class Encoding:
+    """A dense state that is being stored; see `encode`. Ranks that share it may agree on it before it is finished.
+
+    Attributes:
+        fill: the initial value, by which values are less; ranks that share the state must have the same.
+        state: after `begin`, fresh.
+    """
+
+    def __init__(self, codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> None:
+        self.codec, self.spec, self.step = codec, spec, step
+        self._rows = rows_of(dense, spec.shard)
+        self._blocks = tuple(spec.shard.blocks(device=spec.device))
+        self.fill = spec.fill
+        if self.fill:
+            # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
+            smallest = min((float(self._rows(block).min()) for block in self._blocks), default=self.fill)
+            self.fill = min(self.fill, smallest)
+
+    def begin(self) -> CodecState:
+        """Allocate the state."""
+        self.tensors = allocate(self.codec, dataclasses.replace(self.spec, fill=self.fill))
+        self.state = self.codec.bind(self.spec, self.tensors)
+        return self.state
+
+    def values(self) -> Iterator[tuple[Block, Tensor]]:
+        """What is to be added, by blocks."""
+        for block in self._blocks:
+            # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
+            values = self._rows(block).to(self.spec.dtype)
+            yield block, values - self.fill if self.fill else values
+
+    def finish(self) -> dict[str, Any]:
+        """Tensors under their keys in ``optimizer.state[param]``."""
+        state = self.begin() if not hasattr(self, "state") else self.state
+        state.begin(decay=1.0, weight=1.0, step=self.step, rows=None)
+        for block, values in self.values():
+            state.add(block, values)
+        state.settle()
+        for block, values in self.values():
+            state.read(block, values)
+        state.commit()
+        return self.tensors
 
 
 def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Index, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels.reference import over_rows, row_mean
@@ -41,6 +42,18 @@ class Factored(Codec):
 
     def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing:
         return Sharing(rows=cut != "rows", whole=0 if cut == "columns" else Shard.whole(shape).row_numel)
+
+    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
+        if not spec.shard.is_cut_row:
+            yield from super().to_whole(spec, tensors)
+            return
+        yield "row", self._place("row", spec.shard), tensors["row"]
+        yield "col", (), tensors["col"].view(spec.shard.global_shape[1:])
+
+    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not spec.shard.is_cut_row:
+            return super().from_whole(spec, whole)
+        return {"row": whole["row"][self._place("row", spec.shard)], "col": whole["col"].flatten()}
 
     def scratch_per_row(self, shard: Shard) -> int:
         return 5  # the mean square of each, and whether it is left out

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled, key_of
+from lightning_sketch.codecs.base import (
+    Codec,
+    CodecState,
+    Count,
+    Entry,
+    Index,
+    Number,
+    StateSpec,
+    Tensors,
+    add_scaled,
+    key_of,
+)
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.shared import Sharing
 from lightning_sketch.kernels.schema import KernelState, Kind
-from lightning_sketch.sharding import Block, Cut
+from lightning_sketch.sharding import Block, Cut, Shard
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,21 @@ class SM3(Codec):
         whole = sum(shape[2:] if cut == "columns" else shape[1:])
         return Sharing(cut != "rows", whole, largest=True) if whole or cut != "rows" else None
 
+    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
+        if not spec.shard.is_cut_row:
+            yield from super().to_whole(spec, tensors)
+            return
+        yield "dim0", self._place("dim0", spec.shard), tensors["dim0"]
+        for dim, largest in enumerate(covers_of_cut_row(spec.shard, tensors["dim1"]), start=1):
+            yield f"dim{dim}", (), largest
+
+    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not spec.shard.is_cut_row:
+            return super().from_whole(spec, whole)
+        covers = [whole[f"dim{d}"] for d in range(1, len(spec.shard.global_shape))]
+        row = whole["dim0"][self._place("dim0", spec.shard)]
+        return {"dim0": row, "dim1": bound_of_cut_row(spec.shard, covers)}
+
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_SM3I if self.variant == "I" else _SM3II)(spec, tensors)
 
@@ -137,21 +163,12 @@ class _SM3(ScaledState):
     def _to_covers(self, accumulators: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the shared accumulators must at least be for these of the shard."""
         shard = self.spec.shard
-        if not shard.is_cut_row:
-            return self._not_cut(accumulators)
-        row = accumulators[0].new_zeros(1, shard.whole_row_numel)
-        row[:, shard.column_offset : shard.column_offset + shard.row_numel] = accumulators[0]
-        row = row.view(1, *shard.global_shape[1:])
-        return [_max_to(row, dim) for dim in range(1, row.ndim)]
+        return covers_of_cut_row(shard, accumulators[0]) if shard.is_cut_row else self._not_cut(accumulators)
 
     def _from_covers(self, whole: Tensor) -> Sequence[Tensor]:
         """The shard's accumulators, but one that is cut, for these of the layer."""
         shard, covers = self.spec.shard, self._covers(whole)
-        if not shard.is_cut_row:
-            return covers
-        along = [_along(cover, dim, len(covers)) for dim, cover in enumerate(covers)]
-        least = functools.reduce(torch.minimum, along).expand(shard.global_shape[1:]).flatten()
-        return [least[shard.column_offset : shard.column_offset + shard.row_numel]]
+        return [bound_of_cut_row(shard, covers)] if shard.is_cut_row else covers
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight
@@ -257,6 +274,21 @@ class _SM3I(_SM3):
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
+
+
+def covers_of_cut_row(shard: Shard, columns: Tensor) -> list[Tensor]:
+    """What accumulators of the dimensions but the first must at least be for a part of a row, ``[row_numel]``."""
+    row = columns.new_zeros(1, shard.whole_row_numel)
+    row[:, shard.column_offset : shard.column_offset + shard.row_numel] = columns
+    row = row.view(1, *shard.global_shape[1:])
+    return [_max_to(row, dim) for dim in range(1, row.ndim)]
+
+
+def bound_of_cut_row(shard: Shard, covers: Sequence[Tensor]) -> Tensor:
+    """The bound that accumulators of the dimensions but the first are to a part of a row, ``[row_numel]``."""
+    along = [_along(cover, dim, len(covers)) for dim, cover in enumerate(covers)]
+    least = functools.reduce(torch.minimum, along).expand(shard.global_shape[1:]).flatten()
+    return least[shard.column_offset : shard.column_offset + shard.row_numel]
 
 
 def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.sharding import Cut, Shard
+from lightning_sketch.sharding.agree import reduce_together
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +125,31 @@ class Slots:
         """`marks` of a shard's rows, ``[local_rows]``; ``None`` if none of them lies on another rank."""
         own = self.shared.own_rows(shard)
         return None if own is None or self.marks is None else self.marks[own]
+
+
+class Buffer:
+    """What layers that are divided over the same ranks add, laid out in the same way on all of them.
+
+    Args:
+        layers: in the plan's order.
+        device: of their parameters.
+        dtype: float32, or float64 where a parameter is.
+
+    Attributes:
+        sums, largest: the numbers, zeros at first; those of which ranks look for the largest are apart.
+        slots: each layer's, by name.
+    """
+
+    def __init__(self, layers: Sequence[SharedLayer], device: torch.device, dtype: torch.dtype) -> None:
+        sizes = [layer.sizes for layer in layers]
+        self.sums, self.largest = (
+            torch.zeros(sum(size[i] for size in sizes), dtype=dtype, device=device) for i in (0, 1)
+        )
+        sums = torch.split(self.sums, [size for size, _ in sizes])
+        largest = torch.split(self.largest, [size for _, size in sizes])
+        self.slots = {layer.fqn: layer.lay_out(*views) for layer, *views in zip(layers, sums, largest, strict=True)}
+
+    def reduce(self, ranks: Any) -> None:
+        """Have the ranks of a process group add up what they wrote. Collective; see `reduce_together`."""
+        reduce_together(self.sums, ranks)
+        reduce_together(self.largest, ranks, largest=True)

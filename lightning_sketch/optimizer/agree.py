@@ -9,16 +9,14 @@ come to the same collectives. A layer without a gradient here takes part with ze
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from lightning_sketch.layers.record import LayerPart
-from lightning_sketch.layers.shared import Slots
+from lightning_sketch.layers.shared import Buffer
 from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.rules import LayerStep, UpdateRule
 from lightning_sketch.rules.observe import leave_out_marked, observe, observe_agreed
-from lightning_sketch.sharding.agree import reduce_together
 from lightning_sketch.sharding.gradient import RowGradient
 
 
@@ -38,94 +36,65 @@ def agree(
     Raises:
         RuntimeError: another rank did not come. No state was changed.
     """
-    buffers: dict[tuple[int, torch.device], _Buffer] = {}
+    by_ranks: dict[tuple[int, torch.device], list[PendingUpdate]] = {}
     for own in tensors:
         if own.ranks is not None:
-            key = id(own.ranks), own.param.device
-            buffers.setdefault(key, _Buffer(own.ranks)).tensors.append(own)
+            by_ranks.setdefault((id(own.ranks), own.param.device), []).append(own)
     without: set[int] = set()
-    for buffer in buffers.values():
-        buffer.lay_out()
-        for own in buffer.tensors:
-            buffer.observe(rule, own, leave_out)
-        reduce_together(buffer.sums, buffer.ranks)
-        reduce_together(buffer.largest, buffer.ranks, largest=True)
-        for own in buffer.tensors:
+    for (_, device), sharing in by_ranks.items():
+        wide = any(own.param.dtype == torch.float64 for own in sharing)
+        layers = [layer for own in sharing for layer in own.shared]
+        buffer = Buffer(layers, device, torch.float64 if wide else torch.float32)
+        for own in sharing:
+            _observe(rule, own, buffer, leave_out)
+        buffer.reduce(sharing[0].ranks)
+        for own in sharing:
             # Read only where there is no gradient here: then the host waits for the device.
-            if own.grad is None and not any(float(slots.present) for slots in buffer.slots[id(own)].values()):
+            if own.grad is None and not any(float(buffer.slots[layer.fqn].present) for layer in own.shared):
                 without.add(id(own))
                 continue
             if own.bound is None:
                 bind(own)
-                buffer.share(own)
+                _share(own, buffer)
             if leave_out:
-                buffer.leave_out(own)
+                _leave_out(own, buffer)
             for layer, _ in _steps(own, leave_out):
                 observe_agreed(layer, rule.coupled_weight_decay(own.group))
     return [own for own in tensors if id(own) not in without]
 
 
-class _Buffer:
-    """What layers that are divided over the same ranks add.
+def _observe(rule: UpdateRule, own: PendingUpdate, buffer: Buffer, leave_out: bool) -> None:
+    """Write into the buffer what this rank adds."""
+    if own.grad is not None:
+        for layer in own.shared:
+            buffer.slots[layer.fqn].present.fill_(1.0)
+    if own.bound is None:
+        return
+    _share(own, buffer)
+    for step, part in _steps(own, leave_out):
+        marks = buffer.slots[part.layer.fqn].marks_of(part.shard)
+        observe(step, rule.coupled_weight_decay(own.group), marks)
 
-    Attributes:
-        tensors: that take part, in the plan's order.
-        sums, largest: the buffer, in two.
-        slots: for each tensor, of each of its layers by name.
-    """
 
-    def __init__(self, ranks: Any) -> None:
-        self.ranks = ranks
-        self.tensors: list[PendingUpdate] = []
-        self.slots: dict[int, dict[str, Slots]] = {}
+def _share(own: PendingUpdate, buffer: Buffer) -> None:
+    """Give the shared states of a tensor's parts their numbers in the buffer."""
+    for part, bound in zip(own.parts, own.bound or (), strict=True):
+        for state in part.sharing:
+            bound.states[state].share(buffer.slots[part.layer.fqn].of_shard(part.shard, state))
 
-    def lay_out(self) -> None:
-        """Make the buffer, of zeros."""
-        sums, largest = (sum(of_layer.sizes[i] for own in self.tensors for of_layer in own.shared) for i in (0, 1))
-        params = [own.param for own in self.tensors]
-        dtype = torch.float64 if any(param.dtype == torch.float64 for param in params) else torch.float32
-        self.sums = torch.zeros(sums, dtype=dtype, device=params[0].device)
-        self.largest = torch.zeros(largest, dtype=dtype, device=params[0].device)
-        at_sum = at_largest = 0
-        for own in self.tensors:
-            here = self.slots[id(own)] = {}
-            for of_layer in own.shared:
-                size, size_largest = of_layer.sizes
-                here[of_layer.fqn] = of_layer.lay_out(
-                    self.sums[at_sum : at_sum + size], self.largest[at_largest : at_largest + size_largest]
-                )
-                at_sum, at_largest = at_sum + size, at_largest + size_largest
 
-    def observe(self, rule: UpdateRule, own: PendingUpdate, leave_out: bool) -> None:
-        """Write what this rank adds."""
-        if own.grad is not None:
-            for slots in self.slots[id(own)].values():
-                slots.present.fill_(1.0)
-        if own.bound is None:
-            return
-        self.share(own)
-        for layer, part in _steps(own, leave_out):
-            marks = self.slots[id(own)][part.layer.fqn].marks_of(part.shard)
-            observe(layer, rule.coupled_weight_decay(own.group), marks)
-
-    def share(self, own: PendingUpdate) -> None:
-        """Give the shared states of a tensor's parts their numbers."""
-        for part, bound in zip(own.parts, own.bound or (), strict=True):
-            for state in part.sharing:
-                bound.states[state].share(self.slots[id(own)][part.layer.fqn].of_shard(part.shard, state))
-
-    def leave_out(self, own: PendingUpdate) -> None:
-        """Leave out the rows that any rank does."""
-        for i, part in enumerate(own.parts):
-            marks = self.slots[id(own)][part.layer.fqn].marks_of(part.shard) if part.sharing else None
-            held = own.gradients[i]
-            if marks is not None and held.rows is None:
-                own.gradients[i] = RowGradient(held.shard, None, leave_out_marked(held.values, marks), held.left_out)
-        for slots in self.slots[id(own)].values():
-            for state, sharing in slots.shared.sharing.items():
-                rows = slots.states[state].all_rows
-                if rows is not None and not sharing.largest:
-                    rows.masked_fill_(rows.isnan(), 0.0)
+def _leave_out(own: PendingUpdate, buffer: Buffer) -> None:
+    """Leave out the rows that any rank does."""
+    for i, part in enumerate(own.parts):
+        marks = buffer.slots[part.layer.fqn].marks_of(part.shard) if part.sharing else None
+        held = own.gradients[i]
+        if marks is not None and held.rows is None:
+            own.gradients[i] = RowGradient(held.shard, None, leave_out_marked(held.values, marks), held.left_out)
+    for layer in own.shared:
+        for state, sharing in layer.sharing.items():
+            rows = buffer.slots[layer.fqn].states[state].all_rows
+            if rows is not None and not sharing.largest:
+                rows.masked_fill_(rows.isnan(), 0.0)
 
 
 def _steps(own: PendingUpdate, leave_out: bool) -> Iterator[tuple[LayerStep, LayerPart]]:

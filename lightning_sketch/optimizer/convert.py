@@ -348,8 +348,8 @@ def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> N
     if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:
         logger.warning(
             "%s: sharded by rows, so every rank sketches its own rows only; where frequent rows lie together, as in "
-            "vocabularies sorted by frequency, that costs quality. CountSketch(sync=True) keeps one sketch of all rows, "
-            "and a sketch is exact under column shards (fully_shard(..., shard_placement_fn=...) with Shard(1))",
+            "vocabularies sorted by frequency, that costs quality. CountSketch(sync=True) keeps one sketch of all "
+            "rows, and a sketch is exact under column shards (fully_shard(..., shard_placement_fn=...) with Shard(1))",
             ", ".join(sketched),
         )
 

@@ -75,7 +75,10 @@ class CompressedGroups(Converted):
     def shared_layers(self, param: Tensor, parts: tuple[LayerPart, ...]) -> tuple[tuple[SharedLayer, ...], Any]:
         """The layers of a tensor with states that other ranks share, and these ranks' process group."""
         if parts[0].span is not None:
-            return (), None
+            flat = self.compression.flat
+            assert flat is not None
+            shared = self.flat_tensor(param).shared
+            return shared, flat.ranks if shared else None
         shared = parts[0].shared
         return shared, ranks_of(param, parts[0].layer.fqn) if shared else None
 

@@ -78,7 +78,7 @@ def pending_updates(optimizer: CompressedGroups, *, compiling: bool = False) -> 
             for part in parts:
                 _check(rule, group, part)
         if state and bound is None:
-            encoded = find_assigned(group, param, parts, state)
+            encoded = find_assigned(group, param, parts, state, shared, ranks)
             assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
         scale = None

@@ -87,7 +87,7 @@ def shard_of(param: Any, fqn: str) -> Shard:
     if mesh_dim is None:
         return Shard.whole(shape)
     dim, mesh = param.placements[mesh_dim].dim, param.device_mesh
-    shard = even_shard(shape, dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+    shard = even_shard(shape, dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim), agree=True)
     if held != (shard.local_rows, *shard.row_shape):
         raise RuntimeError(
             f"{fqn}: a DTensor of shape {list(shape)} and placements {param.placements} on {mesh.size(mesh_dim)} ranks "
@@ -96,16 +96,18 @@ def shard_of(param: Any, fqn: str) -> Shard:
     return shard
 
 
-def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shard:
+def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int, *, agree: bool = False) -> Shard:
     """Part `index` of `parts` along dimension 0 or 1, cut as ``torch.chunk`` does: the last may be smaller or empty.
 
-    The ranks of several parts agree.
+    Args:
+        agree: whether ranks agree on what they add to shared states; see `Shard.cut`.
     """
+    agree = agree and parts > 1
     each = -(-shape[dim] // parts)
     start = min(index * each, shape[dim])
     size = min(each, shape[dim] - start)
     if dim == 0:
-        return Shard(shape, row_offset=start, local_rows=size, even_rows=each, cut="rows" if parts > 1 else None)
+        return Shard(shape, row_offset=start, local_rows=size, even_rows=each, cut="rows" if agree else None)
     inner = math.prod(shape[2:])
     return Shard(
         shape,
@@ -114,5 +116,5 @@ def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shar
         part_shape=(size, *shape[2:]),
         column_offset=start * inner,
         even_columns=each * inner,
-        cut="columns" if parts > 1 else None,
+        cut="columns" if agree else None,
     )
