@@ -227,10 +227,13 @@ class LinearSketch(_Sketch):
         return own.narrow(2, shard.column_offset, shard.row_numel).view(self.table.shape)
 
     def fusable(self) -> bool:
-        shard = self.spec.shard
-        if self.codec.sync and shard.cut and shard.row_shape and not self.exact:
-            return False  # kernels would insert what `begin` has folded in
-        return self.depth <= MOST_DEPTH and self.plain(self.table, self.depth * self.width * shard.row_numel)
+        # Kernels would insert what `begin` has folded in.
+        return self.is_plain() and (self.exact or not self.codec.sync or self.spec.shard.cut is None)
+
+    def is_plain(self) -> bool:
+        """Whether kernels may read the table."""
+        numel = self.depth * self.width * self.spec.shard.row_numel
+        return self.depth <= MOST_DEPTH and self.plain(self.table, numel)
 
     def to_kernel(self) -> KernelState:
         scale = self.scale

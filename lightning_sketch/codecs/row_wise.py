@@ -176,7 +176,7 @@ class _SketchedRows(CodecState):
             self.inner.observe(block, row_mean(x))
 
     def fusable(self) -> bool:
-        return self.inner.fusable()
+        return self.inner.is_plain()
 
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self.inner.deferred_scale()
