@@ -167,7 +167,9 @@ def test_shared_states_are_those_of_one_process_and_the_same_on_every_rank(world
                 elif key.endswith(("_col", "_table")) and held.shape == expected.shape:
                     assert_close(held, expected, expected, where)
                     compared += 1
-                    assert torch.equal(held, ranks(world_size)[rank // shards * shards][number]["states"][i][key]), where
+                    assert torch.equal(held, ranks(world_size)[rank // shards * shards][number]["states"][i][key]), (
+                        where
+                    )
     assert compared > 50
 
 
