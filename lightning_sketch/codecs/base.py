@@ -27,9 +27,6 @@ Count = int | Tensor
 #: such. Scalars that the host reads every step are 0-d and on the CPU, as torch's ``step`` is.
 Tensors = MutableMapping[str, Any]
 
-#: Where a part of a tensor lies.
-Index = tuple[slice, ...]
-
 
 @dataclass(frozen=True)
 class StateSpec:
@@ -308,21 +305,22 @@ class Codec(ABC):
         """The momentum of the update that is kept beside this state, if `momentum`."""
         return None
 
-    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
-        """A shard's tensors as parts of those of the whole layer: suffix, place, and what lies there.
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        """Put a shard's tensors of a state that ranks share in their places among those of the whole layer.
 
         Args:
-            spec: of the shard's state, which ranks share.
             tensors: by suffix, without the scale.
+            whole: the same of the whole layer (modified in place); zeros where nothing was put yet.
         """
         for suffix, value in tensors.items():
-            yield suffix, self._place(suffix, spec.shard), value
+            whole[suffix][self._place(suffix, shard)] = value
 
-    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The shard's tensors, by suffix, of those of the whole layer; views of these."""
-        return {suffix: value[self._place(suffix, spec.shard)] for suffix, value in whole.items()}
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The shard's tensors, by suffix, of those of the whole layer."""
+        return {suffix: value[self._place(suffix, shard)] for suffix, value in whole.items()}
 
-    def _place(self, suffix: str, shard: Shard) -> Index:
+    def _place(self, suffix: str, shard: Shard) -> tuple[slice, ...]:
+        """Where in a tensor of the whole layer the shard's lies."""
         found: list[slice] = []
         for along in self.axes(max(1, len(shard.global_shape)))[suffix]:
             place = slice(None)

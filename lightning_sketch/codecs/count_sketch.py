@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -126,11 +127,24 @@ class CountSketch(Codec):
         table = spec.zeros(*self.table_shape(spec.shard), *spec.shard.row_shape)
         return {"table": table, "scale": scale_tensor()}
 
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        found = tensors["table"]
+        _columns_of(whole["table"], shard).copy_(found.reshape(*found.shape[:2], -1))
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        table = _columns_of(whole["table"], shard)
+        return {"table": table.reshape(*table.shape[:2], *shard.row_shape)}
+
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"table": (None, None, *range(1, ndim))}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_PaperSketch if self.update == "paper" else LinearSketch)(self, spec, tensors)
+
+
+def _columns_of(table: Tensor, shard: Shard) -> Tensor:
+    """The part of a table of whole rows that a shard has, ``[depth, width, row_numel]``."""
+    return table.view(*table.shape[:2], -1)[..., shard.column_offset : shard.column_offset + shard.row_numel]
 
 
 class _Sketch(ScaledState):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Index, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels.reference import over_rows, row_mean
@@ -43,17 +43,16 @@ class Factored(Codec):
     def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing:
         return Sharing(rows=cut != "rows", whole=0 if cut == "columns" else Shard.whole(shape).row_numel)
 
-    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
-        if not spec.shard.is_cut_row:
-            yield from super().to_whole(spec, tensors)
-            return
-        yield "row", self._place("row", spec.shard), tensors["row"]
-        yield "col", (), tensors["col"].view(spec.shard.global_shape[1:])
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        columns = tensors["col"].view(whole["col"].shape) if shard.is_cut_row else tensors["col"]
+        super().to_whole(shard, {"row": tensors["row"], "col": columns}, whole)
 
-    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not spec.shard.is_cut_row:
-            return super().from_whole(spec, whole)
-        return {"row": whole["row"][self._place("row", spec.shard)], "col": whole["col"].flatten()}
+    def _place(self, suffix: str, shard: Shard) -> tuple[slice, ...]:
+        return () if suffix == "col" and shard.is_cut_row else super()._place(suffix, shard)
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().from_whole(shard, whole)
+        return found | {"col": found["col"].flatten()} if shard.is_cut_row else found
 
     def scratch_per_row(self, shard: Shard) -> int:
         return 5  # the mean square of each, and whether it is left out

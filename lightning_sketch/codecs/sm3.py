@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,6 @@ from lightning_sketch.codecs.base import (
     CodecState,
     Count,
     Entry,
-    Index,
     Number,
     StateSpec,
     Tensors,
@@ -90,20 +89,23 @@ class SM3(Codec):
         whole = sum(shape[2:] if cut == "columns" else shape[1:])
         return Sharing(cut != "rows", whole, largest=True) if whole or cut != "rows" else None
 
-    def to_whole(self, spec: StateSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Index, Tensor]]:
-        if not spec.shard.is_cut_row:
-            yield from super().to_whole(spec, tensors)
-            return
-        yield "dim0", self._place("dim0", spec.shard), tensors["dim0"]
-        for dim, largest in enumerate(covers_of_cut_row(spec.shard, tensors["dim1"]), start=1):
-            yield f"dim{dim}", (), largest
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        if shard.is_cut_row:
+            covers = covers_of_cut_row(shard, tensors["dim1"])
+            tensors = {"dim0": tensors["dim0"]} | {f"dim{d}": cover for d, cover in enumerate(covers, start=1)}
+        for suffix, value in tensors.items():
+            held = whole[suffix][self._place(suffix, shard)]
+            held.copy_(torch.maximum(held, value.to(held)))
 
-    def from_whole(self, spec: StateSpec, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not spec.shard.is_cut_row:
-            return super().from_whole(spec, whole)
-        covers = [whole[f"dim{d}"] for d in range(1, len(spec.shard.global_shape))]
-        row = whole["dim0"][self._place("dim0", spec.shard)]
-        return {"dim0": row, "dim1": bound_of_cut_row(spec.shard, covers)}
+    def _place(self, suffix: str, shard: Shard) -> tuple[slice, ...]:
+        return () if suffix != "dim0" and shard.is_cut_row else super()._place(suffix, shard)
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().from_whole(shard, whole)
+        if not shard.is_cut_row:
+            return found
+        covers = [found[f"dim{d}"] for d in range(1, len(shard.global_shape))]
+        return {"dim0": found["dim0"], "dim1": bound_of_cut_row(shard, covers)}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_SM3I if self.variant == "I" else _SM3II)(spec, tensors)

@@ -147,11 +147,7 @@ def _joined(spec: StateSpec, sources: Sequence[Source]) -> Sequence[Source]:
     codec, scale_key = first.codec, key_of(spec.name, "scale")
     whole = replace(spec, shard=Shard.whole(spec.shard.global_shape), seed=first.seed, signed=first.signed, fill=0.0)
     alike = all(s.same_encoding(codec, whole) and s.tensors[scale_key] == first.tensors[scale_key] for s in sources)
-    if (
-        not alike
-        or first.shard.cut is None
-        or (sharing := codec.sharing(spec.shard.global_shape, first.shard.cut)) is None
-    ):
+    if not alike:
         return sources
     check_coverage(whole, [source.shard for source in sources])
     _check_shapes(whole, sources)
@@ -160,9 +156,7 @@ def _joined(spec: StateSpec, sources: Sequence[Source]) -> Sequence[Source]:
         tensors = {
             suffix: _in_memory(source.tensors[key_of(spec.name, suffix)]) for suffix in joined.keys() - {"scale"}
         }
-        for suffix, place, values in codec.to_whole(replace(whole, shard=source.shard), tensors):
-            held = joined[suffix][place]
-            held.copy_(torch.maximum(held, values.to(held)) if sharing.largest else values)
+        codec.to_whole(source.shard, tensors, joined)
     joined["scale"] = first.tensors[scale_key]
     tensors = {key_of(spec.name, suffix): value for suffix, value in joined.items()}
     return [Source(whole.shard, tensors, codec, first.seed, first.signed)]
@@ -172,7 +166,9 @@ def _cut_out(codec: Codec, spec: StateSpec, whole: Source) -> dict[str, Any]:
     """What a shard holds of a state of the whole layer that ranks share."""
     suffixes = [suffix for suffix in codec.allocate(replace(spec, device=torch.device("meta"))) if suffix != "scale"]
     tensors = {suffix: _in_memory(whole.tensors[key_of(spec.name, suffix)]) for suffix in suffixes}
-    found = {key_of(spec.name, suffix): _copy(x, spec.device) for suffix, x in codec.from_whole(spec, tensors).items()}
+    found = {
+        key_of(spec.name, suffix): _copy(x, spec.device) for suffix, x in codec.from_whole(spec.shard, tensors).items()
+    }
     scale_key = key_of(spec.name, "scale")
     return {key: value.contiguous() for key, value in found.items()} | {scale_key: whole.tensors[scale_key].clone()}
 
