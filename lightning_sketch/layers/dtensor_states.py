@@ -139,8 +139,8 @@ def unwrap_same(part: LayerPart, param: Any, saved: Mapping[str, Any]) -> dict[s
         if key in (SHARDS, SHARD_DIM, SHARD_STEPS):
             continue
         if key in same:
-            if value.ndim != len(axes[key]):
-                return None  # a stack, of a version whose ranks did not agree
+            if not is_dtensor(value) or value.ndim != len(axes[key]):
+                return None  # gathered, or a stack, of a version whose ranks did not agree
             state[key] = local(value)
         elif key in axes:
             if not is_dtensor(value) or (dim not in axes[key] and value.shape[0] != shards):

@@ -164,8 +164,8 @@ def _joined(spec: StateSpec, sources: Sequence[Source]) -> Sequence[Source]:
 
 def _cut_out(codec: Codec, spec: StateSpec, whole: Source) -> dict[str, Any]:
     """What a shard holds of a state of the whole layer that ranks share."""
-    suffixes = [suffix for suffix in codec.allocate(replace(spec, device=torch.device("meta"))) if suffix != "scale"]
-    tensors = {suffix: _in_memory(whole.tensors[key_of(spec.name, suffix)]) for suffix in suffixes}
+    axes = codec.axes(max(1, len(spec.shard.global_shape)))
+    tensors = {suffix: _in_memory(whole.tensors[key_of(spec.name, suffix)]) for suffix in axes}
     found = {
         key_of(spec.name, suffix): _copy(x, spec.device) for suffix, x in codec.from_whole(spec.shard, tensors).items()
     }
