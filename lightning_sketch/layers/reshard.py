@@ -153,9 +153,8 @@ def _joined(spec: StateSpec, sources: Sequence[Source]) -> Sequence[Source]:
     _check_shapes(whole, sources)
     joined = {suffix: value.to("cpu") for suffix, value in codec.allocate(whole).items()}
     for source in sources:
-        tensors = {
-            suffix: _in_memory(source.tensors[key_of(spec.name, suffix)]) for suffix in joined.keys() - {"scale"}
-        }
+        held = {suffix: source.tensors.get(key_of(spec.name, suffix)) for suffix in joined.keys() - {"scale"}}
+        tensors = {suffix: _in_memory(x) for suffix, x in held.items() if x is not None}  # a row has fewer dimensions
         codec.to_whole(source.shard, tensors, joined)
     joined["scale"] = first.tensors[scale_key]
     tensors = {key_of(spec.name, suffix): value for suffix, value in joined.items()}

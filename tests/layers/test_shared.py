@@ -69,8 +69,8 @@ def test_after_steps_together_the_state_is_one_processs(codec, shape, layout):
 
 @every_codec
 @every_shape
-@pytest.mark.parametrize("before", LAYOUTS)
-@pytest.mark.parametrize("after", LAYOUTS)
+@pytest.mark.parametrize("before", ["whole", "7 by rows", "3 by columns", "anywhere", "anywhere, a row on three"])
+@pytest.mark.parametrize("after", ["whole", "2 by rows", "2 by columns", "anywhere"])
 def test_it_moves_between_any_two_layouts_without_error(codec, shape, before, after):
     if isinstance(codec, CountSketch) and "columns" in (LAYOUTS[before][0], LAYOUTS[after][0]):
         return  # cut by columns nothing is shared
