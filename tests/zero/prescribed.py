@@ -277,13 +277,15 @@ def _assert_shared(rank: list[dict[str, Any]], name: str, optimizer: Any, steps:
         piece = f"{fqn}[{begin}:{end}]"
         assert_near(values, whole[begin:end], whole, piece)
         for key, expected in states.items():
+            if not key.endswith(("_scale", "_row", "_col", "_table")):
+                continue  # accumulators of SM3 are each rank's own after a step
             held = tensor["state"][f"{piece}.{key}"]
             if key.endswith("_scale"):
                 assert float(held) == float(expected), f"{piece} {key}"
             elif key.endswith("_row"):
                 rows = expected[shard.row_offset : shard.row_offset + shard.local_rows]
                 assert_near(held, rows, expected, f"{piece} {key}")
-            elif key.endswith(("_col", "_table")):
+            else:
                 assert_near(held.flatten(), expected.flatten(), expected, f"{piece} {key}")
         compared += end - begin
     return compared
