@@ -78,7 +78,9 @@ def _flat(model: Model, gradients: list[Tensor], nonfinite: Any) -> tuple[Optimi
     anywhere = [[segment.param for segment in segments] for _, segments in layout]
     records = [LayerRecord.from_record(record) for record in optimizer.compression.records]  # type: ignore[attr-defined]
     optimizer.compression.flat = FlatTensors(  # type: ignore[attr-defined]
-        FlatLayout("ZeRO-3", layout, None, anywhere), named_layers(model, None), {layer.fqn: layer for layer in records}
+        FlatLayout("ZeRO-3", layout, anywhere, [[()] * len(params) for params in anywhere], None),
+        named_layers(model, None),
+        {layer.fqn: layer for layer in records},
     )
     return optimizer, [grads[:cut].clone(), grads[cut:].clone()]
 

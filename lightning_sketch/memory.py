@@ -44,7 +44,8 @@ class MemoryReport:
         parameters: bytes of all parameters in the optimizer. Of what is sharded, this rank's part counts, here and
             everywhere below.
         gradients: bytes of the gradients that exist now; a sparse one counts its indices and values.
-        state_by_codec: bytes of the states that exist now, by codec name.
+        state_by_codec: bytes of the states that exist now, by codec name. What ranks share counts on each of them:
+            sketches of row scalars and means of columns under row shards, numbers for each row under column shards.
         dense_state: bytes of those layers' states as torch would keep them.
         transient: upper bound of one step's temporaries over compressed layers, bytes; kept layers' temporaries are
             torch's own. On CUDA it includes what dense steps of CountSketch keep from one step to the next: the order
@@ -154,6 +155,9 @@ def report(optimizer: Any) -> MemoryReport:
                 together += _triton_bytes(part, param)
             else:
                 blocks = max(blocks, _block_bytes(part, param))
+            if part.sharing:
+                blocks = max(blocks, _block_bytes(part, param))  # what is shared is made of blocks of the gradient
+                together += _shared_bytes(part, param)
             together += _copied_bytes(part, param)
         if state:
             by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
@@ -179,11 +183,12 @@ def report(optimizer: Any) -> MemoryReport:
 
 def transient_bytes(rule: UpdateRule, part: LayerPart, param: Tensor) -> int:
     """Upper bound of the temporaries of one step of a compressed layer on its own, bytes."""
-    if (step := fused_step(rule, part, param)) is None:
-        own = _block_bytes(part, param)
-    else:
+    step = fused_step(rule, part, param)
+    blocks = _block_bytes(part, param) if part.sharing or step is None else 0
+    own = 0
+    if step is not None:
         own = _cpu_bytes([step]) if param.device.type == "cpu" else _triton_bytes(part, param)
-    return own + _copied_bytes(part, param)
+    return blocks + own + _shared_bytes(part, param) + _copied_bytes(part, param)
 
 
 def fused_step(rule: UpdateRule, part: LayerPart, param: Tensor) -> FusedStep | None:
@@ -269,6 +274,13 @@ def _block_bytes(part: LayerPart, param: Tensor) -> int:
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total
+
+
+def _shared_bytes(part: LayerPart, param: Tensor) -> int:
+    """The buffer in which ranks agree, and what a rank keeps of its own rows and columns until they have."""
+    numbers = sum((s.rows * part.shard.local_rows + s.whole) * (1 + s.lazy) for s in part.sharing.values())
+    own = part.shard.local_rows + part.shard.row_numel if part.sharing else 0
+    return compute_dtype(param).itemsize * (2 * numbers + own)
 
 
 def _copied_bytes(part: LayerPart, param: Tensor) -> int:

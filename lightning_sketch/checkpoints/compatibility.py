@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from lightning_sketch.checkpoints.contents import SavedLayer, SavedOptimizer
 from lightning_sketch.layers.dtensor_states import sharding_of
-from lightning_sketch.layers.record import LayerRecord
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.policy.recorded import policy_hint
+from lightning_sketch.sharding import shard_of
 
 
 def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:
@@ -23,7 +24,7 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
     problems: list[str] = []
     decided: list[LayerRecord] = []
     plain = False
-    sharded: list[tuple[SavedLayer, int]] = []  # what was compressed then and is now, and into how many shards now
+    sharded: list[tuple[SavedLayer, LayerPart, int]] = []  # compressed then and now, with the number of shards now
     for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
             found, live = saved.layers.get(fqn), None if record is None else LayerRecord.from_record(record)
@@ -32,8 +33,8 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
                 continue
             if found.layer is None:
                 plain = True
-            elif found.layer == live:
-                sharded.append((found, sharding_of(param, fqn)[0]))
+            elif live is not None and found.layer == live:
+                sharded.append((found, LayerPart(live, shard_of(param, fqn)), sharding_of(param, fqn)[0]))
             else:
                 kept = "compressed in the checkpoint, kept by the policy"
                 problems.append(f"{fqn}: {kept if live is None else found.layer.difference(live)}")
@@ -49,5 +50,13 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
     if plain or not sharded:
         return plain
     # All layers were sharded over as many ranks, so one says it.
-    found, shards = max(sharded, key=lambda pair: pair[1])
-    return any(len(sources) != shards for sources in found.states().values())
+    found, _, shards = max(sharded, key=lambda each: each[2])
+    if any(len(sources) != shards for sources in found.states().values()):
+        return True
+    return shards > 1 and any(_agree_now_only(layer, part) for layer, part, _ in sharded)
+
+
+def _agree_now_only(found: SavedLayer, part: LayerPart) -> bool:
+    """Whether ranks share a state now of which each had its own when the checkpoint was written."""
+    states = found.states()
+    return any(source.shard.cut is None for state in part.sharing for source in states.get(state, ()))

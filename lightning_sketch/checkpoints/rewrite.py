@@ -24,7 +24,7 @@ from lightning_sketch.checkpoints.formats.safe import load_file
 from lightning_sketch.checkpoints.integrity import large, verify
 from lightning_sketch.checkpoints.open import find_state_dict, read_checkpoint
 from lightning_sketch.codecs import Keep
-from lightning_sketch.layers.dtensor_states import SHARD_DIM, SHARD_STEPS, SHARDS, tensor_axes
+from lightning_sketch.layers.dtensor_states import SHARD_DIM, SHARD_STEPS, SHARDS, replicated, tensor_axes
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import LazyTensor, Source, fill_dense
 from lightning_sketch.layers.roles import named_layers
@@ -226,9 +226,10 @@ class _Rewrite:
         param: Tensor,
     ) -> dict[str, Any]:
         parts = []
-        for rank in range(self.world_size):
-            whole = self.world_size == 1
-            shard = Shard.whole(decided.shape) if whole else even_shard(decided.shape, 0, self.world_size, rank)
+        shards = [Shard.whole(decided.shape)]
+        if self.world_size > 1:
+            shards = [even_shard(decided.shape, 0, self.world_size, i, agree=True) for i in range(self.world_size)]
+        for shard in shards:
             part = LayerPart(decided, shard)
             specs = {
                 state: dataclasses.replace(part.spec(state, param, group), device=torch.device("cpu"))
@@ -243,9 +244,12 @@ class _Rewrite:
             parts.append(tensors)
         if self.world_size == 1:
             return parts[0]
-        axes = tensor_axes(decided)
+        axes, same = tensor_axes(decided), replicated(LayerPart(decided, shards[0]))
         joined: dict[str, Any] = {}
         for key in parts[0]:
+            if key in same:
+                joined[key] = parts[0][key]
+                continue
             values = [part[key] for part in parts]
             # Scales have no axes, and shards may differ in them.
             joined[key] = torch.cat(values) if 0 in axes.get(key, ()) else torch.stack(values)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_sketch.codecs.base import (
     Codec,
     CodecState,
+    Encoding,
     Rows,
     StateSpec,
     Tensors,
@@ -37,6 +38,7 @@ __all__ = [
     "CountSketch",
     "Drop",
     "ElementwiseCodec",
+    "Encoding",
     "Factored",
     "Keep",
     "Quantized",

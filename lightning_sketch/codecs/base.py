@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels import huge_pages
 from lightning_sketch.kernels.schema import KernelState
-from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding import Block, Cut, Shard
 from lightning_sketch.sharding.fake import is_fake
 
 #: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
@@ -97,6 +98,8 @@ class CodecState(ABC):
     elementwise: bool = False
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.
     adds_values: ClassVar[bool] = True
+    #: Whether `observe` looks at the values that a step will add.
+    observes: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
     #: lets nothing decay, and `stored` says weights as if no scale had decayed.
@@ -105,6 +108,10 @@ class CodecState(ABC):
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
     can_follow: ClassVar[bool] = False
+    #: What all ranks add in the step that is to begin, where they share the state; `begin` takes it.
+    shared: Shared | None = None
+    #: Whether `begin` has folded in all that the step adds, so that `add` has nothing left to do.
+    observed: bool = False
 
     def __init__(self, spec: StateSpec, tensors: Tensors) -> None:
         self.spec = spec
@@ -115,6 +122,29 @@ class CodecState(ABC):
 
     def __setitem__(self, suffix: str, value: Any) -> None:
         self.tensors[key_of(self.spec.name, suffix)] = value
+
+    def share(self, shared: Shared) -> None:
+        """Take part in a step that ranks agree on: `shared` is where `offer` and `observe` are to add."""
+        self.shared = shared
+
+    def offer(self) -> None:  # noqa: B027
+        """Add to `shared` what other ranks must know of the state as it is."""
+
+    @property
+    def observes_agreed(self) -> bool:
+        """Whether there are sums of this rank alone over rows that lie on others, too."""
+        return False
+
+    def observe(self, block: Block, x: Tensor) -> None:  # noqa: B027
+        """Add to `shared` what the step will add here, before `weight`; the state does not change.
+
+        Args:
+            x: as in `add`.
+        """
+
+    def observe_agreed(self, block: Block, x: Tensor) -> None:
+        """Where `observes_agreed`: as `observe`, after the ranks agreed, so that all leave out the same rows."""
+        raise NotImplementedError
 
     @abstractmethod
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
@@ -244,6 +274,15 @@ class Codec(ABC):
             ndim: number of dimensions of the parameter, a scalar counting as one row.
         """
 
+    def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
+        """What ranks agree on in every step of a layer that is divided over them; ``None`` if each is on its own.
+
+        Args:
+            shape: global shape of the layer.
+            cut: how it is divided.
+        """
+        return None
+
     def table_shape(self, shard: Shard) -> tuple[int, int] | None:
         """``(depth, width)`` of the sketch of whole rows that this codec keeps; ``None`` if it keeps none."""
         return None
@@ -265,6 +304,33 @@ class Codec(ABC):
     def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
         """The momentum of the update that is kept beside this state, if `momentum`."""
         return None
+
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        """Put a shard's tensors of a state that ranks share in their places among those of the whole layer.
+
+        Args:
+            tensors: by suffix, without the scale.
+            whole: the same of the whole layer (modified in place); zeros where nothing was put yet.
+        """
+        for suffix, value in tensors.items():
+            whole[suffix][self._place(suffix, shard)] = value
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The shard's tensors, by suffix, of those of the whole layer."""
+        return {suffix: value[self._place(suffix, shard)] for suffix, value in whole.items()}
+
+    def _place(self, suffix: str, shard: Shard) -> tuple[slice, ...]:
+        """Where in a tensor of the whole layer the shard's lies."""
+        found: list[slice] = []
+        for along in self.axes(max(1, len(shard.global_shape)))[suffix]:
+            place = slice(None)
+            if along == 0:
+                place = slice(shard.row_offset, shard.row_offset + shard.local_rows)
+            elif along == 1 and shard.part_shape is not None:
+                start = shard.column_offset // max(1, math.prod(shard.part_shape[1:]))
+                place = slice(start, start + shard.part_shape[0])
+            found.append(place)
+        return tuple(found)
 
     def nbytes(self, spec: StateSpec) -> int:
         """Bytes of the stored tensors. Nothing is allocated."""
@@ -317,27 +383,51 @@ def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -
     Returns:
         tensors under their keys in ``optimizer.state[param]``.
     """
-    rows = rows_of(dense, spec.shard)
-    blocks = tuple(spec.shard.blocks(device=spec.device))
-    if spec.fill:
-        # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
-        smallest = min((float(rows(block).min()) for block in blocks), default=spec.fill)
-        spec = dataclasses.replace(spec, fill=min(spec.fill, smallest))
-    tensors = allocate(codec, spec)
-    state = codec.bind(spec, tensors)
+    return Encoding(codec, spec, dense, step).finish()
 
-    def values(block: Block) -> Tensor:
-        # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
-        return rows(block).to(spec.dtype) - spec.fill if spec.fill else rows(block).to(spec.dtype)
 
-    state.begin(decay=1.0, weight=1.0, step=step, rows=None)
-    for block in blocks:
-        state.add(block, values(block))
-    state.settle()
-    for block in blocks:
-        state.read(block, values(block))
-    state.commit()
-    return tensors
+class Encoding:
+    """A dense state that is being stored; see `encode`. Ranks that share it may agree on it before it is finished.
+
+    Attributes:
+        fill: the initial value, by which values are less; ranks that share the state must have the same.
+        state: after `begin`, fresh.
+    """
+
+    def __init__(self, codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> None:
+        self.codec, self.spec, self.step = codec, spec, step
+        self._rows = rows_of(dense, spec.shard)
+        self._blocks = tuple(spec.shard.blocks(device=spec.device))
+        self.fill = spec.fill
+        if self.fill:
+            # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
+            smallest = min((float(self._rows(block).min()) for block in self._blocks), default=self.fill)
+            self.fill = min(self.fill, smallest)
+
+    def begin(self) -> CodecState:
+        """Allocate the state."""
+        self.tensors = allocate(self.codec, dataclasses.replace(self.spec, fill=self.fill))
+        self.state = self.codec.bind(self.spec, self.tensors)
+        return self.state
+
+    def values(self) -> Iterator[tuple[Block, Tensor]]:
+        """What is to be added, by blocks."""
+        for block in self._blocks:
+            # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
+            values = self._rows(block).to(self.spec.dtype)
+            yield block, values - self.fill if self.fill else values
+
+    def finish(self) -> dict[str, Any]:
+        """Tensors under their keys in ``optimizer.state[param]``."""
+        state = self.begin() if not hasattr(self, "state") else self.state
+        state.begin(decay=1.0, weight=1.0, step=self.step, rows=None)
+        for block, values in self.values():
+            state.add(block, values)
+        state.settle()
+        for block, values in self.values():
+            state.read(block, values)
+        state.commit()
+        return self.tensors
 
 
 def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:

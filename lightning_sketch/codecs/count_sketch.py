@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
+from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
 from lightning_sketch.kernels.schema import MOST_DEPTH, KernelState
-from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding import Block, Cut, Shard
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class CountSketch(Codec):
             all-zero rows as absent (the semantics of ``torch.optim.SparseAdam`` for rows that do not collide).
         cleaning_interval: multiply the table by `cleaning_factor` every so many steps; 0 for never (paper, section 4).
         cleaning_factor: in (0, 1].
+        sync: where ranks divide the rows, keep one sketch of all of them on every rank, and add up in every step what
+            the ranks add to it: the sketch of one process, at its size on each rank and as many bytes of traffic a
+            step. Without it every rank sketches its own rows.
 
     Raises:
         ValueError: an option is out of range.
@@ -58,6 +63,7 @@ class CountSketch(Codec):
     lazy: bool = False
     cleaning_interval: int = 0
     cleaning_factor: float = 1.0
+    sync: bool = False
 
     def __post_init__(self) -> None:
         if not self.compression >= 1:
@@ -70,6 +76,10 @@ class CountSketch(Codec):
             raise ValueError(f"CountSketch(update={self.update!r}): must be 'linear' or 'paper'")
         if self.lazy and self.update == "paper":
             raise ValueError("CountSketch(update='paper') decays touched rows only by itself; leave lazy=False")
+        if self.sync and self.update == "paper":
+            raise ValueError(
+                "CountSketch(update='paper') queries before it adds, so ranks cannot add up; leave sync=False"
+            )
         if self.cleaning_interval < 0:
             raise ValueError(f"CountSketch(cleaning_interval={self.cleaning_interval}): must be >= 0")
         if not 0 < self.cleaning_factor <= 1:
@@ -78,8 +88,30 @@ class CountSketch(Codec):
     joins_columns: ClassVar[bool] = True
 
     def table_shape(self, shard: Shard) -> tuple[int, int]:
-        """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`."""
-        rows = shard.table_rows
+        """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`.
+
+        A table that ranks share is for all rows.
+        """
+        if self._is_shared(shard.cut):
+            depth, width = self._table_shape(shard, shard.global_rows)
+            if width < shard.global_rows:
+                return depth, width
+        return self._table_shape(shard, shard.table_rows)
+
+    def _is_shared(self, cut: Cut | None) -> bool:
+        # One that is cut by columns has all rows already.
+        return self.sync and cut in ("rows", "anywhere")
+
+    def shares_buckets(self, shard: Shard) -> bool:
+        return self.table_shape(shard)[1] < (shard.global_rows if self._is_shared(shard.cut) else shard.table_rows)
+
+    def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
+        whole = Shard.whole(shape)
+        if not (self._is_shared(cut) and self.shares_buckets(whole)):
+            return None
+        return Sharing(False, math.prod(self.table_shape(whole)) * whole.row_numel, lazy=self.lazy)
+
+    def _table_shape(self, shard: Shard, rows: int) -> tuple[int, int]:
         if self.width is None:
             width = math.ceil(rows / (self.compression * self.depth))
         else:
@@ -96,11 +128,24 @@ class CountSketch(Codec):
         table = spec.zeros(*self.table_shape(spec.shard), *spec.shard.row_shape)
         return {"table": table, "scale": scale_tensor()}
 
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        found = tensors["table"]
+        _columns_of(whole["table"], shard).copy_(found.reshape(*found.shape[:2], -1))
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        table = _columns_of(whole["table"], shard)
+        return {"table": table.reshape(*table.shape[:2], *shard.row_shape)}
+
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"table": (None, None, *range(1, ndim))}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
-        return (_PaperSketch if self.update == "paper" else _LinearSketch)(self, spec, tensors)
+        return (_PaperSketch if self.update == "paper" else LinearSketch)(self, spec, tensors)
+
+
+def _columns_of(table: Tensor, shard: Shard) -> Tensor:
+    """The part of a table of whole rows that a shard has, ``[depth, width, row_numel]``."""
+    return table.view(*table.shape[:2], -1)[..., shard.column_offset : shard.column_offset + shard.row_numel]
 
 
 class _Sketch(ScaledState):
@@ -112,7 +157,7 @@ class _Sketch(ScaledState):
         super().__init__(spec, tensors)
         self.codec = codec
         self.depth, self.width = int(self.table.shape[0]), int(self.table.shape[1])
-        self.exact: bool = self.width >= spec.shard.table_rows
+        self.exact: bool = not codec.shares_buckets(spec.shard)
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.decay, self.weight = decay, weight
@@ -155,20 +200,53 @@ class _Sketch(ScaledState):
         return buckets, signs
 
 
-class _LinearSketch(_Sketch):
+class LinearSketch(_Sketch):
+    """A sketch of the dense state, bound."""
+
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(codec, spec, tensors)
         self.mixes_rows, self.elementwise = not self.exact, self.exact
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)
+        shared, self.shared = self.shared, None
+        self.observed = shared is not None and shared.whole is not None
         if self.codec.lazy and rows is not None:
             self.decay_scale(1.0)
-            self._decay_touched(rows)
+            if shared is None or (self.exact and shared.rows is None):
+                self._decay_touched(rows)
+            else:
+                self._decay_shared(shared)
         else:
             self.decay_scale(decay)
+        if shared is not None and shared.whole is not None:
+            add_scaled(self.table, self._own_columns(shared.whole), weight / self.scale)
+
+    def observe(self, block: Block, x: Tensor) -> None:
+        if (shared := self.shared) is None or shared.whole is None:
+            return
+        buckets, signs = self.hashes(block)
+        own = self._own_columns(shared.whole)
+        for level in range(self.depth):
+            signed = x * over_rows(signs[level], x.ndim) if self.spec.signed else x
+            segment_add(own[level], buckets[level], signed)
+        if shared.touched is not None:
+            ones = torch.ones_like(x)
+            for level in range(self.depth):
+                segment_add(self._own_columns(shared.touched)[level], buckets[level], ones)
+
+    def _own_columns(self, whole: Tensor) -> Tensor:
+        """The part of a table of the whole layer that is laid out as this one, ``[depth, width, *row_shape]``."""
+        shard = self.spec.shard
+        own = whole.view(self.depth, self.width, shard.whole_row_numel)
+        return own.narrow(2, shard.column_offset, shard.row_numel).view(self.table.shape)
 
     def fusable(self) -> bool:
+        # Kernels would insert what `begin` has folded in.
+        return self.is_plain() and (self.exact or not self.codec.sync or self.spec.shard.cut is None)
+
+    def is_plain(self) -> bool:
+        """Whether kernels may read the table."""
         numel = self.depth * self.width * self.spec.shard.row_numel
         return self.depth <= MOST_DEPTH and self.plain(self.table, numel)
 
@@ -195,8 +273,25 @@ class _LinearSketch(_Sketch):
             touched = torch.unique(buckets[level])
             self.table[level].index_copy_(0, touched, self.table[level].index_select(0, touched).mul_(self.decay))
 
+    def _decay_shared(self, shared: Shared) -> None:
+        # Each bucket once into which a row falls that any rank touches.
+        counts = torch.zeros_like(self.table)
+        if shared.touched is not None:
+            counts += self._own_columns(shared.touched)
+        if self.exact and shared.touched_rows is not None:
+            counts[0] = shared.touched_rows
+        elif shared.all_touched is not None:
+            ids = shared.ids
+            if ids is None:
+                ids = torch.arange(shared.all_touched.numel(), device=counts.device)
+            buckets, _ = hash_rows(ids, self.spec.seed, self.depth, self.width)
+            for level in range(self.depth):
+                segment_add(counts[level], buckets[level], shared.all_touched)
+        self.table.mul_(torch.where(counts > 0, self.decay, 1.0))
+
     def add(self, block: Block, x: Tensor) -> None:
-        self.insert(block, x, self.weight / self.scale)
+        if not self.observed:
+            self.insert(block, x, self.weight / self.scale)
 
 
 class _PaperSketch(_Sketch):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
+from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import KernelState
-from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding import Block, Cut, Shard
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Factored(Codec):
 
     Dimension 0 is the rows; all others together are the columns, so a tensor ``[n, a, b]`` keeps ``n + a b`` numbers.
     Row and column means are linear in the dense state, so absent rows of a sparse gradient decay exactly as under dense
-    gradients, in constant time.
+    gradients, in constant time. Where ranks divide the parameter, they are those of one process: a row that lies on
+    several ranks has one mean, and column means are over all rows.
 
     References:
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
@@ -32,8 +36,24 @@ class Factored(Codec):
     )
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
-        row, col = spec.zeros(spec.shard.local_rows), spec.zeros(*spec.shard.row_shape)
-        return {"row": row, "col": col, "scale": scale_tensor()}
+        shard = spec.shard
+        # A row that is cut anywhere has the columns of all of it: their mean is wanted, too.
+        columns = (shard.whole_row_numel,) if shard.is_cut_row else shard.row_shape
+        return {"row": spec.zeros(shard.local_rows), "col": spec.zeros(*columns), "scale": scale_tensor()}
+
+    def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing:
+        return Sharing(rows=cut != "rows", whole=0 if cut == "columns" else Shard.whole(shape).row_numel)
+
+    def to_whole(self, shard: Shard, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        columns = tensors["col"].view(whole["col"].shape) if shard.is_cut_row else tensors["col"]
+        super().to_whole(shard, {"row": tensors["row"], "col": columns}, whole)
+
+    def _place(self, suffix: str, shard: Shard) -> tuple[slice, ...]:
+        return () if suffix == "col" and shard.is_cut_row else super()._place(suffix, shard)
+
+    def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().from_whole(shard, whole)
+        return found | {"col": found["col"].flatten()} if shard.is_cut_row else found
 
     def scratch_per_row(self, shard: Shard) -> int:
         return 5  # the mean square of each, and whether it is left out
@@ -51,18 +71,62 @@ class _Factored(ScaledState):
     divided = ("row", "col")
     can_follow: ClassVar[bool] = True
 
+    def share(self, shared: Shared) -> None:
+        super().share(shared)
+        # What is of this rank alone: means of its whole rows, or of its columns.
+        self.own = torch.zeros_like(self.row if shared.rows is None else self.col)
+
+    def observe(self, block: Block, x: Tensor) -> None:
+        if (shared := self.shared) is None:
+            return
+        shard = self.spec.shard
+        if shared.rows is None:
+            self.own[block.index] = row_mean(x)
+        else:
+            shared.rows[block.index] += x.flatten(1).sum(dim=1) / shard.whole_row_numel
+        if shared.whole is not None:
+            columns = x.sum(dim=0).flatten() / max(1, shard.global_rows)
+            shared.whole[shard.column_offset : shard.column_offset + shard.row_numel] += columns
+
+    @property
+    def observes_agreed(self) -> bool:
+        return self.spec.shard.cut == "columns"
+
+    def observe_agreed(self, block: Block, x: Tensor) -> None:
+        self.own += x.sum(dim=0) / max(1, self.spec.shard.global_rows)
+
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)
+        shared, self.shared = self.shared, None
+        self.observed = shared is not None
+        if shared is not None:
+            add_scaled(self.row, self.own if shared.rows is None else shared.rows, self.weight)
+            if shared.whole is not None:
+                add_scaled(self.col, shared.whole.view(self.col.shape), self.weight)
+            elif shared.rows is not None:
+                add_scaled(self.col, self.own, self.weight)
+            del self.own
 
     def add(self, block: Block, x: Tensor) -> None:
+        if self.observed:
+            return
         self.row[block.index] += row_mean(x) * self.weight
-        add_scaled(self.col, x.sum(dim=0), self.weight / max(1, self.spec.shard.global_rows))
+        columns = x.sum(dim=0)
+        own = self._own_columns(self.col)
+        add_scaled(own, columns.view(own.shape), self.weight / max(1, self.spec.shard.global_rows))
 
     def fusable(self) -> bool:
         shard = self.spec.shard
-        return self.plain(self.row, shard.local_rows) and self.plain(self.col, shard.row_numel)
+        return self.plain(self.row, shard.local_rows) and self.plain(self._own_columns(self.col), shard.row_numel)
 
     def to_kernel(self) -> KernelState:
+        if self.observed:
+            # Kernels divide columns by the mean of those that are here.
+            columns = self._own_columns(self.col)
+            row = self.row
+            if self.spec.shard.part_shape is not None:
+                row = row * (columns.mean() / self._mean()).nan_to_num_(nan=0.0)
+            return KernelState(Kind.FACTORED, row, columns, 1.0, 0.0, 0.0, self.scale)
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
         return KernelState(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
 
@@ -79,7 +143,18 @@ class _Factored(ScaledState):
         return self._product(block, self._shape())
 
     def _shape(self) -> Tensor:
-        return (self.col / self.col.mean()).nan_to_num_(nan=0.0)  # 0/0 := 0 before the first gradient
+        # 0/0 := 0 before the first gradient
+        return (self._own_columns(self.col) / self._mean()).nan_to_num_(nan=0.0)
+
+    def _mean(self) -> Tensor:
+        """Mean of all columns of the layer; of all of its rows it is the same."""
+        return self.row.mean() if self.spec.shard.cut == "columns" else self.col.mean()
+
+    def _own_columns(self, columns: Tensor) -> Tensor:
+        shard = self.spec.shard
+        if not shard.is_cut_row:
+            return columns
+        return columns[shard.column_offset : shard.column_offset + shard.row_numel]
 
     def _product(self, block: Block, shape: Tensor) -> Tensor:
         return over_rows(self.row[block.index] * self.scale, len(self.spec.local_shape)) * shape

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
-from lightning_sketch.codecs.count_sketch import CountSketch
+from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.count_sketch import CountSketch, LinearSketch
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
+from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import KernelState
-from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding import Block, Cut, Shard
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class RowWise(Codec):
     The state of row-wise Adagrad in recommender systems. With `compression` the row scalars themselves are kept in a
     count-min sketch ``[depth, width]``, below one float per row. Absent rows of a sparse gradient decay too (in
     constant time), as under dense gradients, unless `lazy`.
+
+    Where ranks divide the parameter, the scalars are those of one process: a row that lies on several ranks has one,
+    and the sketch is of all rows, on every rank.
 
     Args:
         compression: how many times fewer numbers than rows; 1 keeps one per row.
@@ -55,12 +59,18 @@ class RowWise(Codec):
     def sketch(self) -> CountSketch:
         """The codec of the row scalars when `compression` > 1."""
         try:
-            return CountSketch(compression=self.compression, depth=self.depth, lazy=self.lazy)
+            return CountSketch(compression=self.compression, depth=self.depth, lazy=self.lazy, sync=True)
         except ValueError as error:
             raise ValueError(str(error).replace("CountSketch", "RowWise")) from None
 
     def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
-        return self.sketch().table_shape(shard) if self.compression > 1 else None
+        return self.sketch().table_shape(_scalars(shard)) if self.compression > 1 else None
+
+    def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
+        rows, whole = cut != "rows", 0
+        if self.compression > 1 and (found := self.sketch().sharing(shape[:1], cut)) is not None:
+            whole = found.whole
+        return Sharing(rows, whole, lazy=self.lazy) if rows or whole else None
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         if self.compression > 1:
@@ -72,7 +82,7 @@ class RowWise(Codec):
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         if self.compression > 1:
-            return _SketchedRows(spec, tensors, self.sketch().bind(_row_scalars(spec), tensors))
+            return _SketchedRows(spec, tensors, LinearSketch(self.sketch(), _row_scalars(spec), tensors))
         return _Rows(spec, tensors, self.lazy)
 
 
@@ -87,21 +97,34 @@ class _Rows(ScaledState):
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight
+        shared, self.shared = self.shared, None
+        self.observed = shared is not None and shared.rows is not None
         if self.lazy and rows is not None:
             self.decay_scale(1.0)
-            self.row[rows] *= decay
+            if shared is None or shared.touched_rows is None:
+                self.row[rows] *= decay
+            else:
+                self.row.mul_(torch.where(shared.touched_rows > 0, decay, 1.0))
         else:
             self.decay_scale(decay)
+        if shared is not None and shared.rows is not None:
+            add_scaled(self.row, shared.rows, weight / self.scale)
+
+    def observe(self, block: Block, x: Tensor) -> None:
+        if (shared := self.shared) is not None:
+            _observe_rows(shared, block, x)
 
     def fusable(self) -> bool:
         return self.plain(self.row, self.spec.shard.local_rows)
 
     def to_kernel(self) -> KernelState:
         scale = self.scale
-        return KernelState(Kind.ROW, self.row, None, 1.0, self.weight / scale, 0.0, scale)  # by position: half as long
+        weight = 0.0 if self.observed else self.weight / scale
+        return KernelState(Kind.ROW, self.row, None, 1.0, weight, 0.0, scale)  # by position: half as long
 
     def add(self, block: Block, x: Tensor) -> None:
-        self.row[block.index] += row_mean(x) * (self.weight / self.scale)
+        if not self.observed:
+            self.row[block.index] += row_mean(x) * (self.weight / self.scale)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.estimate(block)
@@ -113,7 +136,7 @@ class _Rows(ScaledState):
 class _SketchedRows(CodecState):
     can_follow: ClassVar[bool] = True
 
-    def __init__(self, spec: StateSpec, tensors: Tensors, inner: CodecState) -> None:
+    def __init__(self, spec: StateSpec, tensors: Tensors, inner: LinearSketch) -> None:
         super().__init__(spec, tensors)
         self.inner = inner
         # Of a step on an accelerator, where all rows are inserted and read at once.
@@ -125,10 +148,36 @@ class _SketchedRows(CodecState):
         self.whole, self.found = None, None
         self.means.clear()
         self.inner.deferred = self.deferred
+        shared, self.shared = self.shared, None
+        self.inner.shared = shared
         self.inner.begin(decay=decay, weight=weight, step=step, rows=rows)
+        self.observed = shared is not None and (shared.rows is not None or shared.whole is not None)
+        if shared is not None and shared.all_rows is not None:
+            self._add_shared_rows(shared, weight / self.inner.scale)
+
+    def _add_shared_rows(self, shared: Shared, weight: Number) -> None:
+        # Each of them goes into the sketch, whoever holds it; an exact table has the shard's own rows only.
+        if self.inner.exact:
+            if shared.rows is not None:
+                own = slice(0, self.spec.shard.local_rows)
+                self.inner.insert(Block(self.inner.spec.shard, own, own), shared.rows, weight)
+        elif shared.all_rows is not None:
+            count = shared.all_rows.numel()
+            index = slice(0, count) if shared.ids is None else shared.ids
+            everywhere = Shard((self.spec.shard.global_rows,), 0, self.spec.shard.global_rows)
+            self.inner.insert(Block(everywhere, index, slice(0, count)), shared.all_rows, weight)
+
+    def observe(self, block: Block, x: Tensor) -> None:
+        if (shared := self.shared) is None:
+            return
+        if shared.rows is not None:
+            _observe_rows(shared, block, x)
+        elif shared.whole is not None:
+            self.inner.shared = shared
+            self.inner.observe(block, row_mean(x))
 
     def fusable(self) -> bool:
-        return self.inner.fusable()
+        return self.inner.is_plain()
 
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self.inner.deferred_scale()
@@ -138,9 +187,12 @@ class _SketchedRows(CodecState):
 
     def to_kernel(self) -> KernelState:
         inner = self.inner.to_kernel()
-        return replace(inner, kind=Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW)
+        kind = Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW
+        return replace(inner, kind=kind, weight=0.0 if self.observed else inner.weight)
 
     def add(self, block: Block, x: Tensor) -> None:
+        if self.observed:
+            return
         if block.whole is None:
             self.inner.add(block, row_mean(x))
         else:
@@ -166,6 +218,17 @@ class _SketchedRows(CodecState):
 
 def _row_scalars(spec: StateSpec) -> StateSpec:
     """The spec of the column of row scalars."""
-    shard = spec.shard
-    scalars = Shard((shard.global_rows,), shard.row_offset, shard.local_rows, even_rows=shard.even_rows)
-    return replace(spec, shard=scalars)
+    return replace(spec, shard=_scalars(spec.shard))
+
+
+def _scalars(shard: Shard) -> Shard:
+    """The shard of the column of row scalars."""
+    return Shard((shard.global_rows,), shard.row_offset, shard.local_rows, even_rows=shard.even_rows, cut=shard.cut)
+
+
+def _observe_rows(shared: Shared, block: Block, x: Tensor) -> None:
+    """Add to the shared means of rows; of a row that is cut, what is here is a part of its mean."""
+    if shared.rows is not None:
+        shared.rows[block.index] += x.flatten(1).sum(dim=1) / block.shard.whole_row_numel
+    if shared.touched_rows is not None:
+        shared.touched_rows[block.index] += 1

@@ -91,7 +91,7 @@ class Field(NamedTuple):
 _CODES = {"int32_t": "i", "int64_t": "q", "uint64_t": "Q", "float": "f"}
 
 #: s <- decay * s + weight * x. Where values are stored divided by `scale`, decay is in the scale and weight is divided
-#: by it already.
+#: by it already. ROW, ROW_SKETCH and FACTORED with a weight of 0 hold this step already, so no sums are made.
 STATE = (
     Field("kind", "int32_t", Source.LAYOUT, False, "a Kind"),
     Field("dtype", "int32_t", Source.LAYOUT, False, "a DType; of codes 0"),

@@ -24,7 +24,8 @@ class KernelState:
         data: the tensor that `kind` says.
         columns: column accumulators, ``row_shape`` (SM3, FACTORED); ``[rows, blocks]`` (QUANTIZED).
         decay: factor of what is stored; 1 where the scale has decayed already.
-        weight: factor of x, divided by the scale already where values are stored so (but for SM3).
+        weight: factor of x, divided by the scale already where values are stored so (but for SM3). 0 for a state of
+            rows, a sketch of row scalars or a factored one that holds this step already: then no sums are made.
         column_weight: the same of the column sums (FACTORED); factor of the columns (SM3).
         scale: true value = stored value * scale.
         is_signed: whether a sketch or codes have signs.

@@ -1,8 +1,9 @@
 """States of DTensor parameters in a checkpoint: DTensors too, so that torch.distributed.checkpoint knows whose is what.
 
-A tensor that runs along the sharded dimension is sharded like the parameter; any other is a different one on each rank,
-and becomes a slice of a stack ``[shards, ...]``. (Plain tensors would be taken for replicas: one rank's would be saved
-for all.) How many shards there were stands beside them, so that another number can be resharded.
+A tensor that runs along the sharded dimension is sharded like the parameter. Any other is the same on every rank where
+ranks agree on it in every step, and else a different one on each, which becomes a slice of a stack ``[shards, ...]``.
+(Plain tensors would be taken for replicas: one rank's would be saved for all.) How many shards there were stands beside
+them, so that another number can be resharded.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def wrap(part: LayerPart, param: Any, state: Mapping[str, Any]) -> dict[str, Any
     shards, dim = sharding_of(param, part.layer.fqn)
     if not is_dtensor(param) or shards == 1:
         return dict(state)
-    axes = tensor_axes(part.layer)
+    axes, same = tensor_axes(part.layer), replicated(part)
     wrapped: dict[str, Any] = {SHARDS: shards, SHARD_DIM: dim}
     ours = state
     if part.layer.stock_count is not None:  # what else its optimizer keeps there is its own affair
@@ -54,8 +55,20 @@ def wrap(part: LayerPart, param: Any, state: Mapping[str, Any]) -> dict[str, Any
         if key not in axes and key != "step":
             # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
             value = torch.as_tensor(value, dtype=torch.float64, device=param.device)
-        wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim)
+        wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim, key in same)
     return wrapped
+
+
+def replicated(part: LayerPart) -> set[str]:
+    """Keys of a layer's tensors that are the same on every rank, because ranks agree on what is added to them."""
+    ndim, dim = max(1, len(part.layer.shape)), 0 if part.shard.cut == "rows" else 1
+    return {
+        key_of(state, suffix)
+        for state, sharing in part.sharing.items()
+        if not sharing.largest  # after a step these are each rank's own
+        for suffix, along in part.layer.codecs[state].axes(ndim).items()
+        if dim not in along
+    }
 
 
 def step_mismatch(saved: Mapping[str, Any]) -> str | None:
@@ -120,12 +133,16 @@ def unwrap_same(part: LayerPart, param: Any, saved: Mapping[str, Any]) -> dict[s
         return None
     if shards == 1:
         return dict(saved)
-    axes = tensor_axes(part.layer)
+    axes, same = tensor_axes(part.layer), replicated(part)
     state: dict[str, Any] = {}
     for key, value in saved.items():
         if key in (SHARDS, SHARD_DIM, SHARD_STEPS):
             continue
-        if key in axes:
+        if key in same:
+            if not is_dtensor(value) or value.ndim != len(axes[key]):
+                return None  # gathered, or a stack, of a version whose ranks did not agree
+            state[key] = local(value)
+        elif key in axes:
             if not is_dtensor(value) or (dim not in axes[key] and value.shape[0] != shards):
                 return None
             held = local(value)
@@ -153,9 +170,15 @@ def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, An
     """
     shards, dim = int(saved.get(SHARDS, 1)), int(saved.get(SHARD_DIM, 0))
     axes = {key_of(state, suffix): along for suffix, along in codec.axes(max(1, len(layer.shape))).items()}
+    # Stacks of what ranks share were written by a version whose ranks did not agree.
+    sharing = codec.sharing(layer.shape, "columns" if dim else "rows")
+    stacked = any(dim not in along and len(saved[key].shape) > len(along) for key, along in axes.items())
+    agreed = sharing is None or sharing.largest or not stacked
     only_live = any(is_dtensor(saved[key]) for key, along in axes.items() if dim in along)
     for index in range(shards):
-        old = even_shard(layer.shape, dim, shards, index) if shards > 1 else Shard.whole(layer.shape)
+        old = Shard.whole(layer.shape)
+        if shards > 1:
+            old = even_shard(layer.shape, dim, shards, index, agree=agreed)
         here = _between(old, live, dim) if only_live else old
         if here is None:
             continue
@@ -163,7 +186,7 @@ def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, An
         for key, along in axes.items():
             value = local(saved[key])
             if dim not in along:
-                tensors[key] = value[index] if shards > 1 else value
+                tensors[key] = value[index] if len(value.shape) > len(along) else value
             else:
                 start, length = _extent(here, dim)
                 first = _extent(live, dim)[0] if is_dtensor(saved[key]) else 0
@@ -196,7 +219,7 @@ def _between(old: Shard, live: Shard, dim: int) -> Shard | None:
     return replace(old, part_shape=(stop - start, *inner), column_offset=offset, even_columns=None)
 
 
-def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int) -> Tensor:
+def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int, same: bool = False) -> Tensor:
     placements = list(param.placements)
     mesh_dim = next(i for i, placement in enumerate(placements) if not placement.is_replicate())
     if dim in along:
@@ -205,6 +228,11 @@ def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int) ->
         shape[axis] = param.shape[dim]
         placements[mesh_dim] = type(placements[mesh_dim])(axis)
         return _from_local(value, param, placements, tuple(shape))
+    if same:
+        from torch.distributed.tensor import Replicate
+
+        placements = [Replicate()] * len(placements)
+        return _from_local(value, param, placements, tuple(value.shape))
     placements[mesh_dim] = type(placements[mesh_dim])(0)
     shards = param.device_mesh.size(mesh_dim)
     return _from_local(value[None], param, placements, (shards, *value.shape))

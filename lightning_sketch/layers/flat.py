@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_sketch.codecs import Keep
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import NamedLayer
-from lightning_sketch.sharding import Shard
+from lightning_sketch.layers.shared import SharedLayer
+from lightning_sketch.sharding import Cut, Shard
 from lightning_sketch.sharding.deepspeed import FlatLayout, Segment
 from lightning_sketch.text import short, table
 
@@ -72,12 +73,14 @@ class FlatTensor:
         parts: what our rules step: every compressed layer's part, and runs of kept ones. Empty if all are kept, here
             and on all other ranks: then torch's own step has the tensor.
         names_on_any_rank: names of all parameters of which any rank holds a piece in its counterpart.
+        shared: of these the layers with states that ranks share.
     """
 
     tensor: Tensor
     segments: tuple[NamedSegment, ...]
     parts: tuple[LayerPart, ...]
     names_on_any_rank: tuple[str, ...]
+    shared: tuple[SharedLayer, ...] = ()
 
     def to_list(self) -> list[list[Any]]:
         """The segments as primitives, for checkpoints."""
@@ -124,9 +127,12 @@ class FlatTensors:
     def __init__(
         self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, LayerRecord]
     ) -> None:
-        self.engine = layout.engine
+        self.engine, self.ranks = layout.engine, layout.ranks
+        cut: Cut | None = None if layout.ranks is None else "anywhere"
         self._by_id: dict[int, FlatTensor] = {}
-        for (tensor, found), on_any_rank in zip(layout.tensors, layout.params_on_any_rank, strict=True):
+        for (tensor, found), on_any_rank, borders in zip(
+            layout.tensors, layout.params_on_any_rank, layout.borders, strict=True
+        ):
             segments = tuple(_named(segment, layers, layout.engine) for segment in found)
             for segment in segments:
                 if segment.fqn in records and records[segment.fqn].shape != segment.shape:
@@ -138,7 +144,11 @@ class FlatTensors:
             names = tuple(layers[id(param)].fqn for param in on_any_rank if id(param) in layers)
             # Only those of the same group: others may keep other states.
             here = {fqn: records[fqn] for fqn in names if fqn in records}
-            self._by_id[id(tensor)] = FlatTensor(tensor, segments, flat_parts(segments, here) if here else (), names)
+            parts = flat_parts(segments, here, cut) if here else ()
+            at = {layers[id(p)].fqn: x for p, x in zip(on_any_rank, borders, strict=True) if id(p) in layers}
+            shared = () if cut is None else tuple(_shared(here[fqn], at[fqn]) for fqn in names if fqn in here)
+            shared = tuple(layer for layer in shared if layer.sharing)
+            self._by_id[id(tensor)] = FlatTensor(tensor, segments, parts, names, shared)
 
     @property
     def divided(self) -> bool:
@@ -181,6 +191,12 @@ class FlatTensors:
             yield None
 
 
+def _shared(layer: LayerRecord, borders: Sequence[int]) -> SharedLayer:
+    columns = math.prod(layer.shape[1:])
+    cut_rows = {border // columns for border in borders if border % columns}
+    return SharedLayer(layer.fqn, layer.shape, "anywhere", layer.sharing("anywhere"), tuple(sorted(cut_rows)))
+
+
 def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> NamedSegment:
     named = layers.get(id(segment.param))
     if named is None:
@@ -191,16 +207,23 @@ def _named(segment: Segment, layers: Mapping[int, NamedLayer], engine: str) -> N
     return NamedSegment(named.fqn, segment.shape, segment.start, segment.length, segment.offset)
 
 
-def flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord]) -> tuple[LayerPart, ...]:
+def flat_parts(
+    segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord], cut: Cut | None = None
+) -> tuple[LayerPart, ...]:
     """What our rule steps. Kept layers that lie side by side become one part: one kernel call for all.
 
     Where nothing but padding is here, there is one empty part.
+
+    Args:
+        cut: "anywhere" where ranks agree on the states that they share.
     """
-    parts = tuple(_flat_parts(segments, records))
+    parts = tuple(_flat_parts(segments, records, cut))
     return parts or (_kept_run(0, 0, records),)
 
 
-def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord]) -> Iterator[LayerPart]:
+def _flat_parts(
+    segments: Sequence[NamedSegment], records: Mapping[str, LayerRecord], cut: Cut | None
+) -> Iterator[LayerPart]:
     start = stop = 0  # of the kept run
     for segment in segments:
         # Padding between segments is uninitialized memory under ZeRO-3: a run that crossed it would keep NaN as states.
@@ -208,7 +231,7 @@ def _flat_parts(segments: Sequence[NamedSegment], records: Mapping[str, LayerRec
             yield _kept_run(start, stop, records)
             start = stop
         if segment.fqn in records:
-            yield from layer_parts(records[segment.fqn], segment)
+            yield from layer_parts(records[segment.fqn], segment, cut)
         else:
             start = start if stop > start else segment.start
             stop = segment.start + segment.length
@@ -222,10 +245,10 @@ def _kept_run(start: int, stop: int, records: Mapping[str, LayerRecord]) -> Laye
     return LayerPart(layer, Shard.whole(layer.shape), slice(start, stop), f"[{start}:{stop}].")
 
 
-def layer_parts(layer: LayerRecord, segment: NamedSegment) -> Iterator[LayerPart]:
+def layer_parts(layer: LayerRecord, segment: NamedSegment, cut: Cut | None = None) -> Iterator[LayerPart]:
     """A compressed layer's segment as shards: whole rows, and before and after them a row that the border cuts.
 
-    A cut row is a row of fewer columns, with states of its own: nothing has to be communicated.
+    A cut row is a row of fewer columns. What its states share with those of the other ranks' columns, ranks agree on.
     """
     columns = math.prod(layer.shape[1:])
     position, stop = segment.offset, segment.offset + segment.length
@@ -233,10 +256,10 @@ def layer_parts(layer: LayerRecord, segment: NamedSegment) -> Iterator[LayerPart
         row, column = divmod(position, columns)
         if column == 0 and stop - position >= columns:
             rows = (stop - position) // columns
-            shard, length = Shard(layer.shape, row, rows), rows * columns
+            shard, length = Shard(layer.shape, row, rows, cut=cut), rows * columns
         else:
             length = min(columns - column, stop - position)
-            shard = Shard(layer.shape, row, 1, part_shape=(length,), column_offset=column)
+            shard = Shard(layer.shape, row, 1, part_shape=(length,), column_offset=column, cut=cut)
         start = segment.start + position - segment.offset
         prefix = f"{layer.fqn}[{position}:{position + length}]."
         yield LayerPart(layer, shard, slice(start, start + length), prefix)

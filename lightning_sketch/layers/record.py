@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lightning_sketch import codecs as codec_lib
 from lightning_sketch.codecs import Codec, StateSpec, codec_from
+from lightning_sketch.codecs.shared import Sharing
+from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.rules import Count, StateDef, UpdateRule
-from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
+from lightning_sketch.sharding import Cut, Shard, global_shape, is_dtensor, local, shard_of
 from lightning_sketch.sharding.gradient import RowGradient, row_gradient
 
 #: Version of the stored layout; a checkpoint of another version is refused.
@@ -78,6 +80,11 @@ class LayerRecord:
     def persistent_codecs(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not codec.drops}
+
+    def sharing(self, cut: Cut) -> dict[str, Sharing]:
+        """What ranks over which the layer is divided agree on in every step, by state."""
+        found = {state: codec.sharing(self.shape, cut) for state, codec in self.persistent_codecs().items()}
+        return {state: sharing for state, sharing in found.items() if sharing is not None}
 
     def lacking(self, rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
         """States that the rule keeps under these hyperparameters, and the layer was compressed without."""
@@ -175,6 +182,24 @@ class LayerPart:
         if self.span is None:
             return row_gradient(local(grad), self.shard, self.layer.fqn)
         return RowGradient(self.shard, None, self.rows(grad))
+
+    def no_gradient(self, param: Tensor) -> RowGradient:
+        """A gradient without rows, of this part of the optimizer's `param`."""
+        held = local(param)
+        rows = torch.empty(0, dtype=torch.int64, device=held.device)
+        return RowGradient(self.shard, rows, held.new_empty(0, *self.shard.row_shape))
+
+    @functools.cached_property
+    def sharing(self) -> dict[str, Sharing]:
+        """What of its states other ranks share; see `LayerRecord.sharing`."""
+        return {} if self.shard.cut is None else self.layer.sharing(self.shard.cut)
+
+    @functools.cached_property
+    def shared(self) -> tuple[SharedLayer, ...]:
+        """Where this part is a parameter's, divided by rows or columns: its layer, if ranks share states of it."""
+        if not self.sharing or self.shard.cut is None:
+            return ()
+        return (SharedLayer(self.layer.fqn, self.layer.shape, self.shard.cut, self.sharing),)
 
     def check_shape(self) -> None:
         """Raise ValueError if the parameter is no longer of the shape that the layer's states were laid out for."""

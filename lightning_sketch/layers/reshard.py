@@ -3,7 +3,8 @@
 Rows are asked for in blocks from the shards that hold them and encoded anew, so nothing the size of the parameter is
 ever made beside the new states. Where old and new shards agree, tensors are taken as they are. Otherwise the codecs
 that keep a number per row or per element come out as they were, up to rounding; sketches are queried and filled again,
-which adds the collisions of the new table to those of the old, and the relative error says how much.
+which adds the collisions of the new table to those of the old, and the relative error says how much. States that ranks
+share are one process's: their parts are put together, and cut out again, as they are.
 """
 
 from __future__ import annotations
@@ -96,23 +97,79 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
         ValueError: an element of the new shard is in no source, or in two.
     """
     plain = replace(spec, name=spec.name.rpartition(".")[2])
-    useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
-    check_coverage(spec, [source.shard for source in useful])
+    shared = _is_shared(codec, spec.shard)
+    sources = _joined(plain, sources)
+    if not any(math.prod(source.shard.local_shape) for source in sources):
+        shared = False  # nothing but a fresh state is there
+    # Of a state that ranks share each holds something of the whole layer.
+    wanted = replace(spec, shard=Shard.whole(spec.shard.global_shape)) if shared else spec
+    useful = [source for source in sources if _overlap(source.shard, wanted.shard) is not None]
+    check_coverage(wanted, [source.shard for source in useful])
     _check_shapes(plain, useful)
 
     def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
 
     for source in useful:
-        if source.shard == spec.shard and source.same_encoding(codec, spec) and _fits(codec, plain, source.tensors):
+        same = not shared and replace(source.shard, cut=spec.shard.cut) == spec.shard
+        if same and source.same_encoding(codec, spec) and _fits(codec, plain, source.tensors):
             scale_key = key_of(plain.name, "scale")  # on the CPU
             devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
             return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()}), 0.0
     if codec.joins_columns and all(_same_rows(codec, source, spec) for source in useful):
         return rename(_join_columns(codec, plain, useful)), 0.0
+    if shared:
+        whole, error = useful[0], 0.0
+        of_layer = replace(plain, shard=wanted.shard)
+        if len(useful) > 1 or not whole.same_encoding(codec, spec) or not _fits(codec, of_layer, whole.tensors):
+            of_all = _Estimates(of_layer, useful)
+            tensors = encode(codec, of_layer, of_all)
+            error = relative_error(codec, of_layer, tensors, of_all)
+            whole = Source(wanted.shard, tensors, codec, spec.seed, spec.signed)
+        return rename(_cut_out(codec, plain, whole)), error
     estimates = _Estimates(plain, useful)
     tensors = encode(codec, plain, estimates)
     return rename(tensors), relative_error(codec, plain, tensors, estimates)
+
+
+def _is_shared(codec: Codec | None, shard: Shard) -> bool:
+    """Whether ranks share a state in such shards, of which its parts can be put together."""
+    if codec is None or codec.momentum or shard.cut is None:
+        return False
+    return codec.sharing(shard.global_shape, shard.cut) is not None
+
+
+def _joined(spec: StateSpec, sources: Sequence[Source]) -> Sequence[Source]:
+    """The sources; or where they are shards of one state that ranks share, this state as one source."""
+    first = next((source for source in sources if math.prod(source.shard.local_shape)), None)
+    if first is None or first.codec is None or not all(_is_shared(source.codec, source.shard) for source in sources):
+        return sources
+    codec, scale_key = first.codec, key_of(spec.name, "scale")
+    whole = replace(spec, shard=Shard.whole(spec.shard.global_shape), seed=first.seed, signed=first.signed, fill=0.0)
+    alike = all(s.same_encoding(codec, whole) and s.tensors[scale_key] == first.tensors[scale_key] for s in sources)
+    if not alike:
+        return sources
+    check_coverage(whole, [source.shard for source in sources])
+    _check_shapes(whole, sources)
+    joined = {suffix: value.to("cpu") for suffix, value in codec.allocate(whole).items()}
+    for source in sources:
+        held = {suffix: source.tensors.get(key_of(spec.name, suffix)) for suffix in joined.keys() - {"scale"}}
+        tensors = {suffix: _in_memory(x) for suffix, x in held.items() if x is not None}  # a row has fewer dimensions
+        codec.to_whole(source.shard, tensors, joined)
+    joined["scale"] = first.tensors[scale_key]
+    tensors = {key_of(spec.name, suffix): value for suffix, value in joined.items()}
+    return [Source(whole.shard, tensors, codec, first.seed, first.signed)]
+
+
+def _cut_out(codec: Codec, spec: StateSpec, whole: Source) -> dict[str, Any]:
+    """What a shard holds of a state of the whole layer that ranks share."""
+    axes = codec.axes(max(1, len(spec.shard.global_shape)))
+    tensors = {suffix: _in_memory(whole.tensors[key_of(spec.name, suffix)]) for suffix in axes}
+    found = {
+        key_of(spec.name, suffix): _copy(x, spec.device) for suffix, x in codec.from_whole(spec.shard, tensors).items()
+    }
+    scale_key = key_of(spec.name, "scale")
+    return {key: value.contiguous() for key, value in found.items()} | {scale_key: whole.tensors[scale_key].clone()}
 
 
 def check_coverage(spec: StateSpec, shards: Sequence[Shard]) -> None:
@@ -273,9 +330,9 @@ def fill_dense(spec: StateSpec, sources: Sequence[Source], dense: Tensor) -> Non
     Raises:
         ValueError: an element is in no source, or in two.
     """
-    useful = [source for source in sources if _overlap(source.shard, spec.shard) is not None]
-    check_coverage(spec, [source.shard for source in useful])
     plain = replace(spec, name=spec.name.rpartition(".")[2])
+    useful = [source for source in _joined(plain, sources) if _overlap(source.shard, spec.shard) is not None]
+    check_coverage(spec, [source.shard for source in useful])
     _check_shapes(plain, useful)
     estimates = _Estimates(plain, useful)
     for block in spec.shard.blocks():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import allocate, decode, encode, relative_error
+from lightning_sketch.codecs import Encoding, allocate, decode, relative_error
 from lightning_sketch.layers.dtensor_states import (
     SHARDS,
     dense_like,
@@ -20,11 +20,14 @@ from lightning_sketch.layers.dtensor_states import (
     step_mismatch,
     tensor_axes,
 )
+from lightning_sketch.layers.encode_together import encode_together
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import dense_of
+from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.stock_states import decode_entry, encoded_from, stock_entry
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
+from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
 
@@ -57,26 +60,59 @@ def encode_layer(
     return tensors | encoded, errors
 
 
-@torch.no_grad()  # a state that a user computed from parameters may ask for gradients
 def encode_part(
     part: LayerPart, param: Tensor, group: Mapping[str, Any], dense: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Encode dense states of a layer's part, each ``[local_rows, *row_shape]``; as `encode_layer`, without step."""
-    tensors: dict[str, Any] = {}
-    errors: dict[str, float] = {}
-    for name, given in dense.items():
-        codec, held = part.layer.codecs[name], given.to(param.device)
-        if is_fake(held):
-            tensors |= {} if codec.drops else allocate(codec, part.spec(name, param, group))
-            errors[name] = math.nan
-            continue
-        if codec.drops:
-            errors[name] = 1.0 if bool((held != 0).any()) else 0.0
-            continue
-        spec = part.spec(name, param, group)
-        tensors |= encode(codec, spec, held)
-        errors[name] = relative_error(codec, spec, tensors, held)
-    return tensors, errors
+    """Encode dense states of a layer's part, each ``[local_rows, *row_shape]``; as `encode_layer`, without step.
+
+    Collective over the ranks that share states of a DTensor.
+    """
+    shared = part.shared if any(name in part.sharing for name in dense) else ()
+    ranks = ranks_of(param, part.layer.fqn) if shared else None
+    (found,) = encode_parts([part], param, group, [dense], shared, ranks)
+    return found
+
+
+@torch.no_grad()  # a state that a user computed from parameters may ask for gradients
+def encode_parts(
+    parts: Sequence[LayerPart],
+    param: Tensor,
+    group: Mapping[str, Any],
+    dense: Sequence[Mapping[str, Tensor]],
+    shared: Sequence[SharedLayer],
+    ranks: Any,
+) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    """Encode dense states of all parts of layers in a tensor; of each as `encode_part`. Collective if `shared`.
+
+    Args:
+        shared: the layers in the tensor or its counterparts whose states ranks share.
+        ranks: their process group.
+    """
+    found: list[tuple[dict[str, Any], dict[str, float]]] = []
+    encodings: list[dict[str, Encoding]] = []
+    for part, states in zip(parts, dense, strict=True):
+        tensors: dict[str, Any] = {}
+        errors: dict[str, float] = {}
+        of_part: dict[str, Encoding] = {}
+        for name, given in states.items():
+            codec, held = part.layer.codecs[name], given.to(param.device)
+            if is_fake(held):
+                tensors |= {} if codec.drops else allocate(codec, part.spec(name, param, group))
+                errors[name] = math.nan
+            elif codec.drops:
+                errors[name] = 1.0 if bool((held != 0).any()) else 0.0
+            else:
+                of_part[name] = Encoding(codec, part.spec(name, param, group), held)
+        found.append((tensors, errors))
+        encodings.append(of_part)
+    if shared and not is_fake(param):
+        encode_together(shared, list(zip(parts, encodings, strict=True)), param, group, ranks)
+    for (tensors, errors), of_part, states in zip(found, encodings, dense, strict=True):
+        for name, encoding in of_part.items():
+            tensors |= encoding.finish()
+            held = states[name].to(param.device)
+            errors[name] = relative_error(encoding.codec, encoding.spec, tensors, held)
+    return found
 
 
 def decode_layer(

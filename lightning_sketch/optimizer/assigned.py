@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_sketch.codecs import key_of, scale_tensor
 from lightning_sketch.layers.dtensor_states import held_rows
 from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.layers.step_count import read_step, step_tensor
-from lightning_sketch.layers.transcode import encode_part
+from lightning_sketch.layers.transcode import encode_parts
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.on_device import stay_on_device
@@ -72,7 +73,7 @@ def encode_assigned(optimizer: CompressedGroups) -> None:
         for part in parts:
             part.check_shape()
     found = [
-        find_assigned(group, tensor, parts, state)
+        find_assigned(group, tensor, parts, state, *optimizer.shared_layers(tensor, parts))
         for group, tensor, parts in tensors
         if parts and (state := optimizer.state.get(tensor))
     ]
@@ -80,7 +81,12 @@ def encode_assigned(optimizer: CompressedGroups) -> None:
 
 
 def find_assigned(
-    group: Mapping[str, Any], tensor: Tensor, parts: Sequence[LayerPart], state: dict[str, Any]
+    group: Mapping[str, Any],
+    tensor: Tensor,
+    parts: Sequence[LayerPart],
+    state: dict[str, Any],
+    shared: Sequence[SharedLayer],
+    ranks: Any,
 ) -> Encoded | None:
     """What is to replace assigned states; ``None`` if all is as the codecs store it. Changes nothing.
 
@@ -90,6 +96,9 @@ def find_assigned(
         tensor: a parameter, whole or DTensor, or a flat tensor.
         parts: all that our rules step in it.
         state: ``optimizer.state[tensor]``, not empty.
+        shared: layers in it and its counterparts on other ranks with states that these share; where one was assigned,
+            it must have been on all of them, which then encode it together.
+        ranks: their process group.
 
     Raises:
         ValueError: a state is neither what its codec stores nor a dense one, or the step is no count.
@@ -100,6 +109,7 @@ def find_assigned(
     numbers_on = tensor.device if stay_on_device(group, tensor, parts) else torch.device("cpu")
     found = Encoded(state)
     all_dense = True
+    given: list[dict[str, Tensor]] = []
     for part in parts:
         dense: dict[str, Tensor] = {}
         for name, stored in part.layout(tensor).items():
@@ -114,16 +124,19 @@ def find_assigned(
             else:
                 found.tensors |= _as_stored(stored, state, owner, part, name, tensor, numbers_on)
                 all_dense = all_dense and not stored
-        if dense:
-            encoded, errors = encode_part(part, tensor, group, dense)
-            found.tensors |= encoded
-            if part.layer.compressed:
-                found.errors[part.layer.fqn if part.span is None else part.prefix.removesuffix(".")] = errors
+        given.append(dense)
     if "step" not in state and not all_dense:
         raise ValueError(f"{owner}: its step is gone from optimizer.state; {_REMEDY}")
     steps = read_step(state.get("step", 1.0), owner)  # 1.0: SGD keeps none
     if not _is_count(state.get("step"), numbers_on):
         found.tensors["step"] = step_tensor(steps, numbers_on)
+    if any(given):
+        together = any(name in layer.sharing for layer in shared for name in found.dense)
+        every = encode_parts(parts, tensor, group, given, shared if together else (), ranks)
+        for part, dense, (encoded, errors) in zip(parts, given, every, strict=True):
+            found.tensors |= encoded
+            if dense and part.layer.compressed:
+                found.errors[part.layer.fqn if part.span is None else part.prefix.removesuffix(".")] = errors
     return found if found.tensors or found.dense else None
 
 

@@ -79,7 +79,7 @@ class CompressedOptimizer(CompressedGroups):
             if in_backward is not None:
                 in_backward.check()
             ours = pending_updates(self, compiling=torch.compiler.is_compiling())
-            all_done = not ours and in_backward is not None and in_backward.any_stepped
+            all_done = in_backward is not None and in_backward.any_stepped and all(own.grad is None for own in ours)
             ready = ours if all_done else to_be_stepped(self, ours)
             try:
                 for own in ours:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import DeviceNumbers, StepCache
 from lightning_sketch.layers.record import LayerPart, compute_dtype
+from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.rules import LayerStep
 from lightning_sketch.sharding.gradient import RowGradient
 
@@ -115,7 +116,7 @@ class PendingUpdate:
     Args:
         group: its parameter group.
         param: the tensor.
-        grad: its gradient, which torch's step does not see.
+        grad: its gradient, which torch's step does not see; ``None`` where it only takes part in what ranks agree on.
         parts: what lies in it.
         needed: states that the group's hyperparameters ask for.
         state: ``optimizer.state[param]``, empty before the first step.
@@ -123,11 +124,13 @@ class PendingUpdate:
         gradients: of each part, unscaled; empty under ``FakeTensorMode``, where rows cannot be read.
         scale: what `grad` is still to be divided by; ``None`` for nothing.
         on_device: whether the numbers of its steps stay on its device.
+        shared: its layers with states that other ranks share.
+        ranks: the process group over which these are divided; ``None`` if nothing is shared.
     """
 
     group: dict[str, Any]
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     parts: tuple[LayerPart, ...]
     needed: set[str]
     state: dict[str, Any]
@@ -135,3 +138,5 @@ class PendingUpdate:
     gradients: list[RowGradient]
     scale: float | None = None
     on_device: bool = False
+    shared: tuple[SharedLayer, ...] = ()
+    ranks: Any = None

@@ -379,14 +379,14 @@ def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> N
     if sketched := [part.layer.fqn for part in parts if _sketches_some_rows(part)]:
         logger.warning(
             "%s: sharded by rows, so every rank sketches its own rows only; where frequent rows lie together, as in "
-            "vocabularies sorted by frequency, that costs quality. RowWise() is exact under row shards, and a sketch "
-            "under column shards (fully_shard(..., shard_placement_fn=...) with Shard(1))",
+            "vocabularies sorted by frequency, that costs quality. CountSketch(sync=True) keeps one sketch of all "
+            "rows, and a sketch is exact under column shards (fully_shard(..., shard_placement_fn=...) with Shard(1))",
             ", ".join(sketched),
         )
 
 
 def _sketches_some_rows(part: LayerPart) -> bool:
-    """Whether a layer has several rows to a bucket, and not all of its rows here."""
+    """Whether a layer has several rows to a bucket, and ranks have sketches of their own."""
     return part.shard.table_rows < part.shard.global_rows and any(
-        codec.shares_buckets(part.shard) for codec in part.layer.codecs.values()
+        codec.shares_buckets(part.shard) and state not in part.sharing for state, codec in part.layer.codecs.items()
     )

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_sketch.layers.flat import FlatTensor, FlatTensors
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.roles import find_model, named_layers
+from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.optimizer.compression import Compression
 from lightning_sketch.policy.plan import LayerPlan, make_plan
 from lightning_sketch.policy.policy import Policy
 from lightning_sketch.rules.families import Converted
 from lightning_sketch.sharding.deepspeed import read_layout
+from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.wrapper import find_wrapper
 
 
@@ -69,6 +71,16 @@ class CompressedGroups(Converted):
             return False
         own = self.compression.plain
         return any(all(x is not y for y in own) for x in group["params"])
+
+    def shared_layers(self, param: Tensor, parts: tuple[LayerPart, ...]) -> tuple[tuple[SharedLayer, ...], Any]:
+        """The layers of a tensor with states that other ranks share, and these ranks' process group."""
+        if parts[0].span is not None:
+            flat = self.compression.flat
+            assert flat is not None
+            shared = self.flat_tensor(param).shared
+            return shared, flat.ranks if shared else None
+        shared = parts[0].shared
+        return shared, ranks_of(param, parts[0].layer.fqn) if shared else None
 
     def flat_group(self, flat: FlatTensor) -> dict[str, Any]:
         """The group of a flat tensor with compressed layers. Under ZeRO-3 no group shows it between steps."""

@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sketch.kernels.capture import capturing
-from lightning_sketch.layers.record import RECORDS, LayerRecord
+from lightning_sketch.layers.record import RECORDS, LayerRecord, part_of
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.nonfinite import Counted
 from lightning_sketch.optimizer.step import step_alone
@@ -91,7 +91,7 @@ class InBackward:
             for index, (param, record) in enumerate(zip(group["params"], group[RECORDS], strict=False)):
                 if record is None:
                     kept.append(param)
-                elif id(param) in self._hooks or (param.requires_grad and _steps_alone(record)):
+                elif id(param) in self._hooks or (param.requires_grad and _steps_alone(record, param)):
                     places[id(param)] = group, index
         self._places = places
         for key in self._hooks.keys() - places.keys():
@@ -270,14 +270,13 @@ def _register(param: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
     return handle
 
 
-def _steps_alone(record: str) -> bool:
-    """Whether a layer may be stepped while other layers are not, decided by its record, alike on all ranks.
+def _steps_alone(record: str, param: Tensor) -> bool:
+    """Whether a layer may be stepped while other layers are not, decided by what all ranks know.
 
-    Steps of layers whose ranks must agree first, by one collective for all of them, belong into ``optimizer.step()``:
-    in backward every layer would need a collective of its own. Such layers are to be found here. They get no hook, and
-    keep their gradients until ``optimizer.step()``. At present no step needs any communication.
+    Ranks that share its states agree first, by one collective for all such layers: in backward every layer would need a
+    collective of its own. So they have no hook, and keep their gradients until ``optimizer.step()``.
     """
-    return LayerRecord.from_record(record).stock_count is None
+    return LayerRecord.from_record(record).stock_count is None and not part_of(record, param).sharing
 
 
 def refuse_step_in_backward(optimizer: Any, made: Plan | CompressedGroups, model: nn.Module) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from lightning_sketch.layers.record import LayerPart, part_of
+
 if TYPE_CHECKING:
-    from lightning_sketch.layers.record import LayerPart
     from lightning_sketch.policy.plan import Plan
     from lightning_sketch.rules import UpdateRule
 
@@ -26,13 +27,16 @@ DEVICES: tuple[str, ...] = tuple(_get_capturable_supported_devices())
 
 def stay_on_device(group: Mapping[str, Any], param: Tensor, parts: Iterable[LayerPart]) -> bool:
     """Whether the numbers of a tensor's parts stay on its device."""
-    return asked(group)[1] and param.device.type in DEVICES and not any(map(_reads, parts))
+    return asked(group)[1] and param.device.type in DEVICES and not any(_reads(part) or part.sharing for part in parts)
 
 
 def scaler_on_device(made: Plan, groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step can take from the device what a gradient scaler found: all layers are there, and fused."""
     return all(
-        group.get("fused") and param.device.type in DEVICES and planned.layer.stock_count is None
+        group.get("fused")
+        and param.device.type in DEVICES
+        and planned.layer.stock_count is None
+        and not (planned.record and part_of(planned.record, param).sharing)
         for group, plans in zip(groups, made.groups, strict=True)
         for param, planned in zip(group["params"], plans, strict=True)
     )

@@ -231,6 +231,7 @@ class _Layer:
     def fuse(self, rule: UpdateRule, of_step: tuple[Any, int, bool], leave_out: bool) -> FusedStep:
         """Begin its step."""
         numbers, step, maximize = of_step
+        assert self.own.grad is not None
         gradient = self.own.parts[0].gradient(self.own.grad)
         return rule.fuse(self.bound.step(gradient, numbers, step, maximize=maximize, leave_out=leave_out))
 

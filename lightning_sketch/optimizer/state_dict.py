@@ -13,7 +13,7 @@ from lightning_sketch.layers.flat import FlatTensor
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord, part_of
 from lightning_sketch.layers.reshard import reshard
 from lightning_sketch.layers.step_count import read_step, step_tensor
-from lightning_sketch.layers.transcode import encode_layer, encode_part
+from lightning_sketch.layers.transcode import encode_layer, encode_parts
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.policy.recorded import policy_hint
@@ -21,17 +21,22 @@ from lightning_sketch.sharding import is_dtensor, local, shard_of
 
 #: In a flat tensor's entry of a checkpoint: its segments.
 LAYOUT = "layout"
+#: Beside it where ranks agreed on the states that they share, which files of older versions do not say.
+AGREED = "agreed"
 
 
 def finish_state_dict(optimizer: CompressedGroups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Make torch's state dict of a converted optimizer fit for checkpoints of sharded parameters."""
     state, index = dict(state_dict["state"]), 0
+    divided = optimizer.compression.flat is not None and optimizer.compression.flat.ranks is not None
+    agreed = {AGREED: 1} if divided else {}
     for group in optimizer.param_groups:
         flat = optimizer.is_flat(group)
         records = [None] * len(group["params"]) if flat or not group["params"] else optimizer.records(group)
         for record, param in zip(records, group["params"], strict=True):
             if index in state and flat:
-                state[index] = dict(state[index]) | {LAYOUT: optimizer.flat_tensor(param).to_list()}
+                held = optimizer.flat_tensor(param)
+                state[index] = dict(state[index]) | {LAYOUT: held.to_list()} | agreed
             elif index in state and record is not None:
                 part = part_of(record, param)
                 state[index] = dtensor_states.wrap(part, param, state[index]) if is_dtensor(param) else state[index]
@@ -160,7 +165,7 @@ class _Load:
             if not state:
                 continue
             layout = state.get(LAYOUT)
-            own = {k: v for k, v in state.items() if k != LAYOUT}
+            own = {k: v for k, v in state.items() if k not in (LAYOUT, AGREED)}
             if flat.parts:
                 counted = self._with_step(own, f"flat tensor {key}")
                 if counted is None:
@@ -170,6 +175,11 @@ class _Load:
                 self.problems.append(
                     f"flat tensor {key}: the checkpoint was written with another layout (world size, ZeRO stage or "
                     "parameter groups); load it with lightning_sketch.restore(engine, directory)"
+                )
+            elif layout is not None and flat.shared and AGREED not in state:
+                self.problems.append(
+                    f"flat tensor {key}: the checkpoint was written by a version under which each rank kept states of "
+                    "its own; load it with lightning_sketch.restore(engine, directory), which converts it"
                 )
             elif not flat.parts:
                 self.stock_state[key] = own
@@ -252,13 +262,16 @@ class _Load:
 
     def _encode_flat(self, key: Any, flat: FlatTensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         tensors: dict[str, Any] = {"step": state.get("step", step_tensor(1.0))}
+        dense: list[dict[str, Tensor]] = []
         for part in flat.parts:
             missing = [n for n in part.layer.codecs if getattr(state.get(n), "shape", None) != flat.tensor.shape]
             if missing:
                 self.problems.append(f"{part.layer.fqn}: the checkpoint has no dense {', '.join(missing)} of its shape")
                 return
-            dense = {name: part.rows(state[name]) for name in part.layer.codecs}
-            encoded, errors = encode_part(part, flat.tensor, group, dense)
+            dense.append({name: part.rows(state[name]) for name in part.layer.codecs})
+        ranks = None if self.optimizer.compression.flat is None else self.optimizer.compression.flat.ranks
+        found = encode_parts(flat.parts, flat.tensor, group, dense, flat.shared, ranks)
+        for part, (encoded, errors) in zip(flat.parts, found, strict=True):
             tensors |= encoded
             if part.layer.compressed:
                 self.errors[part.prefix.removesuffix(".")] = errors

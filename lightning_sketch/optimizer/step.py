@@ -15,6 +15,7 @@ from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.schema import DeviceNumbers
 from lightning_sketch.layers.record import RECORDS, LayerPart
 from lightning_sketch.layers.step_count import step_tensor
+from lightning_sketch.optimizer.agree import agree
 from lightning_sketch.optimizer.amp import amp_on_device, grad_scale, overflowed
 from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
 from lightning_sketch.optimizer.bound import PendingUpdate
@@ -32,7 +33,8 @@ from lightning_sketch.sharding.fake import is_fake
 def pending_updates(optimizer: CompressedGroups, *, compiling: bool = False) -> list[PendingUpdate]:
     """Our tensors that have a gradient, checked and with what they are bound to.
 
-    Nothing is changed yet, but that dense states which a user assigned are encoded.
+    Nothing is changed yet, but that dense states which a user assigned are encoded. Tensors with states that ranks
+    share are among them also without a gradient: another rank may have one.
 
     Args:
         compiling: whether the optimizer's step is compiled.
@@ -68,7 +70,8 @@ def _pending_updates(
     scales: dict[int, float | None] = {}  # what gradients are to be divided by, where the host does it
     captured = capturing()
     for group, param, parts in tensors:
-        if (grad := param.grad) is None:
+        shared, ranks = optimizer.shared_layers(param, parts)
+        if (grad := param.grad) is None and not shared:
             continue
         if (found := options.get(id(group))) is None:
             rule.check(group, parts[0].layer.fqn)
@@ -81,24 +84,29 @@ def _pending_updates(
             bound = None
         if capturable and (bound is None or not on_device or captured):
             check_capturable(group, param, parts, compiling=compiling)
-        if captured:
+        if captured and grad is not None:
             check_capture(param, grad, parts, on_device=on_device, bound=bound is not None)
         if bound is None:
             for part in parts:
                 _check(rule, group, part)
         if state and bound is None:
-            encoded = find_assigned(group, param, parts, state)
+            encoded = find_assigned(group, param, parts, state, shared, ranks)
             assigned += [] if encoded is None else [encoded]
         fake = is_fake(param) if fake is None else fake  # one or all
-        placed = grad if type(grad) is Tensor else placed_like(grad, param)
         scale = None
         if not on_device:
             if id(group) not in scales:
                 scales[id(group)] = grad_scale(optimizer, group)
             scale = scales[id(group)]
-        unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
-        gradients = [] if fake else [part.gradient(unscaled) for part in parts]
-        ours.append(PendingUpdate(group, param, grad, parts, names, state, bound, gradients, scale, on_device))
+        if grad is None:
+            gradients = [] if fake else [part.no_gradient(param) for part in parts]
+        else:
+            placed = grad if type(grad) is Tensor else placed_like(grad, param)
+            unscaled = placed if scale is None else placed / scale  # `grad` stays: nothing is changed yet
+            gradients = [] if fake else [part.gradient(unscaled) for part in parts]
+        ours.append(
+            PendingUpdate(group, param, grad, parts, names, state, bound, gradients, scale, on_device, shared, ranks)
+        )
     if assigned:
         commit(optimizer, assigned)
     return ours
@@ -136,7 +144,7 @@ def to_be_stepped(optimizer: CompressedGroups, ours: list[PendingUpdate]) -> lis
     Raises:
         RuntimeError: there are none because the model's parameters were replaced.
     """
-    if not ours:
+    if all(own.grad is None for own in ours):
         _refuse_replaced(optimizer)
     by_host = {id(own.group): own.group for own in ours if not own.on_device}
     left_alone = {key for key, group in by_host.items() if overflowed(optimizer, group)}
@@ -185,24 +193,16 @@ def step_alone(
 
 def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave_out: bool) -> Counted | None:
     """A step of which nothing is prepared."""
-    rule, compression = optimizer.rule, optimizer.compression
+    rule = optimizer.rule
     if not ready[0].gradients:  # fake tensors: all that a step leaves behind is states
         for own in ready:
-            if not own.state:
+            if not own.state and own.grad is not None:
                 _allocate(optimizer, own)
         return None
-    counts: list[Tensor] = []
-    for own in ready:
-        if own.scale is not None:
-            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
-        if own.bound is None:
-            if not own.state:
-                _allocate(optimizer, own)
-            own.bound = compression.bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
-            if own.param.device.type != "cpu":
-                _prove(rule, own)
-        if not own.on_device:
-            counts.append(own.state["step"])
+    ready = _bind_and_agree(optimizer, ready, leave_out=leave_out)
+    if not ready:
+        return None
+    counts: list[Tensor] = [own.state["step"] for own in ready if not own.on_device]
     numbers = _numbers(optimizer, ready)  # all of them before anything of ours changes
     if wrappers := [own.param for own in ready if is_dtensor(own.param)]:
         increment_version(wrappers)  # rules write to local tensors, whose versions are their own
@@ -219,6 +219,26 @@ def _step_each(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave
     if not leave_out or left_out is None:
         return None
     return Counted(left_out, [part.unit for own in ready for part in own.bound or ()], ready[0].on_device)
+
+
+def _bind_and_agree(optimizer: CompressedGroups, ready: list[PendingUpdate], *, leave_out: bool) -> list[PendingUpdate]:
+    """Bind the tensors, and have ranks agree on the step; those that are to be stepped."""
+
+    def bind(own: PendingUpdate) -> None:
+        if not own.state:
+            _allocate(optimizer, own)
+        own.bound = optimizer.compression.bindings.bind(own.param, own.parts, own.needed, own.group, own.state)
+        if own.param.device.type != "cpu":
+            _prove(optimizer.rule, own)
+
+    for own in ready:
+        if own.scale is not None and own.grad is not None:
+            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
+        if own.bound is None and (own.grad is not None or own.state):
+            bind(own)
+    if any(own.ranks is not None for own in ready):
+        return agree(optimizer.rule, ready, bind, leave_out=leave_out)
+    return ready
 
 
 #: Of a tensor's step: `UpdateRule.numbers`, the step's number, whether to maximize, and what stays on the device.

@@ -34,7 +34,7 @@ class LayerPlan:
         rule: number of the deciding policy rule, from 1; ``None`` if no rule matched.
         bytes_before: bytes of the whole layer's states as torch keeps them, by state; all shards together. 0 of a
             frozen layer without states, for which torch makes none, and of a lazy one, whose size is not known yet.
-        bytes_after: bytes under the policy, by state.
+        bytes_after: bytes under the policy, by state; what ranks share, and each has all of, counts once.
         frozen: whether the parameter does not require gradients.
     """
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def is_rank_zero() -> bool:
@@ -42,3 +43,21 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def reduce_together(numbers: Tensor, group: Any, *, largest: bool = False) -> None:
+    """Add up numbers over the ranks of a process group, or find the largest of each (modified in place). Collective.
+
+    Raises:
+        RuntimeError: not all ranks came. The error of the process group is its cause.
+    """
+    if numbers.numel() == 0:
+        return
+    try:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the ranks could not agree on a step of compressed layers, which were not changed here: another rank did "
+            "not come to this optimizer.step(), or failed in it, before the process group's timeout. Every rank must "
+            "make the same steps; the first error of another rank says why it did not"
+        ) from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ ACCELERATOR_BLOCK_NUMEL = 1 << 24
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+
+#: How ranks divide a parameter: by rows, by columns, or anywhere within a row.
+Cut = Literal["rows", "columns", "anywhere"]
 
 
 def block_numel(device: torch.device) -> int:
@@ -41,6 +44,8 @@ class Shard:
         even_rows: `local_rows` of the fullest shard, when shards are of unequal size: tables are laid out for it, so
             that all ranks' tables have one shape. ``None`` for `local_rows`.
         even_columns: `row_numel` of the fullest shard, likewise, where columns are cut. ``None`` for `row_numel`.
+        cut: how the parameter is divided over ranks that agree, in every step, on what they add to states that they
+            share (`codecs.shared`); ``None`` where this shard keeps all of its states by itself.
     """
 
     global_shape: tuple[int, ...]
@@ -50,6 +55,7 @@ class Shard:
     column_offset: int = 0
     even_rows: int | None = None
     even_columns: int | None = None
+    cut: Cut | None = None
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Shard:
@@ -78,6 +84,17 @@ class Shard:
     @cached_property
     def row_numel(self) -> int:
         numel: int = math.prod(self.row_shape)
+        return numel
+
+    @property
+    def is_cut_row(self) -> bool:
+        """Whether it is some columns of a row that ranks which agree have cut anywhere."""
+        return self.cut == "anywhere" and self.part_shape is not None
+
+    @cached_property
+    def whole_row_numel(self) -> int:
+        """Number of elements of a row of the logical parameter."""
+        numel: int = math.prod(self.global_shape[1:])
         return numel
 
     @cached_property

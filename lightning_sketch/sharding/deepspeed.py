@@ -56,11 +56,16 @@ class FlatLayout:
         engine: ``"ZeRO-1/2"``, ``"ZeRO-3"``, ``"BF16_Optimizer"`` or ``"FP16_UnfusedOptimizer"``.
         tensors: each tensor with its segments sorted by start; what they leave free is alignment padding.
         params_on_any_rank: for each tensor, all parameters of which any rank holds a piece in its counterpart.
+        borders: for each of these, before which of its elements, flattened, the piece of one rank ends and that of the
+            next begins.
+        ranks: the process group over which all of them are divided; ``None`` if every rank holds everything.
     """
 
     engine: str
     tensors: list[tuple[Tensor, list[Segment]]]
     params_on_any_rank: list[list[nn.Parameter]]
+    borders: list[list[tuple[int, ...]]]
+    ranks: Any
 
 
 def read_layout(wrapper: Any) -> FlatLayout:
@@ -97,7 +102,8 @@ def read_layout(wrapper: Any) -> FlatLayout:
     _check_distinct(wrapper, buffers)
     _check_client(wrapper, [buffer.flat for buffer in buffers])
     tensors = [(buffer.flat, buffer.segments(rank)) for buffer in buffers]
-    return FlatLayout(engine, tensors, [buffer.params for buffer in buffers])
+    params, borders = [buffer.params for buffer in buffers], [buffer.borders(world) for buffer in buffers]
+    return FlatLayout(engine, tensors, params, borders, group if world > 1 else None)
 
 
 _Piece = tuple[int, int, int, int]  # which parameter, start in the flat tensor, length, offset in the parameter
@@ -125,6 +131,14 @@ class _Buffer:
 
     def segments(self, rank: int) -> list[Segment]:
         return [Segment(self.params[i], self.shapes[i], *place) for i, *place in self.pieces(rank)]
+
+    def borders(self, world: int) -> list[tuple[int, ...]]:
+        """Where in each parameter pieces begin, but the first."""
+        found: list[set[int]] = [set() for _ in self.params]
+        for rank in range(world):
+            for i, _, _, offset in self.pieces(rank):
+                found[i].add(offset)
+        return [tuple(sorted(offsets - {0})) for offsets in found]
 
 
 def _read_zero_1_2(wrapper: Any) -> list[_Buffer]:

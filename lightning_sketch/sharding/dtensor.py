@@ -65,6 +65,16 @@ def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
     return sharded[0]
 
 
+def ranks_of(param: Any, fqn: str) -> Any:
+    """The process group over which a DTensor is sharded; ``None`` if it is replicated.
+
+    Raises:
+        TypeError: its placements are not supported.
+    """
+    mesh_dim = sharded_mesh_dim(param, fqn)
+    return None if mesh_dim is None else param.device_mesh.get_group(mesh_dim)
+
+
 def shard_of(param: Any, fqn: str) -> Shard:
     """The shard that a DTensor's local tensor is.
 
@@ -77,7 +87,7 @@ def shard_of(param: Any, fqn: str) -> Shard:
     if mesh_dim is None:
         return Shard.whole(shape)
     dim, mesh = param.placements[mesh_dim].dim, param.device_mesh
-    shard = even_shard(shape, dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+    shard = even_shard(shape, dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim), agree=True)
     if held != (shard.local_rows, *shard.row_shape):
         raise RuntimeError(
             f"{fqn}: a DTensor of shape {list(shape)} and placements {param.placements} on {mesh.size(mesh_dim)} ranks "
@@ -86,13 +96,18 @@ def shard_of(param: Any, fqn: str) -> Shard:
     return shard
 
 
-def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shard:
-    """Part `index` of `parts` along dimension 0 or 1, cut as ``torch.chunk`` does: the last may be smaller or empty."""
+def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int, *, agree: bool = False) -> Shard:
+    """Part `index` of `parts` along dimension 0 or 1, cut as ``torch.chunk`` does: the last may be smaller or empty.
+
+    Args:
+        agree: whether ranks agree on what they add to shared states; see `Shard.cut`.
+    """
+    agree = agree and parts > 1
     each = -(-shape[dim] // parts)
     start = min(index * each, shape[dim])
     size = min(each, shape[dim] - start)
     if dim == 0:
-        return Shard(shape, row_offset=start, local_rows=size, even_rows=each)
+        return Shard(shape, row_offset=start, local_rows=size, even_rows=each, cut="rows" if agree else None)
     inner = math.prod(shape[2:])
     return Shard(
         shape,
@@ -101,4 +116,5 @@ def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int) -> Shar
         part_shape=(size, *shape[2:]),
         column_offset=start * inner,
         even_columns=each * inner,
+        cut="columns" if agree else None,
     )

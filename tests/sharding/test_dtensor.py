@@ -156,7 +156,7 @@ def test_a_dtensors_shard_is_the_even_one_of_its_rank(kind):
         assert len(found[kind]) == 9
         for shard in found[kind]:
             shape, dim, parts, index = shard.pop("of")
-            assert shard == describe(even_shard(shape, dim, parts, index))
+            assert shard == describe(even_shard(shape, dim, parts, index, agree=True))
 
 
 @pytest.mark.distributed
@@ -178,10 +178,10 @@ def test_a_replicated_dtensor_is_whole():
 @pytest.mark.distributed
 def test_fully_shards_own_dtensors():
     for rank, found in enumerate(ranks()):
-        assert found["fsdp"]["0.weight"] == describe(even_shard((51, 8), 0, WORLD, rank))
-        assert found["fsdp"]["1.weight"] == describe(even_shard((17, 8), 1, WORLD, rank))
-        assert found["fsdp"]["2.weight"] == describe(even_shard((2, 3), 0, WORLD, rank))
-        assert found["fsdp"]["2.bias"] == describe(even_shard((2,), 0, WORLD, rank))
+        assert found["fsdp"]["0.weight"] == describe(even_shard((51, 8), 0, WORLD, rank, agree=True))
+        assert found["fsdp"]["1.weight"] == describe(even_shard((17, 8), 1, WORLD, rank, agree=True))
+        assert found["fsdp"]["2.weight"] == describe(even_shard((2, 3), 0, WORLD, rank, agree=True))
+        assert found["fsdp"]["2.bias"] == describe(even_shard((2,), 0, WORLD, rank, agree=True))
 
 
 @pytest.mark.distributed

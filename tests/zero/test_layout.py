@@ -92,8 +92,12 @@ def test_each_rank_holds_its_share_of_the_states(ranks, world_size, stage, name)
     model(torch.arange(8)).backward()
     optimizer.step()
     found = [rank["bytes"][stage, name] for rank in ranks(world_size)]
-    assert max(found) <= nbytes(optimizer) * (1 / world_size + 0.01)
-    assert sum(found) <= nbytes(optimizer) * 1.01
+    if name == "RowWise sketched":  # shared: all of it on each rank, once more for each row that a border cuts
+        assert max(found) <= nbytes(optimizer) * 3.01
+        return
+    cut_rows = 2 * (4 * COLUMNS + 16) if name == "Factored" else 0  # at both ends, with the means of all columns
+    assert max(found) <= nbytes(optimizer) * (1 / world_size + 0.01) + cut_rows
+    assert sum(found) <= nbytes(optimizer) * 1.01 + world_size * cut_rows
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -18,7 +18,8 @@ from lightning_sketch.layers.flat import NamedSegment, flat_parts, layer_parts
 from lightning_sketch.layers.record import RECORDS, LayerRecord
 from lightning_sketch.layers.reshard import Source
 from lightning_sketch.layers.step_count import read_step
-from lightning_sketch.optimizer.state_dict import LAYOUT
+from lightning_sketch.optimizer.state_dict import AGREED, LAYOUT
+from lightning_sketch.sharding import Cut
 
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 
@@ -170,7 +171,8 @@ def _collect(
                 "directory was overwritten in part, by a save that ended in the middle"
             )
     ours = any("]." in key for key in entry)  # some rank had a compressed layer in this tensor
-    parts = flat_parts(segments, records) if ours else ()
+    cut: Cut | None = "anywhere" if AGREED in entry else None
+    parts = flat_parts(segments, records, cut) if ours else ()
     for part in parts:
         if part.layer.compressed:
             for state, codec in part.layer.persistent_codecs().items():

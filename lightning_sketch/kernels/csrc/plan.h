@@ -57,7 +57,9 @@ float* partial_columns(const StepArgs& layer, int64_t task) {
     return layer.second.kind == FACTORED ? layer.sums + padded(layer.rows) + task * layer.columns : nullptr;
 }
 
-bool makes_sums(const StepArgs& layer) { return layer.second.kind == ROW_SKETCH || layer.second.kind == FACTORED; }
+bool makes_sums(const StepArgs& layer) {
+    return layer.second.weight != 0.0f && (layer.second.kind == ROW_SKETCH || layer.second.kind == FACTORED);
+}
 
 // Whether rows that are to be left out must be found before the first update: nothing of them may be in what rows share.
 bool finds_rows_first(const StepArgs& layer) { return layer.leave_out && (makes_sums(layer) || uses(layer, SKETCH)); }

@@ -101,8 +101,8 @@ class Run {
         double total = 0.0;
         for (int64_t c = 0; c < layer.columns; c++) {
             float sum = 0.0f;
-            for (int64_t task = 0; task < reduce_tasks(layer); task++) sum += partial_columns(layer, task)[c];
-            state.columns[c] += sum * state.column_weight;
+            for (int64_t task = 0; layer.sums && task < reduce_tasks(layer); task++) sum += partial_columns(layer, task)[c];
+            if (layer.sums) state.columns[c] += sum * state.column_weight;
             total += state.columns[c];
         }
         float mean = static_cast<float>(total / static_cast<double>(layer.columns));
@@ -120,7 +120,7 @@ class Run {
             if (wave >= layer.rows) continue;
             layer.wave = wave;
             int64_t end = std::min(wave + WAVE, layer.rows);
-            if (layer.second.kind == ROW_SKETCH && wave == 0)
+            if (layer.second.kind == ROW_SKETCH && layer.sums && wave == 0)
                 for (int level = 0; level < layer.second.depth; level++)
                     tasks.push_back({i, 0, layer.rows, level, level + 1, true});
             if (scratch_.codes[i]) sorts.push_back({i, wave, end});

@@ -89,7 +89,8 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
     Buffers buffers;
     // What is left out is found here unless it was found before. In rows whose means are made here, by these.
     const bool by_element = layer.leave_out && is_elementwise(second) && is_elementwise(first);
-    const bool by_row = layer.leave_out && !by_element && second.kind != ROW;
+    const bool adds_means = (second.kind == ROW || second.kind == FACTORED) && second.weight != 0.0f;
+    const bool by_row = layer.leave_out && !by_element && !(second.kind == ROW && adds_means);
     const int64_t ahead = ahead_in_first(layer);
     LeftElements left;
     int64_t left_out = 0;
@@ -119,7 +120,7 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
             }
             float row_v = 0.0f;
             F largest_row = {};
-            if (second.kind == ROW || second.kind == FACTORED) {
+            if (adds_means) {
                 float mean = layer.sums ? layer.sums[i] : mean_square(layer, i, buffers.gradient, ahead);
                 if (layer.leave_out && !finite_by_mean(layer, i, mean)) {
                     left_out++;
@@ -128,6 +129,8 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
                 float* stored = (float*)second.data + row;
                 *stored += mean * second.weight;
                 row_v = *stored * second.scale;
+            } else if (second.kind == ROW || second.kind == FACTORED) {
+                row_v = ((float*)second.data)[row] * second.scale;
             } else if (second.kind == ROW_SKETCH) {
                 row_v = sketched_row(layer, second, row);
             } else if (second.kind == SM3) {
