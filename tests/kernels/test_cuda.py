@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import SM3, BFloat16, Codec, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress
 from lightning_sketch import kernels as package_kernels
+from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import FusedStep
 from tests.kernels import observed
 from tests.kernels.fused_cases import FIRST, PAIRS, QUANTIZED, RULES, SECOND, Case, check, gradient, start, train
@@ -185,3 +186,12 @@ def test_states_saved_on_the_device_go_on_on_the_cpu(first: Codec) -> None:
     layer.weight.grad, other.weight.grad = last, last.cpu()
     optimizer.step(), resumed.step()
     torch.testing.assert_close(layer.weight.cpu(), other.weight, rtol=1e-5, atol=1e-5)
+
+
+@SPARSE
+@pytest.mark.parametrize("kind", [Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_state_that_holds_the_step_already_takes_no_sums(kind: Kind, first: bool, sparse: bool) -> None:
+    step = package_kernels.fused_kernel(torch.device("cuda"))
+    assert step is not None
+    observed.check_held(step, *observed.held_step(kind, first=first, sparse=sparse, device="cuda"))

@@ -100,6 +100,7 @@ def apply(
     COLUMNS_USED: tl.constexpr,
     LEAVE_OUT: tl.constexpr,
     OBSERVED: tl.constexpr,
+    HELD: tl.constexpr,
     BY_ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -116,6 +117,7 @@ def apply(
         COLUMNS_USED: whether SM3 has accumulators of columns.
         LEAVE_OUT: what is not finite in the gradient changes nothing.
         OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
+        HELD: the second state (ROW, ROW_SKETCH, FACTORED) holds this step already.
         BY_ROWS: rows are left out, else elements.
         AT_ONCE: a row is no wider than TILE_COLUMNS.
         SPAN: 0 for all columns.
@@ -123,7 +125,7 @@ def apply(
     BY_ELEMENTS: tl.constexpr = LEAVE_OUT and not BY_ROWS
     # Whether the gradient stays in registers between two looks at it, and the parameter is read ahead; of many narrow
     # rows that would take too many.
-    KEPT: tl.constexpr = SECOND_KIND == ROW and AT_ONCE and not OBSERVED
+    KEPT: tl.constexpr = SECOND_KIND == ROW and AT_ONCE and not OBSERVED and not HELD
     AHEAD: tl.constexpr = KEPT and TILE_ROWS <= 8
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
@@ -181,7 +183,7 @@ def apply(
         means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
         if LEAVE_OUT:
             good = present & (means == means)
-    elif SECOND_KIND == ROW:
+    elif SECOND_KIND == ROW and not HELD:
         squares = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
         for start in range(begin, end, TILE_COLUMNS):
             mask = present[:, None] & ((start + lane) < columns)[None, :]
@@ -207,12 +209,12 @@ def apply(
         count = tl.sum((present & bad).to(tl.int32), axis=0).to(tl.int64)
         if count != 0:
             tl.atomic_add(left_out, count)
-    if SECOND_KIND == ROW or SECOND_KIND == FACTORED:
+    if SECOND_KIND == SM3 or (HELD and SECOND_KIND != ROW_SKETCH):
+        stored = load(second, row, good)
+    elif SECOND_KIND == ROW or SECOND_KIND == FACTORED:
         stored = load(second, row, good) + means * second_weight
         tl.debug_barrier()  # fewer rows than threads: several read the same one, and all are to have read the old value
         tl.store(second + row, stored, mask=good)
-    elif SECOND_KIND == SM3:
-        stored = load(second, row, good)
     of_row = (stored * second_scale)[:, None]
     if SECOND_KIND == ROW_SKETCH:
         only = tl.zeros([1], tl.int64)

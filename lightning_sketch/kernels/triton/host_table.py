@@ -224,7 +224,8 @@ def laid_of(step: FusedStep) -> Laid:
     cache = step.cache if step.ids is None else None  # other rows at every step
     if cache is None:
         return lay_out(step, aligned)
-    what = aligned, step.leave_out, step.weight_decay != 0, step.use_bound, step.nesterov != 0
+    held = step.on_device is None and step.second is not None and bool(step.second.weight == 0)
+    what = aligned, step.leave_out, step.weight_decay != 0, step.use_bound, step.nesterov != 0, held
     if cache.laid is None or cache.laid[0] != what:
         cache.laid = what, lay_out(step, aligned)
     found: Laid = cache.laid[1]

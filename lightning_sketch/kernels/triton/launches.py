@@ -46,8 +46,8 @@ def launch_observe(key: Key, table: Tensor, group: Launched) -> None:
     if key.observed:
         rows, columns = key.observe_tile
         seen = common | {
-            "KIND": int(key.second),
-            "DEPTH": key.second_depth if key.second == Kind.ROW_SKETCH else 0,
+            "KIND": int(key.summed),
+            "DEPTH": key.second_depth if key.summed == Kind.ROW_SKETCH else 0,
             "BLOCK_ROWS": key.block_rows,
             "TILE_ROWS": rows,
             "TILE_COLUMNS": columns,
@@ -56,7 +56,7 @@ def launch_observe(key: Key, table: Tensor, group: Launched) -> None:
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
             settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
-    if key.second == Kind.FACTORED:
+    if key.summed == Kind.FACTORED:
         reduce_columns[(programs["reduce"],)](
             words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
         )
@@ -71,7 +71,7 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
     count, programs, words, search = group.count, group.programs, table[group.begin * COUNT :], _search(group)
     common = _common(key, search)
     launch_observe(key, table, group)
-    if key.second == Kind.ROW_SKETCH:
+    if key.summed == Kind.ROW_SKETCH:
         add_rows[(programs["add"],)](
             words,
             count,
@@ -115,6 +115,7 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         NESTEROV_USED=key.nesterov,
         COLUMNS_USED=key.columns_used,
         OBSERVED=key.observed,
+        HELD=key.held,
         BY_ROWS=key.by_rows,
         AT_ONCE=key.at_once,
         SPAN=SPAN if key.split else 0,

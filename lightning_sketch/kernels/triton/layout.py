@@ -48,6 +48,10 @@ _ROWLESS = (Kind.NONE, Kind.DENSE, Kind.SCALED)
 #: Kinds of which a program of `apply` must have whole rows.
 _OWN_ROWS = {Kind.ROW, Kind.FACTORED, Kind.SM3, Kind.QUANTIZED}
 
+#: Kinds that take sums over rows or columns; and those that may hold the step already.
+_SUMMED = (Kind.FACTORED, Kind.ROW_SKETCH)
+_HELD = (*_SUMMED, Kind.ROW)
+
 NO_STATE = KernelState(Kind.NONE, torch.empty(0))
 
 
@@ -78,6 +82,7 @@ class Key(NamedTuple):
     observed_rows: int
     by_bucket: bool
     together: bool
+    held: bool
 
     @property
     def by_rows(self) -> bool:
@@ -97,7 +102,12 @@ class Key(NamedTuple):
     @property
     def observed(self) -> bool:
         """Whether the gradient is looked at before anything changes."""
-        return self.second in (Kind.FACTORED, Kind.ROW_SKETCH) or (self.leave_out and self.inserts)
+        return self.summed is not Kind.NONE or (self.leave_out and self.inserts)
+
+    @property
+    def summed(self) -> Kind:
+        """The kind of the second state if it takes sums over rows or columns in this step, else NONE."""
+        return self.second if self.second in _SUMMED and not self.held else Kind.NONE
 
     @property
     def observe_tile(self) -> tuple[int, int]:
@@ -141,7 +151,7 @@ class Key(NamedTuple):
             tile = tile if self.second == Kind.SM3 else tile // 2
         elif max(self.second_depth, self.first_depth) > 4:
             tile //= 2  # a median of many takes registers
-        if self.second == Kind.ROW and not self.observed:
+        if self.second == Kind.ROW and not (self.observed or self.held):
             columns = min(self.width, WIDEST_ROW)
         elif self.second == Kind.SM3:
             columns = min(self.width, LINE_BYTES // 4)
@@ -216,7 +226,8 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
     chunks = ceil(columns, _observe_tile(width)[1])
     sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
-    is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH)
+    held = second.kind in _HELD and step.on_device is None and bool(second.weight == 0)
+    is_summed = second.kind in _SUMMED and not held
     key = Key(
         second.kind,
         first.kind,
@@ -242,12 +253,15 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         OBSERVED_ROWS if is_summed and rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
         not sparse or any(rows >= sketch.width or rows * sketch.depth > WAVE for sketch in sketches),
         first.kind == second.kind == Kind.SKETCH and hashing(second) == hashing(first),
+        held,
     )
     blocks = ceil(rows, key.block_rows) if key.observed else 0
     add = fold = reduce = slots = 0
     means, row_sums = (rows, chunks * rows) if key.observed else (0, 0)
     partials = of_groups = shape = 0
-    if second.kind == Kind.ROW_SKETCH:
+    if held:
+        shape = columns if second.kind == Kind.FACTORED else 0
+    elif second.kind == Kind.ROW_SKETCH:
         slots = second.depth * second.width
         add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
     elif second.kind == Kind.FACTORED:
