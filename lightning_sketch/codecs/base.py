@@ -108,6 +108,8 @@ class CodecState(ABC):
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
     can_follow: ClassVar[bool] = False
+    #: Whether `observe_sums` serves in its place.
+    takes_sums: ClassVar[bool] = False
     #: What all ranks add in the step that is to begin, where they share the state; `begin` takes it.
     shared: Shared | None = None
     #: Whether `begin` has folded in all that the step adds, so that `add` has nothing left to do.
@@ -142,8 +144,27 @@ class CodecState(ABC):
             x: as in `add`.
         """
 
+    def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
+        """Where `takes_sums`: as `observe` of the squares of a gradient, whose sums a kernel has made.
+
+        Args:
+            block: all rows of the gradient.
+            means: of the squares of each row here, float32 ``[k]``.
+            columns: sums of the squares of each column here, float32 ``[row_numel]``; ``None`` unless `wants_columns`.
+        """
+        raise NotImplementedError
+
+    @property
+    def wants_columns(self) -> bool:
+        """Whether `observe_sums` needs sums of columns in this step."""
+        return False
+
     def observe_agreed(self, block: Block, x: Tensor) -> None:
         """Where `observes_agreed`: as `observe`, after the ranks agreed, so that all leave out the same rows."""
+        raise NotImplementedError
+
+    def observe_agreed_sums(self, columns: Tensor) -> None:
+        """Where `takes_sums` and `observes_agreed`: `observe_agreed`, whose sums of columns a kernel has made."""
         raise NotImplementedError
 
     @abstractmethod

@@ -70,6 +70,7 @@ class _Factored(ScaledState):
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
     can_follow: ClassVar[bool] = True
+    takes_sums: ClassVar[bool] = True
 
     def share(self, shared: Shared) -> None:
         super().share(shared)
@@ -79,21 +80,34 @@ class _Factored(ScaledState):
     def observe(self, block: Block, x: Tensor) -> None:
         if (shared := self.shared) is None:
             return
+        self.observe_sums(block, row_mean(x), None if shared.whole is None else x.sum(dim=0).flatten())
+
+    @property
+    def wants_columns(self) -> bool:
+        return self.shared is not None and self.shared.whole is not None
+
+    def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
+        if (shared := self.shared) is None:
+            return
         shard = self.spec.shard
         if shared.rows is None:
-            self.own[block.index] = row_mean(x)
+            self.own[block.index] = means.to(self.own.dtype)
         else:
-            shared.rows[block.index] += x.flatten(1).sum(dim=1) / shard.whole_row_numel
+            shared.rows[block.index] += means * (shard.row_numel / shard.whole_row_numel)
         if shared.whole is not None:
-            columns = x.sum(dim=0).flatten() / max(1, shard.global_rows)
-            shared.whole[shard.column_offset : shard.column_offset + shard.row_numel] += columns
+            assert columns is not None
+            own = shared.whole[shard.column_offset : shard.column_offset + shard.row_numel]
+            add_scaled(own, columns, 1.0 / max(1, shard.global_rows))
 
     @property
     def observes_agreed(self) -> bool:
         return self.spec.shard.cut == "columns"
 
     def observe_agreed(self, block: Block, x: Tensor) -> None:
-        self.own += x.sum(dim=0) / max(1, self.spec.shard.global_rows)
+        self.observe_agreed_sums(x.sum(dim=0))
+
+    def observe_agreed_sums(self, columns: Tensor) -> None:
+        add_scaled(self.own, columns.view(self.own.shape), 1.0 / max(1, self.spec.shard.global_rows))
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         self.weight = weight / self.decay_scale(decay)

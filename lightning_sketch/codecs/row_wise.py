@@ -90,6 +90,7 @@ class _Rows(ScaledState):
     row = Entry("row")  # [local_rows], the true value divided by the scale
     divided = ("row",)
     can_follow: ClassVar[bool] = True
+    takes_sums: ClassVar[bool] = True
 
     def __init__(self, spec: StateSpec, tensors: Tensors, lazy: bool) -> None:
         super().__init__(spec, tensors)
@@ -111,8 +112,11 @@ class _Rows(ScaledState):
             add_scaled(self.row, shared.rows, weight / self.scale)
 
     def observe(self, block: Block, x: Tensor) -> None:
-        if (shared := self.shared) is not None:
-            _observe_rows(shared, block, x)
+        self.observe_sums(block, row_mean(x), None)
+
+    def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
+        if self.shared is not None:
+            _observe_rows(self.shared, block, means)
 
     def fusable(self) -> bool:
         return self.plain(self.row, self.spec.shard.local_rows)
@@ -135,6 +139,7 @@ class _Rows(ScaledState):
 
 class _SketchedRows(CodecState):
     can_follow: ClassVar[bool] = True
+    takes_sums: ClassVar[bool] = True
 
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: LinearSketch) -> None:
         super().__init__(spec, tensors)
@@ -168,13 +173,16 @@ class _SketchedRows(CodecState):
             self.inner.insert(Block(everywhere, index, slice(0, count)), shared.all_rows, weight)
 
     def observe(self, block: Block, x: Tensor) -> None:
+        self.observe_sums(block, row_mean(x), None)
+
+    def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
         if (shared := self.shared) is None:
             return
         if shared.rows is not None:
-            _observe_rows(shared, block, x)
+            _observe_rows(shared, block, means)
         elif shared.whole is not None:
             self.inner.shared = shared
-            self.inner.observe(block, row_mean(x))
+            self.inner.observe(block, means)
 
     def fusable(self) -> bool:
         return self.inner.is_plain()
@@ -226,9 +234,9 @@ def _scalars(shard: Shard) -> Shard:
     return Shard((shard.global_rows,), shard.row_offset, shard.local_rows, even_rows=shard.even_rows, cut=shard.cut)
 
 
-def _observe_rows(shared: Shared, block: Block, x: Tensor) -> None:
+def _observe_rows(shared: Shared, block: Block, means: Tensor) -> None:
     """Add to the shared means of rows; of a row that is cut, what is here is a part of its mean."""
     if shared.rows is not None:
-        shared.rows[block.index] += x.flatten(1).sum(dim=1) / block.shard.whole_row_numel
+        shared.rows[block.index] += means * (block.shard.row_numel / block.shard.whole_row_numel)
     if shared.touched_rows is not None:
         shared.touched_rows[block.index] += 1

@@ -16,7 +16,7 @@ from lightning_sketch.layers.record import LayerPart
 from lightning_sketch.layers.shared import Buffer
 from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.rules import LayerStep, UpdateRule
-from lightning_sketch.rules.observe import leave_out_marked, observe, observe_agreed
+from lightning_sketch.rules.observe import ToObserve, leave_out_marked, observe, observe_agreed
 from lightning_sketch.sharding.gradient import RowGradient
 
 
@@ -45,8 +45,7 @@ def agree(
         wide = any(own.param.dtype == torch.float64 for own in sharing)
         layers = [layer for own in sharing for layer in own.shared]
         buffer = Buffer(layers, device, torch.float64 if wide else torch.float32)
-        for own in sharing:
-            _observe(rule, own, buffer, leave_out)
+        observe([each for own in sharing for each in _to_observe(rule, own, buffer, leave_out)])
         buffer.reduce(sharing[0].ranks)
         for own in sharing:
             # Read only where there is no gradient here: then the host waits for the device.
@@ -58,13 +57,16 @@ def agree(
                 _share(own, buffer)
             if leave_out:
                 _leave_out(own, buffer)
-            for layer, _ in _steps(own, leave_out):
-                observe_agreed(layer, rule.coupled_weight_decay(own.group))
+        stepped = [own for own in sharing if id(own) not in without and own.grad is not None]
+        decays = {id(own): rule.coupled_weight_decay(own.group) for own in stepped}
+        observe_agreed(
+            [ToObserve(layer, decays[id(own)], None) for own in stepped for layer, _ in _steps(own, leave_out)]
+        )
     return [own for own in tensors if id(own) not in without]
 
 
-def _observe(rule: UpdateRule, own: PendingUpdate, buffer: Buffer, leave_out: bool) -> None:
-    """Write into the buffer what this rank adds."""
+def _to_observe(rule: UpdateRule, own: PendingUpdate, buffer: Buffer, leave_out: bool) -> Iterator[ToObserve]:
+    """The steps of a tensor's parts, whose shared states are to write into the buffer what this rank adds."""
     if own.grad is not None:
         for layer in own.shared:
             buffer.slots[layer.fqn].present.fill_(1.0)
@@ -73,7 +75,7 @@ def _observe(rule: UpdateRule, own: PendingUpdate, buffer: Buffer, leave_out: bo
     _share(own, buffer)
     for step, part in _steps(own, leave_out):
         marks = buffer.slots[part.layer.fqn].marks_of(part.shard)
-        observe(step, rule.coupled_weight_decay(own.group), marks)
+        yield ToObserve(step, rule.coupled_weight_decay(own.group), marks)
 
 
 def _share(own: PendingUpdate, buffer: Buffer) -> None:

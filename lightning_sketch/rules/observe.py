@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_sketch import kernels
 from lightning_sketch.codecs import CodecState
+from lightning_sketch.kernels.schema import Observed, observation
 from lightning_sketch.rules.base import LayerStep
+from lightning_sketch.sharding import Block
 
 
-def observe(layer: LayerStep, weight_decay: float, marks: Tensor | None) -> None:
-    """Have the layer's shared states write into their `Shared` what the step will add; they do not change.
-
-    Rows that are not finite add nothing, where they are to be left out.
+class ToObserve(NamedTuple):
+    """The step of a layer with states that ranks share.
 
     Args:
         layer: the step, of which numbers and the step's own are not needed.
@@ -22,39 +25,125 @@ def observe(layer: LayerStep, weight_decay: float, marks: Tensor | None) -> None
         marks: of the rows that lie on several ranks, ``[local_rows]``: NaN is written where one is to be left out
             (modified in place); ``None`` if there are none.
     """
-    states = [state for state in layer.states.values() if state.shared is not None]
+
+    layer: LayerStep
+    weight_decay: float
+    marks: Tensor | None
+
+    def shared(self) -> list[CodecState]:
+        """Its states that ranks share."""
+        return [state for state in self.layer.states.values() if state.shared is not None]
+
+
+def observe(layers: Sequence[ToObserve]) -> None:
+    """Have the layers' shared states write into their `Shared` what the step will add; they do not change.
+
+    Rows that are not finite add nothing, where they are to be left out.
+    """
+    by_kernel: list[tuple[ToObserve, list[CodecState]]] = []
+    for each in layers:
+        states = each.shared()
+        for state in states:
+            state.offer()
+        observing = [state for state in states if state.observes]
+        leaves_out = each.layer.leave_out and each.marks is not None
+        if each.layer.gradient.values.numel() == 0 or not (observing or leaves_out):
+            continue
+        if observing and _takes_sums(each.layer, observing):
+            by_kernel.append((each, observing))
+        else:
+            _observe(each, states, observing)
+    wants = [(each, any(state.wants_columns for state in observing)) for each, observing in by_kernel]
+    for (each, observing), found in zip(by_kernel, _sums(wants), strict=True):
+        _take(each, observing, found)
+
+
+def observe_agreed(layers: Sequence[ToObserve]) -> None:
+    """The sums that shared states make after the ranks have agreed; see `CodecState.observes_agreed`."""
+    by_kernel: list[tuple[ToObserve, list[CodecState]]] = []
+    for each in layers:
+        states = [state for state in each.shared() if state.observes_agreed]
+        if not states or each.layer.gradient.values.numel() == 0:
+            continue
+        if _takes_sums(each.layer, states):
+            by_kernel.append((each, states))
+            continue
+        each.layer.observe(*states)
+        for block, g in each.layer.gradients(each.weight_decay):
+            for state in states:
+                state.observe_agreed(block, g if state.spec.signed else g.square())
+        _forget(each.layer)
+    for (_, states), found in zip(by_kernel, _sums([(each, True) for each, _ in by_kernel]), strict=True):
+        assert found.columns is not None
+        for state in states:
+            state.observe_agreed_sums(found.columns)
+
+
+def _takes_sums(layer: LayerStep, states: Sequence[CodecState]) -> bool:
+    """Whether a kernel can make the sums that these states add."""
+    device = layer.param.device
+    return (
+        all(state.takes_sums and not state.spec.signed for state in states)
+        and kernels.observe_kernel(device) is not None
+        and layer.fusable()
+    )
+
+
+def _sums(layers: Sequence[tuple[ToObserve, bool]]) -> list[Observed]:
+    """Sums of the layers' gradients, of columns where that is said. One call for all of them."""
+    if not layers:
+        return []
+    kernel = kernels.observe_kernel(layers[0][0].layer.param.device)
+    assert kernel is not None
+    return kernel(
+        [
+            observation(
+                each.layer.param,
+                each.layer.gradient.values,
+                None if each.layer.gradient.rows is None else each.layer.gradient.rows.contiguous(),
+                columns=columns,
+                weight_decay=each.weight_decay,
+                maximize=each.layer.maximize,
+                leave_out=each.layer.leave_out,
+            )
+            for each, columns in layers
+        ]
+    )
+
+
+def _take(each: ToObserve, states: Sequence[CodecState], found: Observed) -> None:
+    """Have shared states write what a kernel found."""
+    gradient, means, marks = each.layer.gradient, found.means, each.marks
+    count = slice(0, means.numel())
+    rows = count if gradient.rows is None else gradient.rows
+    bad = None
+    if each.layer.leave_out:
+        bad = means.isnan()
+        means = means.masked_fill(bad, 0.0)
+    block = Block(gradient.shard, rows, count)
     for state in states:
-        state.offer()
-    values = layer.gradient.values
-    observing = [state for state in states if state.observes]
-    on_host = values.device.type == "cpu"
-    if values.numel() == 0 or not (observing or (layer.leave_out and marks is not None)):
-        return
+        state.observe_sums(block, means, found.columns)
+    if marks is not None and bad is not None:
+        marks[rows] = marks[rows].masked_fill(bad, math.nan)
+
+
+def _observe(each: ToObserve, states: Sequence[CodecState], observing: list[CodecState]) -> None:
+    """`observe` in plain PyTorch."""
+    layer, weight_decay, marks = each
+    on_host = layer.gradient.values.device.type == "cpu"
     if layer.leave_out and (not on_host or not observing):
         layer.observe(*states)
-    before = [(state, x, x.clone()) for state in observing for x in _added(state)]  # parts share it
+    before = [(x, x.clone()) for state in observing for x in _added(state)]  # parts share it
     _add(layer, observing, weight_decay)
-    if layer.leave_out and on_host and not all(bool(x.sum().isfinite()) for _, x, _ in before):
+    if layer.leave_out and on_host and not all(bool(x.sum().isfinite()) for x, _ in before):
         # A row that is not finite is in the sums. Once more without it.
         layer.observe(*states)
-        for _, x, was in before:
+        for x, was in before:
             x.copy_(was)
         _add(layer, observing, weight_decay)
     if layer.finite is not None and marks is not None:
         rows = slice(None) if layer.gradient.rows is None else layer.gradient.rows
         marks[rows] = marks[rows].masked_fill(layer.finite.logical_not(), math.nan)
-    _forget(layer)
-
-
-def observe_agreed(layer: LayerStep, weight_decay: float) -> None:
-    """The sums that shared states make after the ranks have agreed; see `CodecState.observes_agreed`."""
-    states = [state for state in layer.states.values() if state.shared is not None and state.observes_agreed]
-    if not states or layer.gradient.values.numel() == 0:
-        return
-    layer.observe(*states)
-    for block, g in layer.gradients(weight_decay):
-        for state in states:
-            state.observe_agreed(block, g if state.spec.signed else g.square())
     _forget(layer)
 
 
