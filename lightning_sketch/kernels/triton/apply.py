@@ -100,6 +100,7 @@ def apply(
     COLUMNS_USED: tl.constexpr,
     LEAVE_OUT: tl.constexpr,
     OBSERVED: tl.constexpr,
+    AGREED: tl.constexpr,
     BY_ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -116,6 +117,7 @@ def apply(
         COLUMNS_USED: whether SM3 has accumulators of columns.
         LEAVE_OUT: what is not finite in the gradient changes nothing.
         OBSERVED: `observe` has stored the means of rows, NaN for those to be left out.
+        AGREED: the second state holds this step already, whose means nobody needs.
         BY_ROWS: rows are left out, else elements.
         AT_ONCE: a row is no wider than TILE_COLUMNS.
         SPAN: 0 for all columns.
@@ -123,7 +125,7 @@ def apply(
     BY_ELEMENTS: tl.constexpr = LEAVE_OUT and not BY_ROWS
     # Whether the gradient stays in registers between two looks at it, and the parameter is read ahead; of many narrow
     # rows that would take too many.
-    KEPT: tl.constexpr = SECOND_KIND == ROW and AT_ONCE and not OBSERVED
+    KEPT: tl.constexpr = SECOND_KIND == ROW and AT_ONCE and not OBSERVED and not AGREED
     AHEAD: tl.constexpr = KEPT and TILE_ROWS <= 8
     layer, tile = find(words, layers, APPLY, SEARCH)
     columns = numel_of_row(layer, ALIGNED)
@@ -181,7 +183,9 @@ def apply(
         means = tl.load(unaligned(layer, MEANS) + i, mask=present, other=0.0)
         if LEAVE_OUT:
             good = present & (means == means)
-    elif SECOND_KIND == ROW:
+        if AGREED:
+            means = tl.zeros([TILE_ROWS], tl.float32)
+    elif SECOND_KIND == ROW and not AGREED:
         squares = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
         for start in range(begin, end, TILE_COLUMNS):
             mask = present[:, None] & ((start + lane) < columns)[None, :]

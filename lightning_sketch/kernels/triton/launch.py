@@ -30,6 +30,7 @@ from lightning_sketch.kernels.triton.layout import (
     Key,
     Laid,
     ceil,
+    holds_step,
     lay_out,
 )
 from lightning_sketch.kernels.triton.observe import observe, settle
@@ -283,7 +284,9 @@ def _laid(step: FusedStep) -> Laid:
     cache = step.cache if step.ids is None else None  # other rows at every step
     if cache is None:
         return lay_out(step, aligned)
-    what = aligned, step.leave_out, step.weight_decay != 0, step.bound is not None, step.nesterov != 0
+    what = (
+        aligned, step.leave_out, step.weight_decay != 0, step.bound is not None, step.nesterov != 0, holds_step(step)
+    )  # fmt: skip
     if cache.laid is None or cache.laid[0] != what:
         cache.laid = what, lay_out(step, aligned)
     found: Laid = cache.laid[1]
@@ -316,7 +319,7 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
             settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
-    if key.second == Kind.ROW_SKETCH:
+    if key.second == Kind.ROW_SKETCH and not key.agreed:
         add_rows[(programs["add"],)](
             words,
             count,
@@ -328,9 +331,10 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         )
         fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
-        reduce_columns[(programs["reduce"],)](
-            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
-        )
+        if not key.agreed:
+            reduce_columns[(programs["reduce"],)](
+                words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
+            )
         finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
@@ -363,6 +367,7 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         NESTEROV_USED=key.nesterov,
         COLUMNS_USED=key.columns_used,
         OBSERVED=key.observed,
+        AGREED=key.agreed,
         BY_ROWS=key.by_rows,
         AT_ONCE=key.at_once,
         SPAN=SPAN if key.split else 0,

@@ -77,6 +77,7 @@ class Key(NamedTuple):
     observed_rows: int
     by_bucket: bool
     together: bool
+    agreed: bool
 
     @property
     def by_rows(self) -> bool:
@@ -96,7 +97,8 @@ class Key(NamedTuple):
     @property
     def observed(self) -> bool:
         """Whether the gradient is looked at before anything changes."""
-        return self.second in (Kind.FACTORED, Kind.ROW_SKETCH) or (self.leave_out and self.inserts)
+        summed = self.second in (Kind.FACTORED, Kind.ROW_SKETCH) and not self.agreed
+        return summed or (self.leave_out and self.inserts)
 
     @property
     def observe_tile(self) -> tuple[int, int]:
@@ -211,7 +213,8 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
     chunks = ceil(columns, _observe_tile(width)[1])
     sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
-    is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH)
+    agreed = holds_step(step)
+    is_summed = second.kind in (Kind.FACTORED, Kind.ROW_SKETCH) and not agreed
     key = Key(
         second.kind,
         first.kind,
@@ -237,12 +240,13 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         OBSERVED_ROWS if is_summed and rows * chunks >= OBSERVED_ROWS * ENOUGH_PROGRAMS else FEWER_OBSERVED_ROWS,
         not sparse or any(rows >= sketch.width or rows * sketch.depth > WAVE for sketch in sketches),
         first.kind == second.kind == Kind.SKETCH and hashing(second) == hashing(first),
+        agreed,
     )
     blocks = ceil(rows, key.block_rows) if key.observed else 0
     add = fold = reduce = slots = 0
     means, row_sums = (rows, chunks * rows) if key.observed else (0, 0)
     partials = of_groups = shape = 0
-    if second.kind == Kind.ROW_SKETCH:
+    if second.kind == Kind.ROW_SKETCH and not agreed:
         slots = second.depth * second.width
         add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
     elif second.kind == Kind.FACTORED:
@@ -277,6 +281,14 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         slots,
         zeros,
     )
+
+
+def holds_step(step: FusedStep) -> bool:
+    """Whether the second state, of rows, holds this step already: ranks have agreed on it. Then no sums are made."""
+    second = step.second
+    if second is None or step.on_device is not None:
+        return False
+    return bool(second.weight == 0) and second.kind in (Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED)
 
 
 def _observe_tile(width: int) -> tuple[int, int]:
