@@ -309,8 +309,8 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
     if key.observed:
         rows, columns = key.observe_tile
         seen = common | {
-            "KIND": int(key.second),
-            "DEPTH": key.second_depth if key.second == Kind.ROW_SKETCH else 0,
+            "KIND": int(Kind.NONE if key.agreed else key.second),  # then only rows to be left out are looked for
+            "DEPTH": key.second_depth if key.second == Kind.ROW_SKETCH and not key.agreed else 0,
             "BLOCK_ROWS": key.block_rows,
             "TILE_ROWS": rows,
             "TILE_COLUMNS": columns,
