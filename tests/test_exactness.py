@@ -11,7 +11,7 @@ from tests.exactness import DOCUMENT, ENGINES, LABELS, WORDS, between, exactness
 from tests.ranks import run_ranks
 
 ORDER = list(WORDS)
-#: Under Shard(1) row vectors are kept whole on every rank, and a row has a block at least on each.
+#: Under Shard(1) row vectors are kept whole on every rank, and a row has a block at least on each. Shared sketches are.
 WHOLE_ROWS = {
     ("rows", "columns"),
     ("quantized", "columns"),
@@ -19,6 +19,10 @@ WHOLE_ROWS = {
     ("sm3", "columns"),
     ("factored", "columns"),
     ("sketched_rows", "columns"),
+    # One sketch of all rows on each rank, and once more for each row that a border cuts.
+    ("sketched_rows", "rows"),
+    ("sketched_rows", "zero1"),
+    ("sketched_rows", "zero3"),
 }
 
 

@@ -50,8 +50,9 @@ class RowGradient:
             if finite is None:
                 return self
             return RowGradient(self.shard, self.rows[finite], values[finite], left_out)
-        if values.numel() == 0:
-            return self
+        if values.numel() == 0:  # no rows here, of states whose scale must be that of other ranks
+            nothing = torch.empty(0, dtype=torch.int64, device=values.device)
+            return RowGradient(self.shard, nothing, values[:0])
         touched = (values != 0).reshape(self.shard.local_rows, -1).any(dim=1)
         rows = (touched if finite is None else touched & finite).nonzero().flatten()
         return RowGradient(self.shard, rows, values[rows], left_out)

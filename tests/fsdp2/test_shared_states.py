@@ -18,7 +18,7 @@ from tests.tiny import Case
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 6
+STEPS = 4
 #: Rows that divide among 2 and 3 ranks, that do not, and fewer than ranks; three dimensions; a vector.
 SHAPES: tuple[tuple[int, ...], ...] = ((36, 6), (35, 7), (2, 6), (17, 6, 3), (11,))
 SECOND = {
@@ -38,7 +38,6 @@ CASES = (
     Case(AdamW, {"lr": 0.05, "weight_decay": 0.1}),
     Case(Adam, {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
     Case(Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.1}),
-    Case(RMSprop, {"lr": 0.01}),
     Case(RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
 )
 #: Relative distance of whole tensors; sketches of ranks of their own are 1e-3 to 0.3 apart (see docs/sharding.md).
@@ -47,9 +46,9 @@ ROUNDING = 2e-6
 
 def layers(case: Case) -> list[tuple[str, str, int, tuple[int, ...]]]:
     """Codecs of the first and second moment, sharded dimension and shape of every layer."""
-    firsts = ("dropped",)
+    firsts: tuple[str, ...] = ("dropped",)
     if case.cls in (Adam, AdamW):
-        firsts = ("dropped", "kept", "rounded", "sketch") if case is CASES[0] else ("kept",)
+        firsts = ("dropped", "rounded", "sketch") if case is CASES[0] else ("kept",)
     return [
         (first, second, dim, shape)
         for second in SECOND
@@ -127,7 +126,7 @@ def assert_close(found: Tensor, expected: Tensor, norm: Tensor, where: str) -> N
     assert distance <= ROUNDING * max(float(norm.norm()), 1e-12), f"{where}: {distance / float(norm.norm()):.1e}"
 
 
-every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+every_world = pytest.mark.parametrize("world_size", [2, 3, 4])
 every_case = pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{CASES[number]}")
 
 

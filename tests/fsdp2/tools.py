@@ -157,7 +157,7 @@ def net_policy(seed: int = 0) -> Policy:
         for cut in ("by_rows", "by_columns")
         for number, codecs in enumerate(RULES.values())
     ]
-    # lazy: on a rank without rows its scale is another one than on the others
+    # lazy, and on some ranks without rows
     small = Rule(name="small.weight", **CODECS["exact"])
     return Policy([*rules, small, Rule(name="hidden.weight", **CODECS["factored"])], seed=seed)
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
 INTERPRETED = [
     f"triton_{subject}.py"
-    for subject in ("interpreted", "left_out", "observe", "on_device", "orders", "quantized", "repeated")
+    for subject in ("agreed", "interpreted", "left_out", "observe", "on_device", "orders", "quantized", "repeated")
 ]
 
 

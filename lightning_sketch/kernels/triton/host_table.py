@@ -15,7 +15,7 @@ from lightning_sketch.kernels.program import Words
 from lightning_sketch.kernels.schema import FusedStep, KernelState, state_numbers
 from lightning_sketch.kernels.triton.device_numbers import device_words
 from lightning_sketch.kernels.triton.launches import Launched, launch, launch_observe
-from lightning_sketch.kernels.triton.layout import Key, Laid, lay_out
+from lightning_sketch.kernels.triton.layout import Key, Laid, holds_step, lay_out
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
 from lightning_sketch.kernels.triton.recipes import NUMBERS_ON_DEVICE
 from lightning_sketch.kernels.triton.table import (
@@ -224,8 +224,7 @@ def laid_of(step: FusedStep) -> Laid:
     cache = step.cache if step.ids is None else None  # other rows at every step
     if cache is None:
         return lay_out(step, aligned)
-    held = step.on_device is None and step.second is not None and bool(step.second.weight == 0)
-    what = aligned, step.leave_out, step.weight_decay != 0, step.use_bound, step.nesterov != 0, held
+    what = aligned, step.leave_out, step.weight_decay != 0, step.use_bound, step.nesterov != 0, holds_step(step)
     if cache.laid is None or cache.laid[0] != what:
         cache.laid = what, lay_out(step, aligned)
     found: Laid = cache.laid[1]

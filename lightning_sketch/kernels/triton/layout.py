@@ -226,7 +226,7 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     width = 1 << (min(columns, WIDEST_ROW) - 1).bit_length()
     chunks = ceil(columns, _observe_tile(width)[1])
     sketches = [sketch for sketch in (second, first) if sketch.kind == Kind.SKETCH]
-    held = second.kind in _HELD and step.on_device is None and bool(second.weight == 0)
+    held = holds_step(step)
     is_summed = second.kind in _SUMMED and not held
     key = Key(
         second.kind,
@@ -296,6 +296,14 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
         slots,
         zeros,
     )
+
+
+def holds_step(step: FusedStep) -> bool:
+    """Whether the second state holds this step already, as after ranks agreed: then no sums are made."""
+    second = step.second
+    if second is None or step.on_device is not None:
+        return False
+    return second.kind in _HELD and bool(second.weight == 0)
 
 
 def _observe_tile(width: int) -> tuple[int, int]:
