@@ -53,11 +53,19 @@ def reduce_columns(
 
 
 @kernel("layers")
-def finish_factored(words: tl.tensor, layers: tl.int32, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
-    """A program for each layer: add the sums of columns to their means, and store these divided by their mean."""
+def finish_factored(
+    words: tl.tensor, layers: tl.int32, HELD: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """A program for each layer: add the sums of columns to their means, and store these divided by their mean.
+
+    Args:
+        HELD: the means hold the step already: there are no sums.
+    """
     layer = words + tl.program_id(0) * WORDS
     columns = tl.load(layer + COLUMNS)
     groups = tl.cdiv(tl.load(layer + CHUNKS), GROUP)
+    if HELD:
+        groups = groups * 0
     sums, held = unaligned(layer, GROUPS), unaligned(layer, SECOND + STATE_COLUMNS)
     weight = number(layer, SECOND + COLUMN_WEIGHT)
     lane = tl.arange(0, TILE)

@@ -83,7 +83,7 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         )
         fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
-        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
+        finish_factored[(count,)](words, count, HELD=key.held, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
     if key.quantized:
