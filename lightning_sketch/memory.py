@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels import describe, fused_kernel
+from lightning_sketch.kernels.bags import bags_bytes
 from lightning_sketch.kernels.schema import DTYPES
 from lightning_sketch.layers.dtensor_states import of_others
 from lightning_sketch.layers.record import LayerPart, compute_dtype
@@ -23,7 +24,7 @@ from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
-from lightning_sketch.sharding.base import block_numel
+from lightning_sketch.sharding.base import rows_at_once
 from lightning_sketch.text import human_bytes, table
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
@@ -230,17 +231,28 @@ def _strip_bytes(part: LayerPart) -> int:
 
 
 def _block_bytes(part: LayerPart, param: Tensor) -> int:
-    """Blocks of `block_numel` elements in the reference's step."""
+    """Blocks of `rows_at_once` rows in the reference's step."""
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
-    numel = min(rows * row, max(block_numel(param.device), row))
+    numel = row * min(rows, rows_at_once(param.device, rows, row, part.layer.most_blocks))
     depth, hashes = _hashes(part)
     blocks = _LIVE_BLOCKS + max(0, depth - 3)
     # On accelerators what is known of rows is made for all of them at once.
     hashed = numel // row if param.device.type == "cpu" else rows
     total = blocks * numel * compute_dtype(param).itemsize + hashed * hashes
+    if param.device.type == "cuda":
+        total += _bags_bytes(part, param, -(-rows * row // numel))
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total
+
+
+def _bags_bytes(part: LayerPart, param: Tensor, blocks: int) -> int:
+    """Of sketches on a CUDA device: rows sorted by bucket, and a block's sums, as large as the table."""
+    shapes = {shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))}
+    itemsize, rows = compute_dtype(param).itemsize, part.shard.local_rows
+    hashed = [(depth, width) for depth, width in shapes if width < part.shard.table_rows]  # others are exact
+    sorting = sum(bags_bytes(rows, depth, width, blocks, itemsize) for depth, width in hashed)
+    return sorting + max((depth * width * part.shard.row_numel * itemsize for depth, width in hashed), default=0)
 
 
 def _copied_bytes(part: LayerPart, param: Tensor) -> int:

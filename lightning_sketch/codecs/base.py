@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_sketch.kernels import huge_pages
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 from lightning_sketch.sharding.fake import is_fake
 
 #: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
@@ -197,6 +198,9 @@ class Codec(ABC):
     drops: ClassVar[bool] = False
     #: Whether the tensor ``table`` is linear in the state, and has its columns: then parts of it can be put together.
     joins_columns: ClassVar[bool] = False
+    #: Into how many blocks the reference cuts a gradient on accelerators, at most: fewer where each takes many
+    #: operations.
+    accelerator_blocks: ClassVar[int] = ACCELERATOR_BLOCKS
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
     #: beta of a momentum of the update, kept beside this state; 0 for none.

@@ -53,6 +53,7 @@ class Quantized(Codec):
     """
 
     elementwise: ClassVar[bool] = True
+    accelerator_blocks: ClassVar[int] = 8
 
     bits: int = 8
     block: int = 128

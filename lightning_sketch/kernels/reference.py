@@ -106,7 +106,7 @@ def gather_min(table: Tensor, buckets: Tensor) -> Tensor:
     """
     estimate = table[0].index_select(0, buckets[0])
     for level in range(1, table.shape[0]):
-        torch.minimum(estimate, table[level].index_select(0, buckets[level]), out=estimate)
+        estimate = torch.minimum(estimate, table[level].index_select(0, buckets[level]))
     return estimate
 
 
@@ -135,9 +135,7 @@ def gather_median(table: Tensor, buckets: Tensor, signs: Tensor) -> Tensor:
     middle = len(rows) // 2
     for done in range(middle + 1):
         for i in range(len(rows) - 1, done, -1):
-            low = torch.minimum(rows[i - 1], rows[i])
-            torch.maximum(rows[i - 1], rows[i], out=rows[i])
-            rows[i - 1] = low
+            rows[i - 1], rows[i] = torch.minimum(rows[i - 1], rows[i]), torch.maximum(rows[i - 1], rows[i])
     return rows[middle] if len(rows) % 2 else (rows[middle - 1] + rows[middle]) / 2
 
 

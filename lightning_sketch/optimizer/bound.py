@@ -13,6 +13,7 @@ from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import DeviceNumbers, StepCache
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.rules import LayerStep
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 from lightning_sketch.sharding.gradient import RowGradient
 
 
@@ -30,6 +31,7 @@ class BoundPart:
         unit: its layer's name, and whether what steps leave out is counted by element, not by row.
         on_device: whether the numbers of steps stay on the device.
         cache: what its steps found out.
+        most_blocks: into how many blocks its gradient may be cut on an accelerator.
     """
 
     param: Tensor
@@ -41,6 +43,7 @@ class BoundPart:
     unit: tuple[str, bool]
     on_device: bool = False
     cache: StepCache = field(default_factory=StepCache)
+    most_blocks: int = ACCELERATOR_BLOCKS
 
     @classmethod
     def bind(
@@ -68,7 +71,9 @@ class BoundPart:
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
         lazy, dtype = part.layer.lazy, compute_dtype(param)
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
-        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
+        bound = cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
+        bound.most_blocks = part.layer.most_blocks
+        return bound
 
     def step(
         self,
@@ -92,6 +97,7 @@ class BoundPart:
         """
         if self.lazy:  # rows without a gradient are found now, and with them those to be left out
             gradient, leave_out = gradient.touched_only(leave_out=leave_out), False
+        gradient.most_blocks = self.most_blocks
         return LayerStep(  # by position: by name it takes twice as long
             self.param,
             gradient,

@@ -181,7 +181,7 @@ class LayerStep:
             return None
         self.by_element = True
         spans = [values[block.span] for block in self.gradient.blocks]
-        return torch.stack([span.isfinite().logical_not().sum() for span in spans]).sum()
+        return values.numel() - torch.stack([_is_finite(span).sum() for span in spans]).sum()
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
         """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay.
@@ -190,6 +190,7 @@ class LayerStep:
         """
         scale = None if self.on_device is None else self.on_device.grad_scale
         skipped = self.skipped if self.by_element else None
+        stepped = None if skipped is None else skipped.logical_not()
         for block in self.gradient.blocks:
             values = self.gradient.values[block.span]
             g = values.to(self.dtype)
@@ -200,20 +201,41 @@ class LayerStep:
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
             if self.finite is not None or self.by_element:
-                good = values.isfinite() if self.finite is None else over_rows(self.finite[block.span], values.ndim)
-                good = good if skipped is None else good & skipped.logical_not()
-                block, g = replace(block, good=good), g.where(good, 0.0)
+                good = _is_finite(values) if self.finite is None else over_rows(self.finite[block.span], values.ndim)
+                good = good if stepped is None else good & stepped
+                block, g = replace(block, good=good), g.where(good, _constant(block, 0.0, g))
             yield block, g
 
     def apply(self, block: Block, update: Tensor, lr: float | Tensor, decay_factor: float | Tensor = 1.0) -> None:
         """``param <- decay_factor * param - lr * update`` at the block's rows, rounded once."""
         before, good = self.param[block.index], block.good
-        if isinstance(block.index, slice) and self.param.dtype == update.dtype and good is None:
+        if isinstance(block.index, slice) and self.param.dtype == update.dtype:
             shrinks = isinstance(decay_factor, Tensor) or decay_factor != 1
+            if good is not None:  # what is left out is multiplied by 1, and 0 is added
+                update = update.where(good, _constant(block, 0.0, update))
+                if shrinks:
+                    factor = _constant(block, decay_factor, update)
+                    decay_factor = factor.where(good, _constant(block, 1.0, update))
             add_scaled(before.mul_(decay_factor) if shrinks else before, update, -lr)
             return
         values = add_scaled(before.to(self.dtype).mul(decay_factor), update, -lr).to(self.param.dtype)
         self.param[block.index] = values if good is None else values.where(good, before)
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    """`Tensor.isfinite` in two launches, not four."""
+    return values.abs() < torch.inf
+
+
+def _constant(block: Block, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor beside `like`: ``where`` makes one of a number at every call, which is a launch."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+
+    def make() -> Tensor:
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+
+    return make() if block.whole is None else block.whole.memo(("constant", value, like.dtype), make)
 
 
 def _stored(state: CodecState | None) -> KernelState | None:
