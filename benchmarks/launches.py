@@ -34,6 +34,9 @@ SMALL, LAYERS = (1_024, 256), 200
 #: Kernels of operators that are more than one, by torch's CUDA source. An accumulating index_put_ makes linear indices
 #: (3), sorts pairs by radix (a histogram, a scan, four digits of 8 bits), and adds.
 KERNELS = {"aten::index_put_": 10, "aten::sort": 7, "aten::_unique2": 12, "aten::nonzero": 3}
+#: Of operators on lists of tensors: how many tensors, and how many chunks of 65,536 elements, one launch takes
+#: (`MultiTensorApply.cuh`, for two lists); how many tensors `cat` and `stack` copy in one.
+LISTED, CHUNKS, CHUNK, JOINED = 64, 320, 1 << 16, 128
 #: Operators that launch nothing: they make views, or memory that nobody writes.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "lift_fresh")
 
@@ -95,14 +98,17 @@ class CountLaunches(TorchDispatchMode):
             return True if args[0].dtype is torch.bool else 1
         inputs = {x.untyped_storage()._cdata for x in given}
         found = func(*args, **kwargs)  # the fake mode below does it
-        self._count(func, found, inputs)
+        self._count(func, args, given, found, inputs)
         return found
 
-    def _count(self, func: Any, found: Any, inputs: set[int]) -> None:
+    def _count(self, func: Any, args: tuple[Any, ...], given: list[Tensor], found: Any, inputs: set[int]) -> None:
         made = [x for x in tree_flatten(found)[0] if isinstance(x, FakeTensor)]
         name = func._schema.name
         if name.startswith("aten::") and not (func.is_view or name.removeprefix("aten::") in FREE):
-            kernels = KERNELS.get(name, 1)
+            kernels = KERNELS.get(name, 1) if name not in ("aten::cat", "aten::stack") else -(-len(given) // JOINED)
+            if name.startswith("aten::_foreach_"):
+                chunks = sum(-(-x.numel() // CHUNK) for x in args[0])
+                kernels = max(-(-len(args[0]) // LISTED), -(-chunks // CHUNKS))
             self.launches += kernels
             self.operators[name] = self.operators.get(name, 0) + kernels
         for tensor in made:
@@ -124,7 +130,7 @@ class IndexByOperators(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not (args and isinstance(args[0], FakeTensor)):
+        if not (args and (isinstance(args[0], FakeTensor) or _is_batched(args[0]))):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
             return _indexed(*args)
@@ -138,6 +144,11 @@ class IndexByOperators(TorchFunctionMode):
                 return target.index_put_((index,), value)
             return torch.ops.aten.copy_(_indexed(target, index), value)
         return func(*args, **(kwargs or {}))
+
+
+def _is_batched(x: Any) -> bool:
+    """Whether it is fake tensors of several layers, over which ``torch.vmap`` runs."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)
 
 
 def _indexed(tensor: Tensor, index: Any) -> Tensor:
@@ -164,7 +175,7 @@ def counting(device: str = "cuda") -> Iterator[CountLaunches]:
     with (
         mock.patch.dict(os.environ, {native.VARIABLE: "reference"}),  # kernels take addresses, which fake tensors lack
         mock.patch("lightning_sketch.sharding.fake.readable", True),
-        FakeTensorMode(),
+        FakeTensorMode(allow_non_fake_inputs=True),  # vmap makes tensors of numbers
         IndexByOperators(),
         CountLaunches(device) as mode,
     ):

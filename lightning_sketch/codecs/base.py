@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -162,6 +163,24 @@ class CodecState(ABC):
     def follow(self, leader: CodecState) -> None:  # noqa: B027
         """Let the scale decay as `leader`'s did, which was the same, in the step that it began."""
 
+    def rebound(self, seed: Any, tensors: Tensors) -> CodecState:
+        """The same state of another layer that differs in values and in its seed alone.
+
+        Args:
+            seed: an integer, or int64, 0-d, on the state's device.
+            tensors: as in ``optimizer.state[param]``; without the scale if that is on the host, where it starts as here.
+        """
+        other = copy.copy(self)
+        other.spec, other.tensors = dataclasses.replace(self.spec, seed=seed), tensors
+        return other
+
+    def host_scale(self) -> float | None:
+        """The scale, if there is one on the host."""
+        return None
+
+    def take_scale(self, other: CodecState) -> None:  # noqa: B027
+        """Let the scale on the host be what it is after another layer's step, see `rebound`."""
+
     @staticmethod
     def plain(tensor: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a kernel may take a tensor's memory for `numel` numbers of that dtype."""
@@ -201,6 +220,8 @@ class Codec(ABC):
     #: Into how many blocks the reference cuts a gradient on accelerators, at most: fewer where each takes many
     #: operations.
     accelerator_blocks: ClassVar[int] = ACCELERATOR_BLOCKS
+    #: Whether steps of several layers may be made together, under ``torch.vmap``.
+    steps_together: ClassVar[bool] = True
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
     #: beta of a momentum of the update, kept beside this state; 0 for none.

@@ -94,6 +94,23 @@ class ScaledState(CodecState):
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self._scale, self._decay
 
+    def rebound(self, seed: Any, tensors: Tensors) -> CodecState:
+        other = super().rebound(seed, tensors)
+        assert isinstance(other, ScaledState)
+        if self.spec.on_device:
+            other._scale = other.scale = tensors[key_of(self.spec.name, "scale")]
+        else:
+            other._scale = self._scale.clone()
+        return other
+
+    def host_scale(self) -> float | None:
+        return None if self.spec.on_device else self._scale.item()
+
+    def take_scale(self, other: CodecState) -> None:
+        assert isinstance(other, ScaledState)
+        self.scale = other.scale
+        self._scale.copy_(other._scale)
+
     def follow(self, leader: CodecState) -> None:
         self.decay_scale(leader.deferred_scale()[1])
 

@@ -142,7 +142,7 @@ class _Quantized(CodecState):
         ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
         ratio.masked_fill_(usable.logical_not().unsqueeze(2), 0.0)
         if not self.spec.signed:
-            ratio.clamp_(min=1.0)
+            ratio.clamp_min_(1.0)
         lower = ratio.sqrt().floor_()
         # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1).
         chance = (self.in_blocks(noise) >> 16 - NOISE_BITS).to(torch.float32).add_(0.5).mul_(0.5**NOISE_BITS)
@@ -161,10 +161,12 @@ class _Quantized(CodecState):
             absmax: of their blocks, broadcastable to them.
         """
         if not self.spec.signed:
-            return codes.to(torch.float32).add_(1.0).square_().mul_(1 / self.largest**2).mul_(absmax)
+            values = codes.to(torch.float32).add_(1.0)
+            return values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)  # vmap has no square_
         sign = 1 << self.codec.bits - 1
         codes = codes.to(torch.uint8)  # a checkpoint may have been cast
-        values = codes.bitwise_and(sign - 1).to(torch.float32).square_().mul_(1 / self.largest**2).mul_(absmax)
+        values = codes.bitwise_and(sign - 1).to(torch.float32)
+        values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)
         return torch.where(codes >= sign, -values, values)
 
     def in_blocks(self, x: Tensor) -> Tensor:

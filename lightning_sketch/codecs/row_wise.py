@@ -135,6 +135,19 @@ class _SketchedRows(CodecState):
     def follow(self, leader: CodecState) -> None:
         self.inner.follow(leader)
 
+    def rebound(self, seed: Any, tensors: Tensors) -> CodecState:
+        other = super().rebound(seed, tensors)
+        assert isinstance(other, _SketchedRows)
+        other.inner, other.means = self.inner.rebound(seed, tensors), []
+        return other
+
+    def host_scale(self) -> float | None:
+        return self.inner.host_scale()
+
+    def take_scale(self, other: CodecState) -> None:
+        assert isinstance(other, _SketchedRows)
+        self.inner.take_scale(other.inner)
+
     def to_kernel(self) -> KernelState:
         inner = self.inner.to_kernel()
         return replace(inner, kind=Kind.ROW_SKETCH if inner.kind == Kind.SKETCH else Kind.ROW)

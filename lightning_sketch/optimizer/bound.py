@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class BoundPart:
         unit: its layer's name, and whether what steps leave out is counted by element, not by row.
         on_device: whether the numbers of steps stay on the device.
         cache: what its steps found out.
+        alike: see `LayerStep`.
         most_blocks: into how many blocks its gradient may be cut on an accelerator.
     """
 
@@ -43,6 +44,7 @@ class BoundPart:
     unit: tuple[str, bool]
     on_device: bool = False
     cache: StepCache = field(default_factory=StepCache)
+    alike: Hashable | None = None
     most_blocks: int = ACCELERATOR_BLOCKS
 
     @classmethod
@@ -73,6 +75,9 @@ class BoundPart:
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
         bound = cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
         bound.most_blocks = part.layer.most_blocks
+        codecs = part.layer.persistent_codecs()
+        if all(codec.steps_together for codec in codecs.values()):
+            bound.alike = param.dtype, param.device, part.shard, tuple(codecs.items()), *(state.spec.alike() for state in states.values())
         return bound
 
     def step(
@@ -111,6 +116,7 @@ class BoundPart:
             self.cache,
             leave_out,
             on_device=on_device,
+            alike=self.alike,
         )
 
 

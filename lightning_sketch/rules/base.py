@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.codecs.base import add_scaled
 from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
+from lightning_sketch.rules import alike
 from lightning_sketch.sharding import Block
 from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
@@ -59,6 +60,8 @@ class LayerStep:
         on_device: what the step takes from the device, where its numbers stay there; `numbers` and `step` may then be
             0-d float64 tensors.
         fused: whether a fused kernel makes the step.
+        alike: equal for layers that differ in nothing but their values and seeds; ``None`` for a layer that is stepped
+            alone.
     """
 
     param: Tensor
@@ -76,6 +79,7 @@ class LayerStep:
     by_element: bool = False
     on_device: DeviceNumbers | None = None
     fused: bool = False
+    alike: Hashable | None = None
 
     def begin(self, name: str, *, decay: float, weight: float | Tensor) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
@@ -331,6 +335,7 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
     fused: dict[tuple[torch.device, bool], tuple[kernels.FusedKernel, list[int], list[FusedStep]]] = {}
     by_device: dict[torch.device, kernels.FusedKernel | None] = {}
     left_out: dict[int, Tensor] = {}  # by layer: what no kernel counts
+    together: dict[Hashable, list[tuple[int, LayerStep]]] = {}  # what the reference steps at once
     total = 0
     for number, layer in enumerate(layers):
         total, device = number + 1, layer.param.device
@@ -343,12 +348,20 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
             _, numbers, steps = fused.setdefault((device, layer.on_device is not None), (kernel, [], []))
             numbers.append(number)
             steps.append(rule.fuse(layer))
+        elif (kind := alike.kind(layer)) is not None:
+            together.setdefault(kind, []).append((number, layer))
         else:
             observed = rule.reference(layer)
             count = observed if count is None else count
             layer.gradient.forget_blocks()
         if count is not None:
             left_out[number] = count
+    for members in together.values():
+        most = alike.most_together(members[0][1].param.numel())
+        for start in range(0, len(members), most):
+            numbers, some = zip(*members[start : start + most], strict=True)
+            if (counts := alike.step_together(rule, some)) is not None:
+                left_out |= dict(zip(numbers, counts.unbind(), strict=True))
     by_kernel = [(numbers, kernel(steps)) for kernel, numbers, steps in fused.values()]
     if len(by_kernel) == 1 and not left_out and len(by_kernel[0][0]) == total:
         return by_kernel[0][1]
