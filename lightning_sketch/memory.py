@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels import describe, fused_kernel
-from lightning_sketch.kernels.bags import bags_bytes
 from lightning_sketch.kernels.schema import DTYPES
 from lightning_sketch.layers.dtensor_states import of_others
 from lightning_sketch.layers.record import LayerPart, compute_dtype
@@ -25,6 +24,7 @@ from lightning_sketch.rules import UpdateRule
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import rows_at_once
+from lightning_sketch.temporaries import bags_of, batch_bytes, live_blocks
 from lightning_sketch.text import human_bytes, table
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
@@ -118,7 +118,8 @@ def report(optimizer: Any) -> MemoryReport:
     if isinstance(inner, CompressedOptimizer):
         inner.compression.judge_left_out(wait=True)
     by_codec: dict[str, int] = {}
-    dense_state = blocks = together = parameters = gradients = 0
+    dense_state = blocks = together = parameters = gradients = hashes = 0
+    by_reference: list[tuple[LayerPart, Tensor]] = []
     if isinstance(inner, CompressedOptimizer):
         tensors = inner.all_tensors()
     else:
@@ -150,7 +151,8 @@ def report(optimizer: Any) -> MemoryReport:
             if isinstance(inner, CompressedOptimizer) and fused(inner.rule, part, param):
                 together += _fused_bytes(part, param)  # one call steps all layers
             else:
-                blocks = max(blocks, _block_bytes(part, param))
+                blocks, hashes = max(blocks, _block_bytes(part, param)), max(hashes, _hashes(part)[1])
+                by_reference.append((part, local(param)))
             together += _copied_bytes(part, param)
         if state:
             by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
@@ -163,7 +165,7 @@ def report(optimizer: Any) -> MemoryReport:
         gradients=gradients,
         state_by_codec=by_codec,
         dense_state=dense_state,
-        transient=blocks + together,
+        transient=max(blocks, batch_bytes(by_reference, hashes)) + together,
         conversion_errors=inner.compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner.compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
         kernels=used,
@@ -235,24 +237,15 @@ def _block_bytes(part: LayerPart, param: Tensor) -> int:
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
     numel = row * min(rows, rows_at_once(param.device, rows, row, part.layer.most_blocks))
     depth, hashes = _hashes(part)
-    blocks = _LIVE_BLOCKS + max(0, depth - 3)
+    blocks = _LIVE_BLOCKS + max(0, depth - 3) if param.device.type == "cpu" else live_blocks(part)
     # On accelerators what is known of rows is made for all of them at once.
     hashed = numel // row if param.device.type == "cpu" else rows
     total = blocks * numel * compute_dtype(param).itemsize + hashed * hashes
     if param.device.type == "cuda":
-        total += _bags_bytes(part, param, -(-rows * row // numel))
+        total += bags_of(part, param, -(-rows * row // numel))
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total
-
-
-def _bags_bytes(part: LayerPart, param: Tensor, blocks: int) -> int:
-    """Of sketches on a CUDA device: rows sorted by bucket, and a block's sums, as large as the table."""
-    shapes = {shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))}
-    itemsize, rows = compute_dtype(param).itemsize, part.shard.local_rows
-    hashed = [(depth, width) for depth, width in shapes if width < part.shard.table_rows]  # others are exact
-    sorting = sum(bags_bytes(rows, depth, width, blocks, itemsize) for depth, width in hashed)
-    return sorting + max((depth * width * part.shard.row_numel * itemsize for depth, width in hashed), default=0)
 
 
 def _copied_bytes(part: LayerPart, param: Tensor) -> int:

@@ -220,6 +220,8 @@ class Codec(ABC):
     #: Into how many blocks the reference cuts a gradient on accelerators, at most: fewer where each takes many
     #: operations.
     accelerator_blocks: ClassVar[int] = ACCELERATOR_BLOCKS
+    #: Block-sized tensors that are alive at once in the hungriest of its reference steps there.
+    live_blocks: ClassVar[int] = 13
     #: Whether steps of several layers may be made together, under ``torch.vmap``.
     steps_together: ClassVar[bool] = True
     #: Whether rows without a gradient must be left alone, also under dense gradients.

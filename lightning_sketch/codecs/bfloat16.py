@@ -31,7 +31,8 @@ class BFloat16(Codec):
     stochastic: bool = True
 
     elementwise: ClassVar[bool] = True
-    accelerator_blocks: ClassVar[int] = 8
+    accelerator_blocks: ClassVar[int] = 6
+    live_blocks: ClassVar[int] = 9
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=torch.bfloat16)}

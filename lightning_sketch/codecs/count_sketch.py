@@ -76,7 +76,7 @@ class CountSketch(Codec):
             raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
 
     joins_columns: ClassVar[bool] = True
-    accelerator_blocks: ClassVar[int] = 8
+    accelerator_blocks: ClassVar[int] = 7
 
     def table_shape(self, shard: Shard) -> tuple[int, int]:
         """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`."""
@@ -131,6 +131,13 @@ class _Sketch(ScaledState):
             return
         buckets, signs = self.hashes(block)
         x = x * weight  # once; index_add_ is three times slower with an alpha
+        if is_batched(x) or (x.ndim == 1 and x.device.type != "cpu"):  # small: all levels in one call
+            levels = torch.arange(self.depth, device=x.device).unsqueeze(1)
+            each = x.expand(self.depth, *x.shape)
+            if self.spec.signed and not self.exact:
+                each = each * signs.view(*signs.shape, *[1] * (x.ndim - 1))
+            segment_add(self.table.flatten(0, 1), (buckets + levels * self.width).flatten(), each.flatten(0, 1))
+            return
         for level in range(self.depth):
             signed = x * over_rows(signs[level], x.ndim) if self.spec.signed and not self.exact else x
             segment_add(self.table[level], buckets[level], signed)

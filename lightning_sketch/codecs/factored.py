@@ -26,6 +26,7 @@ class Factored(Codec):
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
     """
 
+    live_blocks: ClassVar[int] = 7
     refuses_signed: ClassVar[str | None] = (
         "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
     )

@@ -53,7 +53,6 @@ class Quantized(Codec):
     """
 
     elementwise: ClassVar[bool] = True
-    accelerator_blocks: ClassVar[int] = 8
 
     bits: int = 8
     block: int = 128
@@ -135,10 +134,9 @@ class _Quantized(CodecState):
         blocks = self.in_blocks(values)  # [k, blocks, block]
         ratio = blocks.abs()
         absmax = ratio.amax(dim=2)
-        finite = absmax.isfinite()
-        usable = finite & (absmax >= TINY)
-        # One that is not finite would leave nothing of the others in its block.
-        absmax = torch.where(finite, absmax.where(usable, 0.0), torch.nan)
+        usable = (absmax < torch.inf) & (absmax >= TINY)
+        # 0 of what is tiny, NaN of infinity: one that is not finite would leave nothing of the others in its block.
+        absmax = absmax.where(usable, absmax * 0.0)
         ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
         ratio.masked_fill_(usable.logical_not().unsqueeze(2), 0.0)
         if not self.spec.signed:

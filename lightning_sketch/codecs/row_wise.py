@@ -42,6 +42,7 @@ class RowWise(Codec):
     depth: int = 3
     lazy: bool = False
 
+    live_blocks: ClassVar[int] = 6
     refuses_signed: ClassVar[str | None] = (
         "one mean per row says nothing about the signs of its elements; choose Drop, BFloat16, CountSketch or Keep"
     )

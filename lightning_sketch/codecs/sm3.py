@@ -44,6 +44,9 @@ class SM3(Codec):
         Anil et al., *Memory-Efficient Adaptive Optimization*, NeurIPS 2019, https://arxiv.org/abs/1901.11150
     """
 
+    accelerator_blocks: ClassVar[int] = 12
+    live_blocks: ClassVar[int] = 9
+
     variant: Literal["I", "II"] = "II"
     momentum: float = 0.0
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+#: By which `mix64` multiplies a seed: the golden ratio in 64 bits, signed.
+FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def layer_seed(seed: int, fqn: str) -> int:
@@ -31,8 +33,7 @@ def mix64(x: Tensor, seed: int | Tensor) -> Tensor:
         int64 with all 64 bits mixed (so negative numbers occur).
     """
     # int64 multiplication wraps; `>>` is arithmetic, so the sign bits it drags in are masked off.
-    factor = 0x9E3779B97F4A7C15
-    x = x + (seed * signed(factor) if isinstance(seed, Tensor) else signed(seed * factor))
+    x = x + (seed * FACTOR if isinstance(seed, Tensor) else signed(seed * FACTOR))
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (1 << 33) - 1)

@@ -15,16 +15,24 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
-from lightning_sketch.sharding import base as sharding_base
 from lightning_sketch.sharding.gradient import RowGradient
 
 if TYPE_CHECKING:
     from lightning_sketch.rules.base import LayerStep, UpdateRule
 
 
+#: Elements of layers that are stepped together, at most.
+MOST_NUMEL = 3 << 23
+
+
 def most_together(numel: int) -> int:
-    """How many layers of `numel` elements are stepped at once: as many as fill a block of an accelerator."""
-    return int(sharding_base.ACCELERATOR_BLOCK_NUMEL) // max(1, numel)
+    """How many layers of `numel` elements are stepped at once, at most."""
+    return MOST_NUMEL // max(1, numel)
+
+
+def evenly(count: int, most: int) -> int:
+    """How many layers each batch has, so that batches are as few and as equal as can be."""
+    return -(-count // -(-count // most))
 
 
 def pays(device: torch.device) -> bool:
