@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import lightning_sketch as ls
 from benchmarks import gpu_capture, launches, roofline
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on, under
+from benchmarks.launches import CODECS
 from benchmarks.speed_measure import Contestant, race
 from benchmarks.speed_peers import version
 from benchmarks.step_cost import transient
@@ -32,18 +33,6 @@ from lightning_sketch import Policy, Rule, compress
 from lightning_sketch.kernels import unproved
 
 Row = dict[str, Any]
-#: Codecs of both moments, by name.
-CODECS: dict[str, dict[str, Any]] = {
-    "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
-    "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
-    "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
-    "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
-    "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
-    "BFloat16, both": {"first_moment": ls.BFloat16(), "second_moment": ls.BFloat16()},
-    "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
-    "Quantized, both": {"first_moment": ls.Quantized(), "second_moment": ls.Quantized()},
-    "Quantized + Factored": {"first_moment": ls.Quantized(), "second_moment": ls.Factored()},
-}
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.01}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),

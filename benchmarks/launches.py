@@ -4,6 +4,7 @@
 
 No accelerator is needed: tensors are fake (`torch._subclasses.FakeTensorMode`), and a dispatch mode counts the
 operators that would be launched. An accumulating ``index_put_`` is several kernels on CUDA (it sorts) and counted so.
+Triton's kernels are counted where they would be launched; fake tensors get addresses for that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -49,13 +50,20 @@ class Counts:
         launches: kernels.
         waits: how often the host waits for a number.
         temporaries: the most bytes of tensors on the device beside those that were there before.
-        operators: launches by operator.
+        operators: launches by operator, and by kernel of Triton under ``triton::`` and its name.
+        copies: between the host and the device, either way.
     """
 
     launches: int
     waits: int
     temporaries: int
     operators: dict[str, int]
+    copies: int = 0
+
+    @property
+    def kernels(self) -> int:
+        """Launches of Triton's kernels."""
+        return sum(count for name, count in self.operators.items() if name.startswith("triton::"))
 
 
 class CountLaunches(TorchDispatchMode):
@@ -72,13 +80,13 @@ class CountLaunches(TorchDispatchMode):
 
     def reset(self) -> None:
         """Count anew. Tensors that exist now are no temporaries."""
-        self.launches = self.waits = self.temporaries = 0
+        self.launches = self.waits = self.temporaries = self.copies = 0
         self.operators: dict[str, int] = {}
         self._live.clear()
 
     def counts(self) -> Counts:
         """Since the last `reset`."""
-        return Counts(self.launches, self.waits, self.temporaries, dict(self.operators))
+        return Counts(self.launches, self.waits, self.temporaries, dict(self.operators), self.copies)
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A fake tensor on the device."""
@@ -104,7 +112,9 @@ class CountLaunches(TorchDispatchMode):
     def _count(self, func: Any, args: tuple[Any, ...], given: list[Tensor], found: Any, inputs: set[int]) -> None:
         made = [x for x in tree_flatten(found)[0] if isinstance(x, FakeTensor)]
         name = func._schema.name
-        if name.startswith("aten::") and not (func.is_view or name.removeprefix("aten::") in FREE):
+        if name in ("aten::_to_copy", "aten::copy_") and len({x.device.type for x in (*given, *made)}) > 1:
+            self.copies += 1
+        elif name.startswith("aten::") and not (func.is_view or name.removeprefix("aten::") in FREE):
             kernels = KERNELS.get(name, 1) if name not in ("aten::cat", "aten::stack") else -(-len(given) // JOINED)
             if name.startswith("aten::_foreach_"):
                 chunks = sum(-(-x.numel() // CHUNK) for x in args[0])
@@ -134,6 +144,8 @@ class IndexByOperators(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
             return _indexed(*args)
+        if func is Tensor.data_ptr:
+            return _address(args[0])
         if func is Tensor.copy_:
             return torch.ops.aten.copy_(*args)
         if func in _READING:
@@ -144,6 +156,11 @@ class IndexByOperators(TorchFunctionMode):
                 return target.index_put_((index,), value)
             return torch.ops.aten.copy_(_indexed(target, index), value)
         return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    """An address as Triton's launches read it, of memory that is not there: aligned, and another for every tensor."""
+    return (tensor.untyped_storage()._cdata << 8) + tensor.storage_offset() * tensor.element_size()
 
 
 def _is_batched(x: Any) -> bool:
@@ -169,17 +186,53 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 
 
 @contextmanager
-def counting(device: str = "cuda") -> Iterator[CountLaunches]:
-    """Tensors on a device are fake within, and what plain PyTorch launches on it is counted."""
+def counting(device: str = "cuda", *, triton: bool = False) -> Iterator[CountLaunches]:
+    """Tensors on a device are fake within, and what steps launch on it is counted.
+
+    Args:
+        triton: whether Triton's kernels make the steps, which are then counted and not launched; else plain PyTorch.
+    """
     # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
     with (
-        mock.patch.dict(os.environ, {native.VARIABLE: "reference"}),  # kernels take addresses, which fake tensors lack
+        mock.patch.dict(os.environ, {native.VARIABLE: "" if triton else "reference"}),
+        _launches_counted() if triton else nullcontext(),
         mock.patch("lightning_sketch.sharding.fake.readable", True),
         FakeTensorMode(allow_non_fake_inputs=True),  # vmap makes tensors of numbers
         IndexByOperators(),
         CountLaunches(device) as mode,
     ):
+        if triton:
+            _counter.append(mode)
         yield mode
+
+
+#: What counts launches of Triton's kernels.
+_counter: list[CountLaunches] = []
+
+
+@contextmanager
+def _launches_counted() -> Iterator[None]:
+    """Kernels of Triton are counted where they would be launched, and taken for proved."""
+    from triton.runtime import JITFunction
+
+    def chosen(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launched(*args: Any, **kwargs: Any) -> None:
+            name = f"triton::{kernel.__name__}"
+            _counter[-1].launches += 1
+            _counter[-1].operators[name] = _counter[-1].operators.get(name, 0) + 1
+
+        return launched
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", chosen),
+        mock.patch("lightning_sketch.optimizer.step.proved", lambda *args, **kwargs: True),
+        mock.patch("torch.cuda.device", lambda device: nullcontext()),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+    ):
+        try:
+            yield
+        finally:
+            _counter.clear()
 
 
 def count_step(
@@ -189,6 +242,7 @@ def count_step(
     make: Callable[..., Any] = torch.optim.AdamW,
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
+    triton: bool = False,
     **options: Any,
 ) -> tuple[Counts, int]:
     """Count the second step of tables of these shapes, with dense gradients.
@@ -196,12 +250,13 @@ def count_step(
     Args:
         policy: as in `compress`.
         make: the optimizer's class.
+        triton: as in `counting`.
         options: of `compress`.
 
     Returns:
         what it asks of the device, and the bound of its temporaries that `report` gives.
     """
-    with counting(device) as mode:
+    with counting(device, triton=triton) as mode:
         model = nn.ModuleList(nn.Embedding(1, 1) for _ in shapes)
         for module, shape in zip(model, shapes, strict=True):
             module.weight = nn.Parameter(mode.tensor(*shape, dtype=dtype))
@@ -215,17 +270,24 @@ def count_step(
         return mode.counts(), report(optimizer).transient
 
 
+#: Codecs of both moments, by name.
+CODECS: dict[str, dict[str, Any]] = {
+    "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
+    "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
+    "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
+    "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
+    "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
+    "BFloat16, both": {"first_moment": ls.BFloat16(), "second_moment": ls.BFloat16()},
+    "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
+    "Quantized, both": {"first_moment": ls.Quantized(), "second_moment": ls.Quantized()},
+    "Quantized + Factored": {"first_moment": ls.Quantized(), "second_moment": ls.Factored()},
+}
+
+
 def policies() -> dict[str, Policy | None]:
     """What is counted, by name; ``None`` is the default policy."""
-    codecs: dict[str, dict[str, Any]] = {
-        "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
-        "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
-        "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
-        "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
-        "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
-        "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
-    }
-    return {"default": None} | {name: Policy([Rule(role="embedding", **chosen)]) for name, chosen in codecs.items()}
+    found = {name: Policy([Rule(role="embedding", **chosen)]) for name, chosen in CODECS.items()}
+    return {"default": None} | found
 
 
 def main() -> None:

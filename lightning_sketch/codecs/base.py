@@ -103,6 +103,8 @@ class CodecState(ABC):
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
     #: lets nothing decay, and `stored` says weights as if no scale had decayed.
     deferred: bool = False
+    #: Whether a fused kernel makes the step that begins.
+    fused: bool = False
     #: Whether `begin` changes nothing but a scale, and what `stored` says but tensors and the seed follows from
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.

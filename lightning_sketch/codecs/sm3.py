@@ -100,7 +100,7 @@ class _SM3(ScaledState):
         self.weight = weight
         self.decay_scale(decay)
         self.column_decay: Number = 1.0
-        if self.deferred:
+        if self.deferred or (self.fused and self.row.device.type != "cpu"):  # of all layers in one launch
             self.column_decay = decay
         elif isinstance(decay, Tensor) or decay != 1:
             for accumulator in self.others:
