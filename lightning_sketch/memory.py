@@ -24,7 +24,7 @@ from lightning_sketch.rules import UpdateRule
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
 from lightning_sketch.sharding.base import rows_at_once
-from lightning_sketch.temporaries import bags_of, batch_bytes, live_blocks
+from lightning_sketch.temporaries import bags_of, batch_bytes, device_kernel_bytes, live_blocks
 from lightning_sketch.text import human_bytes, table
 
 # Rows whose order by bucket the CPU kernels hold at once, and the most partial sums of the columns.
@@ -194,7 +194,9 @@ def fused(rule: UpdateRule, part: LayerPart, param: Tensor) -> bool:
 
 
 def _fused_bytes(part: LayerPart, param: Tensor) -> int:
-    """Memory that the CPU kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
+    """Memory that kernels ask for. Of the CPU's: nothing in it is as large as a parameter with rows of several elements."""
+    if param.device.type != "cpu":
+        return device_kernel_bytes(part, param)
     depth, _ = _hashes(part)
     columns = part.shard.row_numel + 16
     rows = part.shard.local_rows
@@ -203,18 +205,7 @@ def _fused_bytes(part: LayerPart, param: Tensor) -> int:
     scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.persistent_codecs().values()), default=0)
     by_row += scratch * (rows + 64)
     threads = torch.get_num_threads()
-    together = by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
-    return together + (_order_bytes(part, scattered) if param.device.type == "cuda" else 0)
-
-
-def _order_bytes(part: LayerPart, scattered: int) -> int:
-    """Rows by bucket of sketches on a CUDA device: kept for a dense gradient, sorted at every step for a sparse one."""
-    from lightning_sketch.kernels.triton import orders  # imports Triton
-
-    shapes = [shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))]
-    hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
-    rows = scattered or part.shard.local_rows
-    return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
+    return by_row + 4 * columns * (_PARTIAL_SUMS + threads) + 4096 * (1 + threads) + _strip_bytes(part)
 
 
 def _strip_bytes(part: LayerPart) -> int:

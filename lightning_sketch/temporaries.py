@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterable
 
+import torch
 from torch import Tensor
 
+from lightning_sketch.codecs import allocate
 from lightning_sketch.kernels.bags import bags_bytes
+from lightning_sketch.kernels.schema import FusedStep, KernelState
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.rules import alike
 
@@ -25,6 +29,33 @@ def bags_of(part: LayerPart, param: Tensor, blocks: int) -> int:
     hashed = [(depth, width) for depth, width in shapes if width < part.shard.table_rows]  # others are exact
     sorting = sum(bags_bytes(rows, depth, width, blocks, itemsize) for depth, width in hashed)
     return sorting + max((depth * width * part.shard.row_numel * itemsize for depth, width in hashed), default=0)
+
+
+def device_kernel_bytes(part: LayerPart, param: Tensor) -> int:
+    """What Triton's kernels allocate for a layer's step, orders of rows by bucket that dense steps keep among it."""
+    from lightning_sketch.kernels.triton.scratch import step_bytes  # imports Triton
+
+    grad, shard, meta = param.grad, part.shard, torch.device("meta")
+    sparse = grad is not None and grad.is_sparse
+    rows = grad._values().shape[0] if sparse and grad is not None else shard.local_rows
+    stored: dict[bool, KernelState] = {}
+    momentum: KernelState | None = None
+    for name, codec in part.layer.persistent_codecs().items():
+        spec = dataclasses.replace(part.spec(name, param, {}), device=meta)
+        tensors = allocate(codec, spec)
+        state = codec.bind(spec, tensors)
+        state.begin(decay=0.5, weight=0.5, step=1, rows=None)
+        stored[spec.signed] = state.to_kernel()
+        if (of_update := codec.bind_momentum(spec, tensors)) is not None:
+            of_update.begin(decay=0.5, weight=0.5, step=1, rows=None)
+            momentum = of_update.to_kernel()
+    gradient = torch.empty(rows, *shard.row_shape, dtype=param.dtype, device=meta)
+    ids = torch.empty(rows, dtype=torch.int64, device=meta) if sparse or part.layer.lazy else None
+    row_offset, column_offset = shard.row_offset, shard.column_offset
+    step = FusedStep(
+        gradient, gradient, ids, row_offset, column_offset, stored.get(False), stored.get(True), momentum, 0.0
+    )
+    return step_bytes(dataclasses.replace(step, leave_out=True))
 
 
 def batch_bytes(layers: Iterable[tuple[LayerPart, Tensor]], hashes: int) -> int:

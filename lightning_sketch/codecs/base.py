@@ -223,7 +223,7 @@ class Codec(ABC):
     #: operations.
     accelerator_blocks: ClassVar[int] = ACCELERATOR_BLOCKS
     #: Block-sized tensors that are alive at once in the hungriest of its reference steps there.
-    live_blocks: ClassVar[int] = 13
+    live_blocks: ClassVar[int] = 14
     #: Whether steps of several layers may be made together, under ``torch.vmap``.
     steps_together: ClassVar[bool] = True
     #: Whether rows without a gradient must be left alone, also under dense gradients.
