@@ -225,8 +225,8 @@ def _launches_counted() -> Iterator[None]:
 
     with (
         mock.patch.object(JITFunction, "__getitem__", chosen),
-        mock.patch("lightning_sketch.optimizer.step.proved", lambda *args, **kwargs: True),
-        mock.patch("torch.cuda.device", lambda device: nullcontext()),
+        mock.patch("lightning_sketch.optimizer.step.proved", return_value=True),
+        mock.patch("torch.cuda.device", return_value=nullcontext()),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
     ):
         try:

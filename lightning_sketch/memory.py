@@ -194,7 +194,7 @@ def fused(rule: UpdateRule, part: LayerPart, param: Tensor) -> bool:
 
 
 def _fused_bytes(part: LayerPart, param: Tensor) -> int:
-    """Memory that kernels ask for. Of the CPU's: nothing in it is as large as a parameter with rows of several elements."""
+    """Memory that kernels ask for; of the CPU's nothing is as large as a parameter with rows of several elements."""
     if param.device.type != "cpu":
         return device_kernel_bytes(part, param)
     depth, _ = _hashes(part)

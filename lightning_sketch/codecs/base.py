@@ -170,7 +170,7 @@ class CodecState(ABC):
 
         Args:
             seed: an integer, or int64, 0-d, on the state's device.
-            tensors: as in ``optimizer.state[param]``; without the scale if that is on the host, where it starts as here.
+            tensors: as in ``optimizer.state[param]``; without the scale if that is on the host: it starts as here.
         """
         other = copy.copy(self)
         other.spec, other.tensors = dataclasses.replace(self.spec, seed=seed), tensors

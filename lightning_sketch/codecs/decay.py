@@ -97,19 +97,26 @@ class ScaledState(CodecState):
     def rebound(self, seed: Any, tensors: Tensors) -> CodecState:
         other = super().rebound(seed, tensors)
         assert isinstance(other, ScaledState)
-        if self.spec.on_device:
-            other._scale = other.scale = tensors[key_of(self.spec.name, "scale")]
-        else:
-            other._scale = self._scale.clone()
+        on_device = self.spec.on_device
+        other.hold_scale(tensors[key_of(self.spec.name, "scale")] if on_device else self._scale.clone())
         return other
+
+    def hold_scale(self, scale: Tensor) -> None:
+        """Take another tensor for the scale."""
+        self._scale = scale
+        if self.spec.on_device:
+            self.scale = scale
 
     def host_scale(self) -> float | None:
         return None if self.spec.on_device else self._scale.item()
 
     def take_scale(self, other: CodecState) -> None:
         assert isinstance(other, ScaledState)
-        self.scale = other.scale
-        self._scale.copy_(other._scale)
+        scale = other.scale
+        assert isinstance(scale, float)
+        self.scale = scale
+        if scale != self._scale.item():
+            self._scale.fill_(scale)
 
     def follow(self, leader: CodecState) -> None:
         self.decay_scale(leader.deferred_scale()[1])

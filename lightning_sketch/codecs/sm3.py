@@ -145,9 +145,7 @@ class _SM3II(_SM3):
             present = nu.where(good, 0.0)
             left_out = good.all().logical_not()
             self.left_out = left_out if self.left_out is None else self.left_out | left_out
-        self.new_others = [
-            torch.maximum(new, _max_to(present, d)) for d, new in enumerate(self.new_others, start=1)
-        ]
+        self.new_others = [torch.maximum(new, _max_to(present, d)) for d, new in enumerate(self.new_others, start=1)]
         return nu
 
     def commit(self) -> None:

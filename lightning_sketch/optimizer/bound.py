@@ -77,7 +77,8 @@ class BoundPart:
         bound.most_blocks = part.layer.most_blocks
         codecs = part.layer.persistent_codecs()
         if all(codec.steps_together for codec in codecs.values()):
-            bound.alike = param.dtype, param.device, part.shard, tuple(codecs.items()), *(state.spec.alike() for state in states.values())
+            specs = [state.spec.alike() for state in states.values()]
+            bound.alike = param.dtype, param.device, part.shard, tuple(codecs.items()), *specs
         return bound
 
     def step(

@@ -1,4 +1,4 @@
-"""Small layers that are alike, stepped together by the reference on an accelerator: each of its operations launched once.
+"""Small layers that are alike, stepped together by the reference on an accelerator: what it does is launched once.
 
 On 200 layers of 1,024 x 256 the reference would launch 5,000 to 60,000 kernels, most of which are done before the next
 is launched. So parameters, gradients and states of layers that differ in nothing but values and seeds are stacked,
@@ -8,8 +8,8 @@ is launched. So parameters, gradients and states of layers that differ in nothin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.sharding.gradient import RowGradient
 
-if TYPE_CHECKING:
-    from lightning_sketch.rules.base import LayerStep, UpdateRule
+#: A `LayerStep`, of base.py, which imports this.
+_LayerStep = Any
 
 
 #: Elements of layers that are stepped together, at most.
@@ -40,7 +40,7 @@ def pays(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def kind(layer: LayerStep) -> Hashable | None:
+def kind(layer: _LayerStep) -> Hashable | None:
     """What layers that are stepped together have in common; ``None`` where a layer is stepped alone."""
     gradient, param = layer.gradient, layer.param
     if layer.alike is None or not pays(param.device) or gradient.rows is not None or gradient.left_out is not None:
@@ -56,8 +56,11 @@ def kind(layer: LayerStep) -> Hashable | None:
     return layer.alike, type(layer.numbers), leaves, step, layer.maximize, layer.leave_out
 
 
-def step_together(rule: UpdateRule, layers: Sequence[LayerStep]) -> Tensor | None:
+def step_together(reference: Callable[[_LayerStep], Tensor | None], layers: Sequence[_LayerStep]) -> Tensor | None:
     """Steps of layers of one `kind` (parameters and states are modified in place).
+
+    Args:
+        reference: `UpdateRule.reference`.
 
     Returns:
         of each layer how many rows or elements were left out, int64 ``[len(layers)]``; ``None`` for none, where that is
@@ -87,7 +90,7 @@ def step_together(rule: UpdateRule, layers: Sequence[LayerStep]) -> Tensor | Non
             layer.step = next(rest)
             layer.on_device = dataclasses.replace(first.on_device, step=layer.step)
             layer.numbers = _with_leaves(first.numbers, rest)
-        count = rule.reference(layer)
+        count = reference(layer)
         counted = count is not None
         return seed if count is None else count
 
@@ -104,15 +107,15 @@ def step_together(rule: UpdateRule, layers: Sequence[LayerStep]) -> Tensor | Non
     return counts if counted else None
 
 
-def _states(layer: LayerStep) -> list[CodecState]:
+def _states(layer: _LayerStep) -> list[CodecState]:
     return list(layer.states.values())
 
 
-def _tensors(layer: LayerStep) -> Any:
+def _tensors(layer: _LayerStep) -> Any:
     return next(iter(layer.states.values())).tensors if layer.states else {}
 
 
-def _keys(layer: LayerStep) -> list[str]:
+def _keys(layer: _LayerStep) -> list[str]:
     """Keys of the states' tensors that are to be stacked; a scale on the host is the same for all."""
     names = tuple(state.spec.name for state in layer.states.values())
     return [
@@ -122,7 +125,7 @@ def _keys(layer: LayerStep) -> list[str]:
     ]
 
 
-def _device_numbers(layer: LayerStep) -> list[Tensor]:
+def _device_numbers(layer: _LayerStep) -> list[Tensor]:
     """0-d tensors: the step's number, and what of its hyperparameters is known on the device alone."""
     if layer.on_device is None:
         return []
@@ -146,7 +149,7 @@ def _with_leaves(numbers: Any, tensors: Any) -> Any:
     return leaves[0]
 
 
-def _seeds(layers: Sequence[LayerStep]) -> Tensor:
+def _seeds(layers: Sequence[_LayerStep]) -> Tensor:
     """The layers' hash seeds on their device, int64 ``[len(layers)]``: made there once for these layers."""
     cache, device = layers[0].cache, layers[0].param.device
     seeds = [state.spec.seed for layer in layers for state in _states(layer)[:1]] or [0] * len(layers)

@@ -360,14 +360,15 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
     for members in together.values():
         size = alike.evenly(len(members), alike.most_together(members[0][1].param.numel()))
         for start in range(0, len(members), size):
-            numbers, some = zip(*members[start : start + size], strict=True)
+            batch = members[start : start + size]
+            some = [layer for _, layer in batch]
             if len(some) == 1:
                 counts = None if (count := rule.reference(some[0])) is None else count.view(1)
                 some[0].gradient.forget_blocks()
             else:
-                counts = alike.step_together(rule, some)
+                counts = alike.step_together(rule.reference, some)
             if counts is not None:
-                left_out |= dict(zip(numbers, counts.unbind(), strict=True))
+                left_out |= dict(zip((number for number, _ in batch), counts.unbind(), strict=True))
     by_kernel = [(numbers, kernel(steps)) for kernel, numbers, steps in fused.values()]
     if len(by_kernel) == 1 and not left_out and len(by_kernel[0][0]) == total:
         return by_kernel[0][1]
