@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sketch as ls
-from benchmarks import gpu_capture, launches, roofline
+from benchmarks import gpu_capture, gpu_tools, launches, roofline
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on, under
 from benchmarks.launches import CODECS
 from benchmarks.speed_measure import Contestant, race
@@ -232,11 +232,15 @@ def _timed(device: torch.device) -> roofline.Timed:
 
 SECTIONS: dict[str, Callable[[torch.device, bool, float], Iterator[Row]]] = {
     "versions": versions,
+    "repeats": gpu_tools.repeats,
     "equal": equal,
     "launches": launched,
     "capture": capture,
     "scaler": scaler,
     "times": times,
+    "peers": gpu_tools.peers,
+    "profiler": gpu_tools.profiler,
+    "sanitizer": gpu_tools.sanitizer,
 }
 
 
@@ -257,6 +261,9 @@ def summary(out: Path) -> int:
             failed.append(f"{section}: nothing was written")
         fine = [row for row in rows if "error" not in row and "skipped" not in row]
         print(f"{section}: {len(fine)} of {len(rows)} rows")
+        for row in rows:
+            if "skipped" in row:
+                print(f"  skipped: {row['what']}: {row['skipped']}")
         if section == "equal":
             farthest: dict[str, float] = {}
             for row in fine:
