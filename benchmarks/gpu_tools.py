@@ -80,7 +80,9 @@ def peers(device: torch.device, quick: bool, deadline: float) -> Iterator[Row]:
     for row in rows:
         found = {"what": row["label"]}
         if "error" not in row:
-            found |= {key: row[key] for key in ("milliseconds", "ratio", "transient_bytes", "state_bytes_per_parameter")}
+            found |= {
+                key: row[key] for key in ("milliseconds", "ratio", "transient_bytes", "state_bytes_per_parameter")
+            }
         elif row["nonfinite"] is None:
             found["skipped"] = NOT_INSTALLED if row["label"].endswith(f"({NOT_INSTALLED})") else row["error"][:200]
         else:

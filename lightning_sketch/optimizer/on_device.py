@@ -2,8 +2,8 @@
 
 Then the host reads nothing of a step, so the step waits for nothing and can be captured into a CUDA graph. torch keeps
 ``step`` on the device where a group says ``capturable`` or ``fused``; compressed layers do the same, with the scales of
-their codecs. SGD's are there always: torch's counts no steps, and can be captured without an option. Adagrad and SparseAdam
-have no such option in torch, but groups may say it: ``Adagrad([{"params": ..., "capturable": True}])``.
+their codecs. SGD's are there always: torch's counts no steps, and can be captured without an option. Adagrad and
+SparseAdam have no such option in torch, but groups may say it: ``Adagrad([{"params": ..., "capturable": True}])``.
 """
 
 from __future__ import annotations

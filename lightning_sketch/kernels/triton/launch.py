@@ -19,7 +19,7 @@ from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.device_numbers import device_words, hold
 from lightning_sketch.kernels.triton.insert import hash_rows, insert
-from lightning_sketch.kernels.triton.jit import OPTIONS
+from lightning_sketch.kernels.triton.jit import OPTIONS, WIDE_OPTIONS
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
     SPAN,
@@ -315,7 +315,7 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         options = OPTIONS | {"num_warps": key.observe_warps}
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
-            settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
+            settle[(programs["settle"],)](words, count, **seen, **WIDE_OPTIONS)
     if key.second == Kind.ROW_SKETCH:
         add_rows[(programs["add"],)](
             words,
@@ -329,9 +329,9 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
         reduce_columns[(programs["reduce"],)](
-            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
+            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **WIDE_OPTIONS
         )
-        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
+        finish_factored[(count,)](words, count, GROUP=GROUP, TILE=1024, **WIDE_OPTIONS)
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
     if key.quantized:
