@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
 INTERPRETED = [
-    f"triton_{subject}.py" for subject in ("interpreted", "left_out", "on_device", "orders", "quantized", "repeated")
+    f"triton_{subject}.py"
+    for subject in ("bytes", "interpreted", "left_out", "on_device", "orders", "quantized", "repeated")
 ]
 
 

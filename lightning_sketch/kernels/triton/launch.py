@@ -315,7 +315,7 @@ def _launch(key: Key, table: Tensor, group: Group) -> None:
         options = OPTIONS | {"num_warps": key.observe_warps}
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
         if not key.one_chunk:
-            settle[(programs["settle"],)](words, count, **seen, **WIDE_OPTIONS)
+            settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
     if key.second == Kind.ROW_SKETCH:
         add_rows[(programs["add"],)](
             words,
