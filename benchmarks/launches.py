@@ -9,6 +9,7 @@ Triton's kernels are counted where they would be launched; fake tensors get addr
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -292,16 +293,19 @@ def policies() -> dict[str, Policy | None]:
 
 def main() -> None:
     logging.getLogger("lightning_sketch").setLevel(logging.ERROR)  # it warns about first moments that it drops
-    print("AdamW on CUDA without fused kernels, dense float32 gradients, nonfinite='raise'")
-    print("| tables | policy | launches | waits | largest temporaries | their bound |")
-    print("|---" * 6 + "|")
+    print("AdamW on CUDA, dense float32 gradients, nonfinite='raise'; of the second step")
+    print("| tables | policy | by | launches | of kernels | copies | waits | largest temporaries | their bound |")
+    print("|---" * 9 + "|")
     for words, shapes in ((f"one {LARGE}", [LARGE]), (f"{LAYERS} of {SMALL}", [SMALL] * LAYERS)):
         for name, policy in policies().items():
             if policy is None and shapes[0] is SMALL:
                 continue  # it keeps small tables
-            counts, bound = count_step(shapes, policy)
-            sizes = f"{counts.temporaries / 2**20:,.0f} MiB | {bound / 2**20:,.0f} MiB"
-            print(f"| {words} | {name} | {counts.launches:,} | {counts.waits} | {sizes} |", flush=True)
+            for triton in (False, True) if importlib.util.find_spec("triton") else (False,):
+                counts, bound = count_step(shapes, policy, triton=triton)
+                by = "Triton" if triton else "plain PyTorch"
+                found = f"{by} | {counts.launches:,} | {counts.kernels} | {counts.copies} | {counts.waits}"
+                sizes = f"{counts.temporaries / 2**20:,.1f} MiB | {bound / 2**20:,.1f} MiB"
+                print(f"| {words} | {name} | {found} | {sizes} |", flush=True)
 
 
 if __name__ == "__main__":

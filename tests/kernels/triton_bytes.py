@@ -1,8 +1,8 @@
 """Bytes of memory that each Triton kernel touches for an element, counted in the interpreter.
 
 Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported. Counted is every
-address once for each launch, as a cache that holds all but tensors of the parameter's shape would have it; and how often
-the gradient is read, which no cache would hold.
+address once for each launch, as a cache that holds all but tensors of the parameter's shape would have it; and how
+often the gradient is read, which no cache would hold.
 """
 
 from __future__ import annotations
