@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sketch as ls
-from benchmarks import gpu_capture, launches, roofline
+from benchmarks import gpu_capture, gpu_tools, launches, roofline
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on, under
+from benchmarks.launches import CODECS
 from benchmarks.speed_measure import Contestant, race
 from benchmarks.speed_peers import version
 from benchmarks.step_cost import transient
@@ -32,18 +33,6 @@ from lightning_sketch import Policy, Rule, compress
 from lightning_sketch.kernels import unproved
 
 Row = dict[str, Any]
-#: Codecs of both moments, by name.
-CODECS: dict[str, dict[str, Any]] = {
-    "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
-    "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
-    "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
-    "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
-    "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
-    "BFloat16, both": {"first_moment": ls.BFloat16(), "second_moment": ls.BFloat16()},
-    "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
-    "Quantized, both": {"first_moment": ls.Quantized(), "second_moment": ls.Quantized()},
-    "Quantized + Factored": {"first_moment": ls.Quantized(), "second_moment": ls.Factored()},
-}
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.01}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
@@ -243,11 +232,15 @@ def _timed(device: torch.device) -> roofline.Timed:
 
 SECTIONS: dict[str, Callable[[torch.device, bool, float], Iterator[Row]]] = {
     "versions": versions,
+    "repeats": gpu_tools.repeats,
     "equal": equal,
     "launches": launched,
     "capture": capture,
     "scaler": scaler,
     "times": times,
+    "peers": gpu_tools.peers,
+    "profiler": gpu_tools.profiler,
+    "sanitizer": gpu_tools.sanitizer,
 }
 
 
@@ -268,6 +261,9 @@ def summary(out: Path) -> int:
             failed.append(f"{section}: nothing was written")
         fine = [row for row in rows if "error" not in row and "skipped" not in row]
         print(f"{section}: {len(fine)} of {len(rows)} rows")
+        for row in rows:
+            if "skipped" in row:
+                print(f"  skipped: {row['what']}: {row['skipped']}")
         if section == "equal":
             farthest: dict[str, float] = {}
             for row in fine:

@@ -1,35 +1,54 @@
 #!/usr/bin/env bash
-# All that is to be looked at on a borrowed CUDA machine, within eleven minutes; from the repository's root:
+# All that is to be looked at on a borrowed CUDA machine, within eight minutes; from the repository's root:
 #   benchmarks/gpu_check.sh                       # results under ${OUT:-runs/gpu}
 #   benchmarks/gpu_check.sh --device cpu --quick  # without a GPU, to try the script itself
-# The package need not be installed; torch is needed, and triton for its kernels. The summary comes last, and the exit
-# status says whether anything failed.
+# The package need not be installed; torch is needed, and triton for its kernels. Wheels of other libraries are taken
+# from ${WHEELS:-wheels}; ncu and compute-sanitizer run where they are installed. Sections write what they find as they
+# find it; all of it is packed into $OUT/results.tar.gz at the end. The summary comes last, and the exit status says
+# whether anything failed. SECTIONS chooses; `compiled` is one more, which compiles all kernels for other devices by the
+# Triton that is installed, and takes minutes of a processor (pytest and hypothesis are needed).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export OUT="${OUT:-runs/gpu}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python="${PYTHON:-python3}"
 failed=0
+ends=$((SECONDS + ${TOTAL:-450}))  # the summary takes seconds
+mkdir -p "$OUT"
 
-section() { # name, seconds after which it begins nothing more, seconds after which it is ended
-    local name=$1 seconds=$2 limit=$3
-    shift 3
+section() { # name, seconds after which it begins nothing more
+    local name=$1 seconds=$2
+    shift 2
+    local left=$((ends - SECONDS))
     echo "== $name"
     rm -f "$OUT/$name.json"
-    timeout --kill-after=5 "$limit" "$python" -m benchmarks.gpu_check "$name" --seconds "$seconds" "$@" \
+    if [ "$left" -lt 5 ]; then echo '[{"what": "all", "skipped": "out of time"}]' > "$OUT/$name.json"; return; fi
+    seconds=$((seconds < left ? seconds : left))
+    timeout --kill-after=5 $((seconds + 20)) "$python" -m benchmarks.gpu_check "$name" --seconds "$seconds" "$@" \
         || { echo "FAILED section $name (exit status $?)"; failed=$((failed + 1)); }
 }
 
-for name in ${SECTIONS:-versions equal launches capture scaler times}; do
+for name in ${SECTIONS:-versions repeats equal launches capture scaler times peers profiler sanitizer}; do
     case $name in
-        versions) section versions 30 60 "$@" ;;
-        equal) section equal 120 150 "$@" ;;
-        launches) section launches 60 90 "$@" ;;
-        capture) section capture 100 130 "$@" ;;
-        scaler) section scaler 60 90 "$@" ;;
-        times) section times 120 150 "$@" ;;
+        versions) section versions 15 "$@" ;;
+        repeats) section repeats 40 "$@" ;;
+        equal) section equal 80 "$@" ;;
+        launches) section launches 35 "$@" ;;
+        capture) section capture 70 "$@" ;;
+        scaler) section scaler 30 "$@" ;;
+        times) section times 80 "$@" ;;
+        peers) section peers 40 "$@" ;;
+        profiler) section profiler 40 "$@" ;;
+        sanitizer) section sanitizer 60 "$@" ;;
+        compiled)
+            echo "== compiled"
+            TRITON_INTERPRET=0 "$python" -m pytest -q -s -p no:cacheprovider tests/kernels/triton_compiled.py \
+                > "$OUT/compiled.txt" 2>&1 || { echo "FAILED section compiled"; failed=$((failed + 1)); }
+            tail -n 3 "$OUT/compiled.txt" ;;
         *) echo "there is no section $name"; failed=$((failed + 1)) ;;
     esac
 done
 echo "== summary"
-"$python" -m benchmarks.gpu_check summary || failed=$((failed + 1))
+"$python" -m benchmarks.gpu_check summary > "$OUT/summary.txt" || failed=$((failed + 1))
+cat "$OUT/summary.txt"
+(cd "$OUT" && rm -f results.tar.gz && tar -czf results.tar.gz --exclude=results.tar.gz ./*.json ./*.txt 2> /dev/null)
 exit $((failed > 0))

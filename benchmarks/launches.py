@@ -4,14 +4,16 @@
 
 No accelerator is needed: tensors are fake (`torch._subclasses.FakeTensorMode`), and a dispatch mode counts the
 operators that would be launched. An accumulating ``index_put_`` is several kernels on CUDA (it sorts) and counted so.
+Triton's kernels are counted where they would be launched; fake tensors get addresses for that.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -34,6 +36,9 @@ SMALL, LAYERS = (1_024, 256), 200
 #: Kernels of operators that are more than one, by torch's CUDA source. An accumulating index_put_ makes linear indices
 #: (3), sorts pairs by radix (a histogram, a scan, four digits of 8 bits), and adds.
 KERNELS = {"aten::index_put_": 10, "aten::sort": 7, "aten::_unique2": 12, "aten::nonzero": 3}
+#: Of operators on lists of tensors: how many tensors, and how many chunks of 65,536 elements, one launch takes
+#: (`MultiTensorApply.cuh`, for two lists); how many tensors `cat` and `stack` copy in one.
+LISTED, CHUNKS, CHUNK, JOINED = 64, 320, 1 << 16, 128
 #: Operators that launch nothing: they make views, or memory that nobody writes.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "lift_fresh")
 
@@ -46,13 +51,20 @@ class Counts:
         launches: kernels.
         waits: how often the host waits for a number.
         temporaries: the most bytes of tensors on the device beside those that were there before.
-        operators: launches by operator.
+        operators: launches by operator, and by kernel of Triton under ``triton::`` and its name.
+        copies: between the host and the device, either way.
     """
 
     launches: int
     waits: int
     temporaries: int
     operators: dict[str, int]
+    copies: int = 0
+
+    @property
+    def kernels(self) -> int:
+        """Launches of Triton's kernels."""
+        return sum(count for name, count in self.operators.items() if name.startswith("triton::"))
 
 
 class CountLaunches(TorchDispatchMode):
@@ -69,13 +81,13 @@ class CountLaunches(TorchDispatchMode):
 
     def reset(self) -> None:
         """Count anew. Tensors that exist now are no temporaries."""
-        self.launches = self.waits = self.temporaries = 0
+        self.launches = self.waits = self.temporaries = self.copies = 0
         self.operators: dict[str, int] = {}
         self._live.clear()
 
     def counts(self) -> Counts:
         """Since the last `reset`."""
-        return Counts(self.launches, self.waits, self.temporaries, dict(self.operators))
+        return Counts(self.launches, self.waits, self.temporaries, dict(self.operators), self.copies)
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A fake tensor on the device."""
@@ -95,14 +107,19 @@ class CountLaunches(TorchDispatchMode):
             return True if args[0].dtype is torch.bool else 1
         inputs = {x.untyped_storage()._cdata for x in given}
         found = func(*args, **kwargs)  # the fake mode below does it
-        self._count(func, found, inputs)
+        self._count(func, args, given, found, inputs)
         return found
 
-    def _count(self, func: Any, found: Any, inputs: set[int]) -> None:
+    def _count(self, func: Any, args: tuple[Any, ...], given: list[Tensor], found: Any, inputs: set[int]) -> None:
         made = [x for x in tree_flatten(found)[0] if isinstance(x, FakeTensor)]
         name = func._schema.name
-        if name.startswith("aten::") and not (func.is_view or name.removeprefix("aten::") in FREE):
-            kernels = KERNELS.get(name, 1)
+        if name in ("aten::_to_copy", "aten::copy_") and len({x.device.type for x in (*given, *made)}) > 1:
+            self.copies += 1
+        elif name.startswith("aten::") and not (func.is_view or name.removeprefix("aten::") in FREE):
+            kernels = KERNELS.get(name, 1) if name not in ("aten::cat", "aten::stack") else -(-len(given) // JOINED)
+            if name.startswith("aten::_foreach_"):
+                chunks = sum(-(-x.numel() // CHUNK) for x in args[0])
+                kernels = max(-(-len(args[0]) // LISTED), -(-chunks // CHUNKS))
             self.launches += kernels
             self.operators[name] = self.operators.get(name, 0) + kernels
         for tensor in made:
@@ -124,10 +141,12 @@ class IndexByOperators(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not (args and isinstance(args[0], FakeTensor)):
+        if not (args and (isinstance(args[0], FakeTensor) or _is_batched(args[0]))):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
             return _indexed(*args)
+        if func is Tensor.data_ptr:
+            return _address(args[0])
         if func is Tensor.copy_:
             return torch.ops.aten.copy_(*args)
         if func in _READING:
@@ -138,6 +157,16 @@ class IndexByOperators(TorchFunctionMode):
                 return target.index_put_((index,), value)
             return torch.ops.aten.copy_(_indexed(target, index), value)
         return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    """An address as Triton's launches read it, of memory that is not there: aligned, and another for every tensor."""
+    return (tensor.untyped_storage()._cdata << 8) + tensor.storage_offset() * tensor.element_size()
+
+
+def _is_batched(x: Any) -> bool:
+    """Whether it is fake tensors of several layers, over which ``torch.vmap`` runs."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)
 
 
 def _indexed(tensor: Tensor, index: Any) -> Tensor:
@@ -158,17 +187,53 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
 
 
 @contextmanager
-def counting(device: str = "cuda") -> Iterator[CountLaunches]:
-    """Tensors on a device are fake within, and what plain PyTorch launches on it is counted."""
+def counting(device: str = "cuda", *, triton: bool = False) -> Iterator[CountLaunches]:
+    """Tensors on a device are fake within, and what steps launch on it is counted.
+
+    Args:
+        triton: whether Triton's kernels make the steps, which are then counted and not launched; else plain PyTorch.
+    """
     # The fake mode is entered for itself: while it is, torch does not look for a device to initialise.
     with (
-        mock.patch.dict(os.environ, {native.VARIABLE: "reference"}),  # kernels take addresses, which fake tensors lack
+        mock.patch.dict(os.environ, {native.VARIABLE: "" if triton else "reference"}),
+        _launches_counted() if triton else nullcontext(),
         mock.patch("lightning_sketch.sharding.fake.readable", True),
-        FakeTensorMode(),
+        FakeTensorMode(allow_non_fake_inputs=True),  # vmap makes tensors of numbers
         IndexByOperators(),
         CountLaunches(device) as mode,
     ):
+        if triton:
+            _counter.append(mode)
         yield mode
+
+
+#: What counts launches of Triton's kernels.
+_counter: list[CountLaunches] = []
+
+
+@contextmanager
+def _launches_counted() -> Iterator[None]:
+    """Kernels of Triton are counted where they would be launched, and taken for proved."""
+    from triton.runtime import JITFunction
+
+    def chosen(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launched(*args: Any, **kwargs: Any) -> None:
+            name = f"triton::{kernel.__name__}"
+            _counter[-1].launches += 1
+            _counter[-1].operators[name] = _counter[-1].operators.get(name, 0) + 1
+
+        return launched
+
+    with (
+        mock.patch.object(JITFunction, "__getitem__", chosen),
+        mock.patch("lightning_sketch.optimizer.step.proved", return_value=True),
+        mock.patch("torch.cuda.device", return_value=nullcontext()),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+    ):
+        try:
+            yield
+        finally:
+            _counter.clear()
 
 
 def count_step(
@@ -178,6 +243,7 @@ def count_step(
     make: Callable[..., Any] = torch.optim.AdamW,
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
+    triton: bool = False,
     **options: Any,
 ) -> tuple[Counts, int]:
     """Count the second step of tables of these shapes, with dense gradients.
@@ -185,12 +251,13 @@ def count_step(
     Args:
         policy: as in `compress`.
         make: the optimizer's class.
+        triton: as in `counting`.
         options: of `compress`.
 
     Returns:
         what it asks of the device, and the bound of its temporaries that `report` gives.
     """
-    with counting(device) as mode:
+    with counting(device, triton=triton) as mode:
         model = nn.ModuleList(nn.Embedding(1, 1) for _ in shapes)
         for module, shape in zip(model, shapes, strict=True):
             module.weight = nn.Parameter(mode.tensor(*shape, dtype=dtype))
@@ -204,31 +271,41 @@ def count_step(
         return mode.counts(), report(optimizer).transient
 
 
+#: Codecs of both moments, by name.
+CODECS: dict[str, dict[str, Any]] = {
+    "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
+    "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
+    "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
+    "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
+    "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
+    "BFloat16, both": {"first_moment": ls.BFloat16(), "second_moment": ls.BFloat16()},
+    "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
+    "Quantized, both": {"first_moment": ls.Quantized(), "second_moment": ls.Quantized()},
+    "Quantized + Factored": {"first_moment": ls.Quantized(), "second_moment": ls.Factored()},
+}
+
+
 def policies() -> dict[str, Policy | None]:
     """What is counted, by name; ``None`` is the default policy."""
-    codecs: dict[str, dict[str, Any]] = {
-        "Drop + RowWise(10)": {"first_moment": ls.Drop(), "second_moment": ls.RowWise(compression=10)},
-        "Drop + Factored": {"first_moment": ls.Drop(), "second_moment": ls.Factored()},
-        "Drop + RowWise": {"first_moment": ls.Drop(), "second_moment": ls.RowWise()},
-        "Drop + SM3": {"first_moment": ls.Drop(), "second_moment": ls.SM3()},
-        "BFloat16 + Factored": {"first_moment": ls.BFloat16(), "second_moment": ls.Factored()},
-        "CountSketch, both": {"first_moment": ls.CountSketch(), "second_moment": ls.CountSketch()},
-    }
-    return {"default": None} | {name: Policy([Rule(role="embedding", **chosen)]) for name, chosen in codecs.items()}
+    found = {name: Policy([Rule(role="embedding", **chosen)]) for name, chosen in CODECS.items()}
+    return {"default": None} | found
 
 
 def main() -> None:
     logging.getLogger("lightning_sketch").setLevel(logging.ERROR)  # it warns about first moments that it drops
-    print("AdamW on CUDA without fused kernels, dense float32 gradients, nonfinite='raise'")
-    print("| tables | policy | launches | waits | largest temporaries | their bound |")
-    print("|---" * 6 + "|")
+    print("AdamW on CUDA, dense float32 gradients, nonfinite='raise'; of the second step")
+    print("| tables | policy | by | launches | of kernels | copies | waits | largest temporaries | their bound |")
+    print("|---" * 9 + "|")
     for words, shapes in ((f"one {LARGE}", [LARGE]), (f"{LAYERS} of {SMALL}", [SMALL] * LAYERS)):
         for name, policy in policies().items():
             if policy is None and shapes[0] is SMALL:
                 continue  # it keeps small tables
-            counts, bound = count_step(shapes, policy)
-            sizes = f"{counts.temporaries / 2**20:,.0f} MiB | {bound / 2**20:,.0f} MiB"
-            print(f"| {words} | {name} | {counts.launches:,} | {counts.waits} | {sizes} |", flush=True)
+            for triton in (False, True) if importlib.util.find_spec("triton") else (False,):
+                counts, bound = count_step(shapes, policy, triton=triton)
+                by = "Triton" if triton else "plain PyTorch"
+                found = f"{by} | {counts.launches:,} | {counts.kernels} | {counts.copies} | {counts.waits}"
+                sizes = f"{counts.temporaries / 2**20:,.1f} MiB | {bound / 2**20:,.1f} MiB"
+                print(f"| {words} | {name} | {found} | {sizes} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
 from lightning_sketch.rules import UpdateRule
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
-from lightning_sketch.sharding.base import block_numel
+from lightning_sketch.sharding.base import rows_at_once
+from lightning_sketch.temporaries import bags_of, batch_bytes, live_blocks
 from lightning_sketch.text import human_bytes, table
 
-# Of Triton's kernels: rows whose order by bucket is there at once, and the most partial sums of the columns.
-_WAVE, _PARTIAL_SUMS = 1 << 14, 66
 # What a fused step has beside what its kernels ask for: counts of rows, numbers of a step.
 _STEP_BYTES = 4096
 
@@ -118,7 +117,8 @@ def report(optimizer: Any) -> MemoryReport:
     if isinstance(inner, CompressedOptimizer):
         inner.compression.judge_left_out(wait=True)
     by_codec: dict[str, int] = {}
-    dense_state = blocks = together = parameters = gradients = 0
+    dense_state = blocks = together = parameters = gradients = hashes = 0
+    by_reference: list[tuple[LayerPart, Tensor]] = []
     if isinstance(inner, CompressedOptimizer):
         tensors = inner.all_tensors()
     else:
@@ -152,9 +152,10 @@ def report(optimizer: Any) -> MemoryReport:
             if step is not None and param.device.type == "cpu":
                 on_cpu.append(step)
             elif step is not None:
-                together += _triton_bytes(part, param)
+                together += _triton_bytes(step)
             else:
-                blocks = max(blocks, _block_bytes(part, param))
+                blocks, hashes = max(blocks, _block_bytes(part, param)), max(hashes, _hashes(part)[1])
+                by_reference.append((part, local(param)))
             if part.sharing:
                 blocks = max(blocks, _block_bytes(part, param))  # what is shared is made of blocks of the gradient
                 together += _shared_bytes(part, param)
@@ -171,7 +172,7 @@ def report(optimizer: Any) -> MemoryReport:
         gradients=gradients,
         state_by_codec=by_codec,
         dense_state=dense_state,
-        transient=blocks + together,
+        transient=max(blocks, batch_bytes(by_reference, hashes)) + together,
         conversion_errors=inner.compression.errors if isinstance(inner, CompressedOptimizer) else {},
         skipped=dict(inner.compression.skipped) if isinstance(inner, CompressedOptimizer) else {},
         kernels=used,
@@ -187,7 +188,7 @@ def transient_bytes(rule: UpdateRule, part: LayerPart, param: Tensor) -> int:
     blocks = _block_bytes(part, param) if part.sharing or step is None else 0
     own = 0
     if step is not None:
-        own = _cpu_bytes([step]) if param.device.type == "cpu" else _triton_bytes(part, param)
+        own = _cpu_bytes([step]) if param.device.type == "cpu" else _triton_bytes(step)
     return blocks + own + _shared_bytes(part, param) + _copied_bytes(part, param)
 
 
@@ -242,35 +243,24 @@ def _cpu_bytes(steps: Sequence[FusedStep]) -> int:
     return cpu.scratch_bytes(steps) + _STEP_BYTES
 
 
-def _triton_bytes(part: LayerPart, param: Tensor) -> int:
-    """Memory that Triton's kernels ask for: nothing in it is as large as a parameter with rows of several elements."""
-    depth, _ = _hashes(part)
-    columns, rows = part.shard.row_numel + 16, part.shard.local_rows
-    scattered = min(rows, param.grad._values().shape[0]) if param.grad is not None and param.grad.is_sparse else 0
-    scratch = max((codec.scratch_per_row(part.shard) for codec in part.layer.persistent_codecs().values()), default=0)
-    by_row = 8 * depth * max(min(rows, _WAVE), scattered) + scratch * (rows + 64)
-    return by_row + 4 * columns * _PARTIAL_SUMS + _STEP_BYTES + _order_bytes(part, scattered)
+def _triton_bytes(step: FusedStep) -> int:
+    """Memory that Triton's kernels ask for, orders of rows by bucket that dense steps keep among it."""
+    from lightning_sketch.kernels.triton.scratch import step_bytes  # imports Triton
 
-
-def _order_bytes(part: LayerPart, scattered: int) -> int:
-    """Rows by bucket of sketches on a CUDA device: kept for a dense gradient, sorted at every step for a sparse one."""
-    from lightning_sketch.kernels.triton import orders  # imports Triton
-
-    shapes = [shape for codec in part.layer.persistent_codecs().values() if (shape := codec.table_shape(part.shard))]
-    hashed = [(depth, width) for depth, width in shapes if width < part.shard.local_rows]  # others are exact
-    rows = scattered or part.shard.local_rows
-    return orders.kept_bytes(rows, hashed) + orders.sorting_bytes(rows, hashed)
+    return step_bytes(step)
 
 
 def _block_bytes(part: LayerPart, param: Tensor) -> int:
-    """Blocks of `block_numel` elements in the reference's step."""
+    """Blocks of `rows_at_once` rows in the reference's step."""
     row, rows = max(1, part.shard.row_numel), part.shard.local_rows
-    numel = min(rows * row, max(block_numel(param.device), row))
+    numel = row * min(rows, rows_at_once(param.device, rows, row, part.layer.most_blocks))
     depth, hashes = _hashes(part)
-    blocks = _LIVE_BLOCKS + max(0, depth - 3)
+    blocks = _LIVE_BLOCKS + max(0, depth - 3) if param.device.type == "cpu" else live_blocks(part)
     # On accelerators what is known of rows is made for all of them at once.
     hashed = numel // row if param.device.type == "cpu" else rows
     total = blocks * numel * compute_dtype(param).itemsize + hashed * hashes
+    if param.device.type == "cuda":
+        total += bags_of(part, param, -(-rows * row // numel))
     if param.grad is not None and param.grad.is_sparse:
         total += param.grad._values().shape[0] * hashes
     return total

@@ -18,6 +18,7 @@ ORDER = (
     "cli",
     "integrations",
     "memory",
+    "temporaries",
     "checkpoints",
     "optimizer",
     "policy",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_sketch.codecs.shared import Shared, Sharing
 from lightning_sketch.kernels import huge_pages
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Cut, Shard
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 from lightning_sketch.sharding.fake import is_fake
 
 #: A number of a step, and the step's own: on the host, or 0-d float64 where the numbers stay on the device.
@@ -104,6 +106,8 @@ class CodecState(ABC):
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
     #: lets nothing decay, and `stored` says weights as if no scale had decayed.
     deferred: bool = False
+    #: Whether a fused kernel makes the step that begins.
+    fused: bool = False
     #: Whether `begin` changes nothing but a scale, and what `stored` says but tensors and the seed follows from
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
@@ -212,6 +216,24 @@ class CodecState(ABC):
     def follow(self, leader: CodecState) -> None:  # noqa: B027
         """Let the scale decay as `leader`'s did, which was the same, in the step that it began."""
 
+    def rebound(self, seed: Any, tensors: Tensors) -> Self:
+        """The same state of another layer that differs in values and in its seed alone.
+
+        Args:
+            seed: an integer, or int64, 0-d, on the state's device.
+            tensors: as in ``optimizer.state[param]``; without the scale if that is on the host: it starts as here.
+        """
+        other = copy.copy(self)
+        other.spec, other.tensors = dataclasses.replace(self.spec, seed=seed), tensors
+        return other
+
+    def host_scale(self) -> float | None:
+        """The scale, if there is one on the host."""
+        return None
+
+    def take_scale(self, other: CodecState) -> None:  # noqa: B027
+        """Let the scale on the host be what it is after another layer's step, see `rebound`."""
+
     @staticmethod
     def plain(tensor: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a kernel may take a tensor's memory for `numel` numbers of that dtype."""
@@ -248,6 +270,13 @@ class Codec(ABC):
     drops: ClassVar[bool] = False
     #: Whether the tensor ``table`` is linear in the state, and has its columns: then parts of it can be put together.
     joins_columns: ClassVar[bool] = False
+    #: Into how many blocks the reference cuts a gradient on accelerators, at most: fewer where each takes many
+    #: operations.
+    accelerator_blocks: ClassVar[int] = ACCELERATOR_BLOCKS
+    #: Block-sized tensors that are alive at once in the hungriest of its reference steps there.
+    live_blocks: ClassVar[int] = 14
+    #: Whether steps of several layers may be made together, under ``torch.vmap``.
+    steps_together: ClassVar[bool] = True
     #: Whether rows without a gradient must be left alone, also under dense gradients.
     lazy: bool = False
     #: beta of a momentum of the update, kept beside this state; 0 for none.
@@ -316,11 +345,6 @@ class Codec(ABC):
         """Whether rows, or a number of each, lie in fewer buckets than there are rows."""
         shape = self.table_shape(shard) or self.row_table_shape(shard)
         return shape is not None and shape[1] < shard.table_rows
-
-    def scratch_per_row(self, shard: Shard) -> int:
-        """Bytes for each row that Triton's kernels ask for in a step."""
-        # The mean square of each, and whether it is left out.
-        return 5 if self.row_table_shape(shard) else 1 if self.table_shape(shard) else 0
 
     def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
         """The momentum of the update that is kept beside this state, if `momentum`."""

@@ -32,6 +32,8 @@ class BFloat16(Codec):
     stochastic: bool = True
 
     elementwise: ClassVar[bool] = True
+    accelerator_blocks: ClassVar[int] = 6
+    live_blocks: ClassVar[int] = 9
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         return {"": spec.zeros(*spec.local_shape, dtype=torch.bfloat16)}
@@ -73,4 +75,5 @@ def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
     # bfloat16 is the upper half of float32: add noise below the cut, then cut.
     bits = values.contiguous().view(torch.int32).add(noise)
     rounded = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+    # Infinity stays so by itself; a NaN of all ones would become -0.
+    return torch.where(values == values, rounded, values).to(torch.bfloat16)

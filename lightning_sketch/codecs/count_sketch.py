@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
+from lightning_sketch.kernels.bags import Bags, bag_sums, is_batched, sort_into_bags
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
 from lightning_sketch.kernels.schema import MOST_DEPTH, KernelState
@@ -86,6 +87,7 @@ class CountSketch(Codec):
             raise ValueError(f"CountSketch(cleaning_factor={self.cleaning_factor}): must be in (0, 1]")
 
     joins_columns: ClassVar[bool] = True
+    accelerator_blocks: ClassVar[int] = 7
 
     def table_shape(self, shard: Shard) -> tuple[int, int]:
         """``(depth, width)`` of the table for the rows of `shard`, which gets its share of an explicit `width`.
@@ -168,11 +170,36 @@ class _Sketch(ScaledState):
         if self.exact and isinstance(block.index, slice):
             add_scaled(self.table[0, block.index], x, weight)
             return
+        if self._in_bags(block, x):
+            shape, cut_into = (self.depth, self.width), block.whole.cut_into  # type: ignore[union-attr]
+            sums = bag_sums(x, self._bags(block, x.dtype), shape, block.span, cut_into, signed=self.spec.signed)
+            add_scaled(self.table, sums, weight)
+            return
         buckets, signs = self.hashes(block)
         x = x * weight  # once; index_add_ is three times slower with an alpha
+        if is_batched(x) or (x.ndim == 1 and x.device.type != "cpu"):  # small: all levels in one call
+            levels = torch.arange(self.depth, device=x.device).unsqueeze(1)
+            each = x.expand(self.depth, *x.shape)
+            if self.spec.signed and not self.exact:
+                each = each * signs.view(*signs.shape, *[1] * (x.ndim - 1))
+            segment_add(self.table.flatten(0, 1), (buckets + levels * self.width).flatten(), each.flatten(0, 1))
+            return
         for level in range(self.depth):
             signed = x * over_rows(signs[level], x.ndim) if self.spec.signed and not self.exact else x
             segment_add(self.table[level], buckets[level], signed)
+
+    def _in_bags(self, block: Block, x: Tensor) -> bool:
+        """Whether rows are added by `bag_sums`: on CUDA devices, in blocks of a gradient that share one order."""
+        return x.device.type == "cuda" and block.whole is not None and not self.exact and not is_batched(x)
+
+    def _bags(self, block: Block, dtype: torch.dtype) -> Bags:
+        whole = block.whole
+        assert whole is not None
+
+        def make() -> Bags:
+            return sort_into_bags(*self.hashes(whole), self.width, whole.cut_into, dtype)
+
+        return whole.memo(("bags", self.depth, self.width, dtype), make)
 
     def estimate(self, block: Block) -> Tensor:
         if self.exact and isinstance(block.index, slice):

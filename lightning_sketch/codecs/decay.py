@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +93,28 @@ class ScaledState(CodecState):
 
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self._scale, self._decay
+
+    def rebound(self, seed: Any, tensors: Tensors) -> Self:
+        other = super().rebound(seed, tensors)
+        on_device = self.spec.on_device
+        other.hold_scale(tensors[key_of(self.spec.name, "scale")] if on_device else self._scale.clone())
+        return other
+
+    def hold_scale(self, scale: Tensor) -> None:
+        """Take another tensor for the scale."""
+        self._scale = scale
+        if self.spec.on_device:
+            self.scale = scale
+
+    def host_scale(self) -> float | None:
+        return None if self.spec.on_device else self._scale.item()
+
+    def take_scale(self, other: CodecState) -> None:
+        scale = other.scale
+        assert isinstance(scale, float)
+        self.scale = scale
+        if scale != self._scale.item():
+            self._scale.fill_(scale)
 
     def follow(self, leader: CodecState) -> None:
         self.decay_scale(leader.deferred_scale()[1])

@@ -16,6 +16,7 @@ class Drop(Codec):
     """
 
     drops: ClassVar[bool] = True
+    live_blocks: ClassVar[int] = 6
     refuses_unsigned: ClassVar[str | None] = (
         "without a second moment the update is plain SGD at another learning rate; choose RowWise or SM3, "
         "which need a few numbers per row"

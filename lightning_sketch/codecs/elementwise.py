@@ -32,6 +32,7 @@ class ElementwiseCodec(Codec):
     """
 
     elementwise: ClassVar[bool] = True
+    steps_together: ClassVar[bool] = False  # what a subclass calls may be more than vmap can do
 
     @abstractmethod
     def encode(self, values: Tensor, signed: bool) -> dict[str, Tensor]:

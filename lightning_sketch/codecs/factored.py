@@ -31,6 +31,7 @@ class Factored(Codec):
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
     """
 
+    live_blocks: ClassVar[int] = 7
     refuses_signed: ClassVar[str | None] = (
         "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
     )
@@ -54,9 +55,6 @@ class Factored(Codec):
     def from_whole(self, shard: Shard, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = super().from_whole(shard, whole)
         return found | {"col": found["col"].flatten()} if shard.is_cut_row else found
-
-    def scratch_per_row(self, shard: Shard) -> int:
-        return 5  # the mean square of each, and whether it is left out
 
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"row": (0,), "col": tuple(range(1, ndim))}

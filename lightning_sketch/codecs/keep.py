@@ -23,6 +23,7 @@ class Keep(Codec):
     """
 
     exact: ClassVar[bool] = True
+    live_blocks: ClassVar[int] = 7
     elementwise: ClassVar[bool] = True
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

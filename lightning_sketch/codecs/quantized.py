@@ -135,14 +135,13 @@ class _Quantized(CodecState):
         blocks = self.in_blocks(values)  # [k, blocks, block]
         ratio = blocks.abs()
         absmax = ratio.amax(dim=2)
-        finite = absmax.isfinite()
-        usable = finite & (absmax >= TINY)
-        # One that is not finite would leave nothing of the others in its block.
-        absmax = torch.where(finite, absmax.where(usable, 0.0), torch.nan)
+        usable = (absmax < torch.inf) & (absmax >= TINY)
+        # 0 of what is tiny, NaN of infinity: one that is not finite would leave nothing of the others in its block.
+        absmax = absmax.where(usable, absmax * 0.0)
         ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
         ratio.masked_fill_(usable.logical_not().unsqueeze(2), 0.0)
         if not self.spec.signed:
-            ratio.clamp_(min=1.0)
+            ratio.clamp_min_(1.0)
         lower = ratio.sqrt().floor_()
         # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1).
         chance = (self.in_blocks(noise) >> 16 - NOISE_BITS).to(torch.float32).add_(0.5).mul_(0.5**NOISE_BITS)
@@ -161,10 +160,12 @@ class _Quantized(CodecState):
             absmax: of their blocks, broadcastable to them.
         """
         if not self.spec.signed:
-            return codes.to(torch.float32).add_(1.0).square_().mul_(1 / self.largest**2).mul_(absmax)
+            values = codes.to(torch.float32).add_(1.0)
+            return values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)  # vmap has no square_
         sign = 1 << self.codec.bits - 1
         codes = codes.to(torch.uint8)  # a checkpoint may have been cast
-        values = codes.bitwise_and(sign - 1).to(torch.float32).square_().mul_(1 / self.largest**2).mul_(absmax)
+        values = codes.bitwise_and(sign - 1).to(torch.float32)
+        values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)
         return torch.where(codes >= sign, -values, values)
 
     def in_blocks(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs.base import Count, StateSpec
-from lightning_sketch.kernels.reference import mix64
+from lightning_sketch.kernels.reference import FACTOR, mix64, signed
 from lightning_sketch.sharding import Block
 
 
@@ -26,14 +26,29 @@ def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.devic
     Args:
         seed: from `noise_seed`.
     """
-    (rows,) = block.of_rows(("noise", seed), device, lambda ids: (mix64(ids, seed).to(torch.int32),))  # [k]
 
     def of_columns() -> Tensor:
         places = torch.arange(spec.shard.row_numel, device=device) + spec.shard.column_offset
         return mix64(places, -1 - seed).to(torch.int32)  # ~seed, of a tensor, too
 
-    columns = of_columns() if block.whole is None else block.whole.memo(("columns", seed), of_columns)
+    if (whole := block.whole) is None:
+        (rows,) = block.of_rows(("noise", seed), device, lambda ids: (mix64(ids, seed).to(torch.int32),))  # [k]
+        columns = of_columns()
+    else:
+        rows, columns = whole.memo(("noise", seed), lambda: _hash_all(spec, seed, whole, device))
+        rows = rows[block.span]
     return _noise16(rows[:, None] ^ columns[None, :])
+
+
+def _hash_all(spec: StateSpec, seed: Any, whole: Block, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is hashed of all rows and of the columns, in the launches of one hash."""
+    rows = whole.row_ids(device)
+    columns = torch.arange(spec.shard.row_numel, device=device) + spec.shard.column_offset
+    # mix64 adds `seed` times its factor: take it away, and add that of ~seed.
+    shift = -1 - 2 * seed
+    columns = columns + (shift * FACTOR if isinstance(shift, Tensor) else signed(shift * FACTOR))
+    hashed = mix64(torch.cat((rows, columns)), seed).to(torch.int32)
+    return hashed[: len(rows)], hashed[len(rows) :]
 
 
 def _noise16(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class RowWise(Codec):
     depth: int = 3
     lazy: bool = False
 
+    live_blocks: ClassVar[int] = 6
     refuses_signed: ClassVar[str | None] = (
         "one mean per row says nothing about the signs of its elements; choose Drop, BFloat16, CountSketch or Keep"
     )
@@ -192,6 +193,18 @@ class _SketchedRows(CodecState):
 
     def follow(self, leader: CodecState) -> None:
         self.inner.follow(leader)
+
+    def rebound(self, seed: Any, tensors: Tensors) -> Self:
+        other = super().rebound(seed, tensors)
+        other.inner, other.means = self.inner.rebound(seed, tensors), []
+        return other
+
+    def host_scale(self) -> float | None:
+        return self.inner.host_scale()
+
+    def take_scale(self, other: CodecState) -> None:
+        assert isinstance(other, _SketchedRows)
+        self.inner.take_scale(other.inner)
 
     def to_kernel(self) -> KernelState:
         inner = self.inner.to_kernel()

@@ -61,6 +61,9 @@ class SM3(Codec):
         Anil et al., *Memory-Efficient Adaptive Optimization*, NeurIPS 2019, https://arxiv.org/abs/1901.11150
     """
 
+    accelerator_blocks: ClassVar[int] = 12
+    live_blocks: ClassVar[int] = 9
+
     variant: Literal["I", "II"] = "II"
     momentum: float = 0.0
 
@@ -230,14 +233,13 @@ class _SM3II(_SM3):
             present = nu.where(good, 0.0)
             left_out = good.all().logical_not()
             self.left_out = left_out if self.left_out is None else self.left_out | left_out
-        for d, new in enumerate(self.new_others, start=1):
-            torch.maximum(new, _max_to(present, d), out=new)
+        self.new_others = [torch.maximum(new, _max_to(present, d)) for d, new in enumerate(self.new_others, start=1)]
         return nu
 
     def commit(self) -> None:
         for accumulator, new in zip(self.others, self.new_others, strict=True):
             if self.left_out is not None:  # as with absent rows
-                torch.maximum(new, accumulator.where(self.left_out, 0.0), out=new)
+                new = torch.maximum(new, accumulator.where(self.left_out, 0.0))
             accumulator.copy_(new)
         del self.new_others, self.left_out  # a bound state outlives the step
 
@@ -275,8 +277,7 @@ class _SM3I(_SM3):
     def add(self, block: Block, x: Tensor) -> None:
         if self.adds_rows:
             self.row[block.index] += _max_to(x, 0) * (self.weight / self.scale)
-        for d, most in enumerate(self.most, start=1):
-            torch.maximum(most, _max_to(x, d), out=most)
+        self.most = [torch.maximum(most, _max_to(x, d)) for d, most in enumerate(self.most, start=1)]
 
     def settle(self) -> None:
         for accumulator, most in zip(self.added, self.most, strict=True):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+#: By which `mix64` multiplies a seed: the golden ratio in 64 bits, signed.
+FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def layer_seed(seed: int, fqn: str) -> int:
@@ -31,8 +33,7 @@ def mix64(x: Tensor, seed: int | Tensor) -> Tensor:
         int64 with all 64 bits mixed (so negative numbers occur).
     """
     # int64 multiplication wraps; `>>` is arithmetic, so the sign bits it drags in are masked off.
-    factor = 0x9E3779B97F4A7C15
-    x = x + (seed * signed(factor) if isinstance(seed, Tensor) else signed(seed * factor))
+    x = x + (seed * FACTOR if isinstance(seed, Tensor) else signed(seed * FACTOR))
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (1 << 33) - 1)
@@ -106,7 +107,7 @@ def gather_min(table: Tensor, buckets: Tensor) -> Tensor:
     """
     estimate = table[0].index_select(0, buckets[0])
     for level in range(1, table.shape[0]):
-        torch.minimum(estimate, table[level].index_select(0, buckets[level]), out=estimate)
+        estimate = torch.minimum(estimate, table[level].index_select(0, buckets[level]))
     return estimate
 
 
@@ -135,9 +136,7 @@ def gather_median(table: Tensor, buckets: Tensor, signs: Tensor) -> Tensor:
     middle = len(rows) // 2
     for done in range(middle + 1):
         for i in range(len(rows) - 1, done, -1):
-            low = torch.minimum(rows[i - 1], rows[i])
-            torch.maximum(rows[i - 1], rows[i], out=rows[i])
-            rows[i - 1] = low
+            rows[i - 1], rows[i] = torch.minimum(rows[i - 1], rows[i]), torch.maximum(rows[i - 1], rows[i])
     return rows[middle] if len(rows) % 2 else (rows[middle - 1] + rows[middle]) / 2
 
 

@@ -80,6 +80,7 @@ class StepCache:
         program: the last step of all layers of which this is the first, if it can be made again: a `Program`.
         orders: Triton's orders of its rows by bucket of the second and the first state's sketch: memory of the device.
         resident: of steps whose numbers stay on the device, what lies there of all layers of which this is the first.
+        seeds: of the layers that the reference steps with this one, and where they lie on the device.
     """
 
     fusable: bool | None = None
@@ -87,6 +88,7 @@ class StepCache:
     program: Any = None
     orders: list[Any] = field(default_factory=lambda: [None, None])
     resident: Any = None
+    seeds: Any = None
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from lightning_sketch.codecs.shared import Sharing
 from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.rules import Count, StateDef, UpdateRule
 from lightning_sketch.sharding import Cut, Shard, global_shape, is_dtensor, local, shard_of
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 from lightning_sketch.sharding.gradient import RowGradient, row_gradient
 
 #: Version of the stored layout; a checkpoint of another version is refused.
@@ -76,6 +77,11 @@ class LayerRecord:
     @property
     def lazy(self) -> bool:
         return any(codec.lazy for codec in self.codecs.values())
+
+    @property
+    def most_blocks(self) -> int:
+        """Into how many blocks the reference cuts a gradient on accelerators, at most."""
+        return min((codec.accelerator_blocks for codec in self.codecs.values()), default=ACCELERATOR_BLOCKS)
 
     def persistent_codecs(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""

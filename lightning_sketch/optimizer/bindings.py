@@ -23,7 +23,7 @@ from lightning_sketch.optimizer.bound import BoundPart
 from lightning_sketch.optimizer.on_device import stay_on_device
 from lightning_sketch.optimizer.prepared import Prepared
 from lightning_sketch.sharding import is_dtensor, local
-from lightning_sketch.sharding.fake import is_fake_tensor
+from lightning_sketch.sharding.fake import is_fake
 
 
 class Bindings:
@@ -85,7 +85,7 @@ class Bindings:
             for tensor in (*(part.param for part in bound), *tensors.values()):
                 if isinstance(tensor, Tensor):
                     huge_pages.move_there(tensor)
-        if not is_fake_tensor(param):  # which has no address
+        if not is_fake(param):  # which has no address
             self._kept[id(param)] = _Binding(param, parts, needed, tensors, bound)
         return bound
 
@@ -135,8 +135,8 @@ class _Binding:
         self._shape, self._dtype = memory.shape, memory.dtype
         # Rows of a flat tensor or of a DTensor are tensors of their own, which may be left behind: their distance from
         # the beginning of the memory, in bytes.
-        self._stride, address = memory.stride(), memory.data_ptr()
-        self._views = [(part.param, part.param.data_ptr() - address) for part in bound if part.param is not param]
+        self._stride, views = memory.stride(), [part.param for part in bound if part.param is not param]
+        self._views = [(view, view.data_ptr() - memory.data_ptr()) for view in views]
         states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor)]
         self._numbers = [(key, x) for key, x in states if key == "step" or key.endswith("_scale")]
         others = [(key, x) for key, x in states if all(x is not number for _, number in self._numbers)]

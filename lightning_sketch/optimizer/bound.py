@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_sketch.kernels.schema import DeviceNumbers, StepCache
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.rules import LayerStep
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 from lightning_sketch.sharding.gradient import RowGradient
 
 
@@ -31,6 +32,8 @@ class BoundPart:
         unit: its layer's name, and whether what steps leave out is counted by element, not by row.
         on_device: whether the numbers of steps stay on the device.
         cache: what its steps found out.
+        alike: see `LayerStep`.
+        most_blocks: into how many blocks its gradient may be cut on an accelerator.
     """
 
     param: Tensor
@@ -42,6 +45,8 @@ class BoundPart:
     unit: tuple[str, bool]
     on_device: bool = False
     cache: StepCache = field(default_factory=StepCache)
+    alike: Hashable | None = None
+    most_blocks: int = ACCELERATOR_BLOCKS
 
     @classmethod
     def bind(
@@ -69,7 +74,13 @@ class BoundPart:
                 momentum, momentum_beta = codec.bind_momentum(spec, tensors), codec.momentum
         lazy, dtype = part.layer.lazy, compute_dtype(param)
         unit = part.layer.fqn, not lazy and all(state.elementwise for state in states.values())
-        return cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
+        bound = cls(part.rows(param), states, momentum, momentum_beta, lazy, dtype, unit, on_device)
+        bound.most_blocks = part.layer.most_blocks
+        codecs = part.layer.persistent_codecs()
+        if all(codec.steps_together for codec in codecs.values()):
+            specs = [state.spec.alike() for state in states.values()]
+            bound.alike = param.dtype, param.device, part.shard, tuple(codecs.items()), *specs
+        return bound
 
     def step(
         self,
@@ -93,6 +104,7 @@ class BoundPart:
         """
         if self.lazy:  # rows without a gradient are found now, and with them those to be left out
             gradient, leave_out = gradient.touched_only(leave_out=leave_out), False
+        gradient.most_blocks = self.most_blocks
         return LayerStep(  # by position: by name it takes twice as long
             self.param,
             gradient,
@@ -106,6 +118,7 @@ class BoundPart:
             self.cache,
             leave_out,
             on_device=on_device,
+            alike=self.alike,
         )
 
 

@@ -2,7 +2,8 @@
 
 Then the host reads nothing of a step, so the step waits for nothing and can be captured into a CUDA graph. torch keeps
 ``step`` on the device where a group says ``capturable`` or ``fused``; compressed layers do the same, with the scales of
-their codecs. SGD's are there always: torch's counts no steps, and can be captured without an option.
+their codecs. SGD's are there always: torch's counts no steps, and can be captured without an option. Adagrad and
+SparseAdam have no such option in torch, but groups may say it: ``Adagrad([{"params": ..., "capturable": True}])``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from lightning_sketch.layers.record import LayerPart, part_of
+from lightning_sketch.layers.record import RECORDS, LayerPart, part_of
 
 if TYPE_CHECKING:
     from lightning_sketch.policy.plan import Plan
@@ -91,22 +92,41 @@ def check_capture(param: Tensor, grad: Tensor, parts: Sequence[LayerPart], *, on
         RuntimeError: says which layer, and what to do.
     """
     fqn = parts[0].layer.fqn
-    if not on_device:
-        raise RuntimeError(
-            f"a step of {fqn} cannot be captured into a graph: its step count is kept on the host, and every replay "
-            "would repeat this step. Adam, AdamW and RMSprop take capturable=True; SGD needs no option; Adagrad and "
-            "SparseAdam cannot be captured, nor can codecs with lazy=True or cleaning_interval"
-        )
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"the gradient of {fqn} is sparse, and a step with it cannot be captured into a graph: how many rows there "
             "are changes from step to step. Use dense gradients (sparse=False), or make this step outside of the graph"
+        )
+    if not on_device:
+        raise RuntimeError(
+            f"a step of {fqn} cannot be captured into a graph: its step count is kept on the host, and every replay "
+            "would repeat this step. Adam, AdamW and RMSprop take capturable=True; SGD needs no option; of Adagrad and "
+            'SparseAdam parameter groups do, as Adagrad([{"params": ..., "capturable": True}]). Codecs with lazy=True '
+            "or cleaning_interval cannot be captured"
         )
     if not bound:
         raise RuntimeError(
             f"a graph is captured, and {fqn} was not stepped since its states were made or loaded: make a few steps on "
             "a side stream first, as torch's documentation of CUDA graphs says"
         )
+
+
+def check_kept_capture(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to capture kept layers whose steps torch's optimizer would have every replay repeat, and does not refuse.
+
+    Raises:
+        RuntimeError: Adagrad with ``lr_decay`` counts their steps on the host.
+    """
+    for group in groups:
+        if not group.get("lr_decay"):  # without one the count is for nothing
+            continue
+        kept = [p for p, record in zip(group["params"], group.get(RECORDS, ()), strict=False) if record is None]
+        if any(param.grad is not None for param in kept):
+            raise RuntimeError(
+                "a graph is captured of a step of torch's Adagrad with lr_decay: it counts the steps of layers that "
+                "the policy keeps on the host, and every replay would repeat this one. Set lr_decay=0, or put these "
+                "layers into an optimizer of their own that is stepped outside of the graph"
+            )
 
 
 def numbers_of(rule: UpdateRule, group: Mapping[str, Any], steps: Tensor) -> list[Any]:

@@ -21,7 +21,14 @@ from lightning_sketch.optimizer.assigned import Encoded, commit, find_assigned
 from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.nonfinite import Counted
-from lightning_sketch.optimizer.on_device import asked, check_capturable, check_capture, numbers_of, stay_on_device
+from lightning_sketch.optimizer.on_device import (
+    asked,
+    check_capturable,
+    check_capture,
+    check_kept_capture,
+    numbers_of,
+    stay_on_device,
+)
 from lightning_sketch.optimizer.prepared import Prepared
 from lightning_sketch.optimizer.proof import proved
 from lightning_sketch.rules import UpdateRule, run
@@ -68,7 +75,8 @@ def _pending_updates(
     assigned: list[Encoded] = []
     options: dict[int, tuple[set[str], bool, bool]] = {}  # by group: states that are needed, and what `asked` says
     scales: dict[int, float | None] = {}  # what gradients are to be divided by, where the host does it
-    captured = capturing()
+    if captured := capturing():
+        check_kept_capture(optimizer.param_groups)
     for group, param, parts in tensors:
         shared, ranks = optimizer.shared_layers(param, parts)
         if (grad := param.grad) is None and not shared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.codecs.base import add_scaled
 from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
+from lightning_sketch.rules import alike
 from lightning_sketch.sharding import Block
 from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
@@ -59,6 +60,8 @@ class LayerStep:
         on_device: what the step takes from the device, where its numbers stay there; `numbers` and `step` may then be
             0-d float64 tensors.
         fused: whether a fused kernel makes the step.
+        alike: equal for layers that differ in nothing but their values and seeds; ``None`` for a layer that is stepped
+            alone.
     """
 
     param: Tensor
@@ -76,6 +79,7 @@ class LayerStep:
     by_element: bool = False
     on_device: DeviceNumbers | None = None
     fused: bool = False
+    alike: Hashable | None = None
 
     def begin(self, name: str, *, decay: float, weight: float | Tensor) -> CodecState | None:
         """Begin the step of a state, or ``None`` if it is dropped."""
@@ -87,6 +91,7 @@ class LayerStep:
     def begin_state(self, state: CodecState, decay: float, weight: float | Tensor) -> None:
         """Begin the step of one of the states."""
         rows, device = self.gradient.rows, self.on_device
+        state.fused = self.fused
         if device is None:
             state.begin(decay=decay, weight=weight, step=self.step, rows=rows)
             return
@@ -181,7 +186,7 @@ class LayerStep:
             return None
         self.by_element = True
         spans = [values[block.span] for block in self.gradient.blocks]
-        return torch.stack([span.isfinite().logical_not().sum() for span in spans]).sum()
+        return values.numel() - torch.stack([_is_finite(span).sum() for span in spans]).sum()
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
         """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay.
@@ -190,6 +195,7 @@ class LayerStep:
         """
         scale = None if self.on_device is None else self.on_device.grad_scale
         skipped = self.skipped if self.by_element else None
+        stepped = None if skipped is None else skipped.logical_not()
         for block in self.gradient.blocks:
             values = self.gradient.values[block.span]
             g = values.to(self.dtype)
@@ -200,20 +206,41 @@ class LayerStep:
             if weight_decay:
                 g = g.add(self.param[block.index], alpha=weight_decay)
             if self.finite is not None or self.by_element:
-                good = values.isfinite() if self.finite is None else over_rows(self.finite[block.span], values.ndim)
-                good = good if skipped is None else good & skipped.logical_not()
-                block, g = replace(block, good=good), g.where(good, 0.0)
+                good = _is_finite(values) if self.finite is None else over_rows(self.finite[block.span], values.ndim)
+                good = good if stepped is None else good & stepped
+                block, g = replace(block, good=good), g.where(good, _constant(block, 0.0, g))
             yield block, g
 
     def apply(self, block: Block, update: Tensor, lr: float | Tensor, decay_factor: float | Tensor = 1.0) -> None:
         """``param <- decay_factor * param - lr * update`` at the block's rows, rounded once."""
         before, good = self.param[block.index], block.good
-        if isinstance(block.index, slice) and self.param.dtype == update.dtype and good is None:
+        if isinstance(block.index, slice) and self.param.dtype == update.dtype:
             shrinks = isinstance(decay_factor, Tensor) or decay_factor != 1
+            if good is not None:  # what is left out is multiplied by 1, and 0 is added
+                update = update.where(good, _constant(block, 0.0, update))
+                if shrinks:
+                    factor = _constant(block, decay_factor, update)
+                    decay_factor = factor.where(good, _constant(block, 1.0, update))
             add_scaled(before.mul_(decay_factor) if shrinks else before, update, -lr)
             return
         values = add_scaled(before.to(self.dtype).mul(decay_factor), update, -lr).to(self.param.dtype)
         self.param[block.index] = values if good is None else values.where(good, before)
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    """`Tensor.isfinite` in two launches, not four."""
+    return values.abs() < torch.inf
+
+
+def _constant(block: Block, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor beside `like`: ``where`` makes one of a number at every call, which is a launch."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+
+    def make() -> Tensor:
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+
+    return make() if block.whole is None else block.whole.memo(("constant", value, like.dtype), make)
 
 
 def _stored(state: CodecState | None) -> KernelState | None:
@@ -309,6 +336,7 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
     fused: dict[tuple[torch.device, bool], tuple[kernels.FusedKernel, list[int], list[FusedStep]]] = {}
     by_device: dict[torch.device, kernels.FusedKernel | None] = {}
     left_out: dict[int, Tensor] = {}  # by layer: what no kernel counts
+    together: dict[Hashable, list[tuple[int, LayerStep]]] = {}  # what the reference steps at once
     total = 0
     for number, layer in enumerate(layers):
         total, device = number + 1, layer.param.device
@@ -321,12 +349,26 @@ def run(rule: UpdateRule, layers: Iterable[LayerStep]) -> Tensor | None:
             _, numbers, steps = fused.setdefault((device, layer.on_device is not None), (kernel, [], []))
             numbers.append(number)
             steps.append(rule.fuse(layer))
+        elif (kind := alike.kind(layer)) is not None:
+            together.setdefault(kind, []).append((number, layer))
         else:
             observed = rule.reference(layer)
             count = observed if count is None else count
             layer.gradient.forget_blocks()
         if count is not None:
             left_out[number] = count
+    for members in together.values():
+        size = alike.evenly(len(members), alike.most_together(members[0][1].param.numel()))
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            some = [layer for _, layer in batch]
+            if len(some) == 1:
+                counts = None if (count := rule.reference(some[0])) is None else count.view(1)
+                some[0].gradient.forget_blocks()
+            else:
+                counts = alike.step_together(rule.reference, some)
+            if counts is not None:
+                left_out |= dict(zip((number for number, _ in batch), counts.unbind(), strict=True))
     by_kernel = [(numbers, kernel(steps)) for kernel, numbers, steps in fused.values()]
     if len(by_kernel) == 1 and not left_out and len(by_kernel[0][0]) == total:
         return by_kernel[0][1]

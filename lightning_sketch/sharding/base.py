@@ -14,8 +14,11 @@ from torch import Tensor
 # Elements handled at once by the reference kernels. 2**18 fp32 numbers are 1 MiB, so a block and its few temporaries
 # stay in the L2 cache of one core, and a step's temporaries do not grow with the table.
 BLOCK_NUMEL = 1 << 18
-# The same on accelerators, where every call launches a kernel: a table of 128,256 x 4,096 is 32 blocks of 64 MiB.
+# The same on accelerators, where every call launches a kernel: blocks of at least so many elements, and at most so many
+# blocks, so that launches do not grow with the table, and temporaries are a fraction of it. Codecs of many operations
+# say fewer blocks (`Codec.accelerator_blocks`).
 ACCELERATOR_BLOCK_NUMEL = 1 << 24
+ACCELERATOR_BLOCKS = 16
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -24,9 +27,15 @@ CPU = torch.device("cpu")
 Cut = Literal["rows", "columns", "anywhere"]
 
 
-def block_numel(device: torch.device) -> int:
-    """Elements handled at once by the reference kernels on a device."""
-    return BLOCK_NUMEL if device.type == "cpu" else ACCELERATOR_BLOCK_NUMEL
+def rows_at_once(device: torch.device, rows: int, row_numel: int, most_blocks: int = ACCELERATOR_BLOCKS) -> int:
+    """Rows of `row_numel` elements that the reference kernels handle at once on a device, of `rows` in all.
+
+    Args:
+        most_blocks: into how many blocks they may be cut on an accelerator.
+    """
+    if device.type == "cpu":
+        return max(1, BLOCK_NUMEL // max(1, row_numel))
+    return max(1, ACCELERATOR_BLOCK_NUMEL // max(1, row_numel), -(-rows // most_blocks))
 
 
 @dataclass(frozen=True)
@@ -106,21 +115,24 @@ class Shard:
         """View the local parameter (or a tensor of as many elements) as ``[local_rows, *row_shape]``."""
         return tensor if tensor.shape == self.local_shape else tensor.view(self.local_shape)
 
-    def blocks(self, rows: Tensor | None = None, device: torch.device = CPU) -> Iterator[Block]:
+    def blocks(
+        self, rows: Tensor | None = None, device: torch.device = CPU, most_blocks: int = ACCELERATOR_BLOCKS
+    ) -> Iterator[Block]:
         """Cut all local rows, or the given ones, into blocks.
 
         Args:
             rows: local row ids, int64 ``[k]`` without duplicates; ``None`` for all rows in order.
             device: where the values are: blocks are as large as suits it.
+            most_blocks: how many there may be on an accelerator.
         """
         total = self.local_rows if rows is None else rows.numel()
         if self.row_numel == 0:
             total = 0  # rows without elements: maxima and means over them do not exist
-        size = max(1, block_numel(device) // max(1, self.row_numel))
+        size = rows_at_once(device, total, self.row_numel, most_blocks)
         everything = slice(0, total)
         whole = None
         if device.type != "cpu":
-            whole = Block(self, everything if rows is None else rows, everything, remembers=True)
+            whole = Block(self, everything if rows is None else rows, everything, remembers=True, cut_into=size)
         for start in range(0, total, size):
             span = slice(start, min(start + size, total))
             yield Block(self, span if rows is None else rows[span], span, whole)
@@ -137,6 +149,7 @@ class Block:
         whole: on accelerators, all rows of the gradient: what codecs want to know of rows is made for all of them at
             once, and remembered there for as long as a block of them is alive.
         remembers: whether `memo` remembers contiguous rows, too.
+        cut_into: of `whole`, how many rows each block has; the last may have fewer.
         good: False for what is left out of a step, whose values are 0: bool ``[k, 1, ...]`` by row, or
             ``[k, *row_shape]`` by element; ``None`` for nothing. States of such rows (elements) stay as they are.
     """
@@ -146,6 +159,7 @@ class Block:
     span: slice
     whole: Block | None = None
     remembers: bool = False
+    cut_into: int = 0
     good: Tensor | None = field(default=None, compare=False, repr=False)
     _memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 

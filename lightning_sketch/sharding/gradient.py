@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sketch.kernels import coalesced_rows
 from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 
 
 @dataclass  # not frozen: that triples what making one costs, and every step makes them
@@ -21,17 +22,19 @@ class RowGradient:
         rows: local row ids, int64 ``[k]``, sorted and without duplicates; ``None`` when every row is present.
         values: ``[k, *row_shape]``, or ``[local_rows, *row_shape]`` when `rows` is ``None``; the parameter's dtype.
         left_out: how many rows that were not finite are absent already, 0-d int64; ``None`` for none.
+        most_blocks: into how many blocks an accelerator's may be cut, see `Shard.blocks`.
     """
 
     shard: Shard
     rows: Tensor | None
     values: Tensor
     left_out: Tensor | None = None
+    most_blocks: int = ACCELERATOR_BLOCKS
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The rows in blocks; made once, so that a block's hashes outlive one pass over the gradient."""
-        return tuple(self.shard.blocks(self.rows, self.values.device))
+        return tuple(self.shard.blocks(self.rows, self.values.device, self.most_blocks))
 
     def forget_blocks(self) -> None:
         """Let go of the blocks and of what they remember: gradients outlive the step of their layer."""

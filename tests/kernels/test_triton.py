@@ -16,7 +16,17 @@ HERE = Path(__file__).parent
 LIMIT = 1800  # seconds: each takes one to ten minutes
 INTERPRETED = [
     f"triton_{subject}.py"
-    for subject in ("agreed", "interpreted", "left_out", "observe", "on_device", "orders", "quantized", "repeated")
+    for subject in (
+        "agreed",
+        "bytes",
+        "interpreted",
+        "left_out",
+        "observe",
+        "on_device",
+        "orders",
+        "quantized",
+        "repeated",
+    )
 ]
 
 

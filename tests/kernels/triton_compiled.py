@@ -34,6 +34,7 @@ from lightning_sketch import (
     RowWise,
     kernels,
 )
+from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton import columns as of_columns
 from lightning_sketch.kernels.triton import (
@@ -58,11 +59,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 #: Of a thread. A multiprocessor of NVIDIA's has 65,536, so 128 let 16 of its 64 warps run at a time; one of gfx942
-#: has 512 for each lane, so 96 let 5 of its 8 wavefronts run at a time.
-MOST_REGISTERS = {"cuda": 128, "hip": 96}
+#: has 512 for each lane, so 80 let 6 of its 8 wavefronts run at a time.
+MOST_REGISTERS = {"cuda": 128, "hip": 80}
+#: On gfx942: of `apply` with SM3, which is one or two wavefronts that find maxima without waiting for others; and of
+#: `settle`, which takes them where a row is not finite, to make sums of columns once more.
+MOST_OF_SM3, MOST_OF_SETTLE = 96, 160
 
 #: Bytes of a stack frame that holds no registers, but predicates of masks.
-MASKS = 16
+MASKS = 8
 
 #: Bytes of scratch memory, and registers spilled there or (scalar ones) into lanes of vector registers.
 AMD_SPILLS = ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
@@ -174,20 +178,22 @@ def test_no_kernel_spills_nor_stores_what_another_warp_has_yet_to_read(
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
     assert len(used) > 40
     print(f"\n{arch}: registers and bytes of local memory of {len(used)} kernels")
-    found_out = {}
+    spilling, large = [], []
     stores, racing = 0, []
     for name, arguments, compiled in used.values():
         registers, local = _resources(compiled.asm, tmp_path / "cubin")
         line = f"{registers:3} {local:2} {name:12} {_constants(arguments)}"
         print(f"  {line}")
-        if arguments.get("ALIGNED", True):  # masks of single elements take registers
-            found_out[line] = registers, local
+        if local > MASKS:
+            spilling.append(line)
+        if registers > _most_registers(target, name, arguments):
+            large.append(line)
         threads = target.warp_size * arguments.get("num_warps", OPTIONS["num_warps"])
         stored, unread = _stored_unread(compiled.asm["ttgir"], threads)
         stores += stored
         racing += [f"{line}: {each}" for each in unread]
-    assert not [line for line, (_, local) in found_out.items() if local > MASKS]
-    assert not [line for line, (registers, _) in found_out.items() if registers > MOST_REGISTERS[target.backend]]
+    assert not spilling
+    assert not large
     assert {name for name, _, _ in used.values()} == {function.fn.__name__ for function in KERNELS}
     assert stores > 4
     assert not racing
@@ -204,6 +210,14 @@ def test_nothing_is_compiled_again_from_step_to_step(
     assert before
     train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, steps=5))
     assert {compiled.hash for _, _, compiled in found} == before
+
+
+def _most_registers(target: GPUTarget, name: str, arguments: dict[str, Any]) -> int:
+    if target.backend == "hip" and name == "settle":
+        return MOST_OF_SETTLE
+    if target.backend == "hip" and name == "apply" and arguments["SECOND_KIND"] == Kind.SM3:
+        return MOST_OF_SM3
+    return MOST_REGISTERS[target.backend]
 
 
 def _stored_unread(ttgir: str, threads: int) -> tuple[int, list[str]]:

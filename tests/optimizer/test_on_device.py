@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.launches import CountLaunches, counting
@@ -59,7 +59,12 @@ def _table(model: Tiny, make: Any, policy: Any = LOSSY, **kwargs: Any) -> Any:
     return compress(make(model.table.parameters(), **kwargs), model.table, policy)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.sparse], ids=str)
+def _in_group(model: Tiny, make: Any, policy: Any, **group: Any) -> Any:
+    """The same, with options that only a parameter group takes."""
+    return compress(make([{"params": list(model.table.parameters()), **group}]), model.table, policy)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_is_the_same_wherever_its_numbers_are(case: Any, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     names = FOR_SGD if case.cls is SGD else CODECS
     for name in names:
@@ -177,21 +182,50 @@ def test_codecs_that_need_the_host_are_refused_by_name(codec: Any, why: str, her
     train(model, optimizer, [0])  # on the host, as before
 
 
-def test_a_sparse_gradient_is_not_captured(here: None, captured: Any) -> None:
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("make", [Adam, AdamW, RMSprop, Adagrad, SparseAdam, partial(SGD, lr=0.1, momentum=0.9)])
+def test_a_sparse_gradient_is_not_captured(make: Any, capturable: bool, here: None, captured: Any) -> None:
     model = Tiny()
-    for make in (partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, capturable=True)):
-        optimizer = _table(model, make)
-        give_gradients(model, 0, sparse=True)
+    optimizer = _in_group(model, make, LOSSY, capturable=capturable)
+    give_gradients(model, 0, sparse=True)
+    optimizer.step()
+    captured(True)
+    before = snapshot(model.table, optimizer)
+    with pytest.raises(RuntimeError, match="the gradient of weight is sparse, and a step with it cannot be captured"):
         optimizer.step()
+    assert_same(snapshot(model.table, optimizer), before)
+
+
+@pytest.mark.parametrize("make", [partial(Adagrad, lr_decay=0.1), SparseAdam])
+def test_groups_of_optimizers_without_the_option_may_say_capturable(make: Any, here: None, captured: Any) -> None:
+    model = Tiny()
+    plain = copy.deepcopy(model)
+    optimizer, expected = _in_group(model, make, LOSSY, capturable=True), _table(plain, make)
+    for step in range(3):
+        captured(step > 0)  # as if a graph was replayed
+        train(model, optimizer, [step])
+        captured(False)
+        train(plain, expected, [step])
+    torch.testing.assert_close(model.table.weight, plain.table.weight, rtol=1e-5, atol=1e-6)
+    assert optimizer.state[model.table.weight]["step"] == 3
+
+
+def test_kept_layers_whose_count_a_graph_would_repeat_are_refused(here: None, captured: Any) -> None:
+    for lr_decay in (0.0, 0.1):
+        model = Tiny()
+        groups = [{"params": model.parameters(), "capturable": True}]
+        optimizer = compress(Adagrad(groups, lr_decay=lr_decay), model, on_table(second_moment=Factored()))
+        train(model, optimizer, [0])
         captured(True)
-        with pytest.raises(
-            RuntimeError, match="the gradient of weight is sparse, and a step with it cannot be captured"
-        ):
+        if lr_decay:
+            with pytest.raises(RuntimeError, match="torch's Adagrad with lr_decay"):
+                optimizer.step()
+        else:
             optimizer.step()
         captured(False)
 
 
-@pytest.mark.parametrize("make", [Adam, AdamW, RMSprop, Adagrad])
+@pytest.mark.parametrize("make", [Adam, AdamW, RMSprop, Adagrad, SparseAdam])
 def test_steps_that_the_host_counts_are_not_captured(make: Any, here: None, captured: Any) -> None:
     model = Tiny()
     optimizer = _table(model, make)
@@ -302,13 +336,19 @@ CUDA = {
     "AdamW, fused": partial(AdamW, fused=True),
     "RMSprop": partial(RMSprop, capturable=True),
     "SGD": partial(SGD, lr=0.1, momentum=0.9),
+    "Adagrad": lambda params: Adagrad([{"params": list(params), "capturable": True}], lr_decay=0.1),
+    "SparseAdam": lambda params: SparseAdam([{"params": list(params), "capturable": True}]),
 }
 
 
 @pytest.mark.parametrize("make", CUDA)
 @pytest.mark.parametrize("name", [name for name in FOR_SGD if name not in ("exact", "rows")])
 def test_a_step_in_plain_pytorch_waits_for_nothing(name: str, make: str, cuda: CountLaunches) -> None:
-    codecs = {key: value for key, value in CODECS[name].items() if make != "RMSprop" or key == "second_moment"}
+    codecs = {
+        key: value
+        for key, value in CODECS[name].items()
+        if make not in ("RMSprop", "Adagrad") or key == "second_moment"
+    }
     _, optimizer = _on(cuda, CUDA[make], **codecs)
     optimizer.step()
     cuda.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from lightning_sketch.kernels.triton.bits import gradient, greater, lesser, load, not_finite, store
+from lightning_sketch.kernels.triton.bits import chosen, gradient, greater, lesser, load, not_finite_bits, store
 from lightning_sketch.kernels.triton.jit import FACTORED, NONE, QUANTIZED, ROW, ROW_SKETCH, SKETCH, SM3, inlined, kernel
 from lightning_sketch.kernels.triton.quantized import codes_before, encode, four_each, hash_mixed, hashes_of, inside_row
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
@@ -237,8 +237,8 @@ def apply(
         # or written 16 bytes at a time.
         stays = mask
         if BY_ELEMENTS:
-            stays = not_finite(grad, at_grad, mask)
-            bad_elements += (stays & mask).to(tl.int32)
+            stays = not_finite_bits(grad, at_grad, mask)
+            bad_elements -= stays
         before = row_largest
         if CODED:
             before = load(param, at, mask)  # all is read before anything is stored: no load waits for another
@@ -416,7 +416,7 @@ def apply(
             before = load(param, at, mask)
         new = before * decay_factor - update * lr
         if BY_ELEMENTS:
-            new = tl.where(stays, before, new)
+            new = chosen(stays, before, new)
         store(param, at, new, mask)
 
     if SECOND_KIND == SM3:

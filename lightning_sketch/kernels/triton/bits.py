@@ -128,10 +128,24 @@ def row_of(ids: tl.tensor, i: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @inlined
-def not_finite(values: tl.tensor, at: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Whether elements are NaN or infinite; false where masked."""
+def not_finite_bits(values: tl.tensor, at: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Where elements are NaN or infinite, int32: -1 there, else 0, also where masked.
+
+    No predicates, because those of a tile are more than there are registers for, and would be spilled.
+    """
     bits = load(values, at, mask).to(tl.int32, bitcast=True)
-    return (bits & 0x7F800000) == 0x7F800000
+    return tl.add(bits & 0x7F800000, 0x00800000, sanitize_overflow=False) >> 31
+
+
+@inlined
+def chosen(where: tl.tensor, x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """`x` where there is -1, float32 or int16 as it is, else `y`."""
+    if x.dtype == tl.int16:
+        found = y ^ ((x ^ y) & where.to(tl.int16))
+    else:
+        of_x, of_y = x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)
+        found = (of_y ^ ((of_x ^ of_y) & where)).to(tl.float32, bitcast=True)
+    return found
 
 
 @inlined

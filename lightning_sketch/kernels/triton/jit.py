@@ -27,6 +27,8 @@ def kernel(*unspecialized: str) -> Callable[[Callable[..., Any]], Any]:
 
 #: As little fusing of multiplications and additions as in the reference; memory is what takes time.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+#: The same where four warps would take too many registers each.
+WIDE_OPTIONS: dict[str, Any] = OPTIONS | {"num_warps": 8}
 
 # Kernels see no other global values than these.
 NONE = tl.constexpr(int(Kind.NONE))

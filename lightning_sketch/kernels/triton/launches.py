@@ -12,7 +12,7 @@ from lightning_sketch.kernels.triton.apply import apply
 from lightning_sketch.kernels.triton.columns import finish_factored, finish_sm3, reduce_columns
 from lightning_sketch.kernels.triton.device_numbers import hold
 from lightning_sketch.kernels.triton.insert import hash_rows, insert
-from lightning_sketch.kernels.triton.jit import OPTIONS
+from lightning_sketch.kernels.triton.jit import OPTIONS, WIDE_OPTIONS
 from lightning_sketch.kernels.triton.layout import (
     GROUP,
     SPAN,
@@ -58,7 +58,7 @@ def launch_observe(key: Key, table: Tensor, group: Launched) -> None:
             settle[(programs["settle"],)](words, count, **seen, **OPTIONS)
     if key.summed == Kind.FACTORED:
         reduce_columns[(programs["reduce"],)](
-            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **OPTIONS
+            words, count, GROUP=GROUP, SEARCH=search, TILE_ROWS=16, TILE_COLUMNS=TILE_COLUMNS, **WIDE_OPTIONS
         )
 
 
@@ -83,7 +83,7 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         )
         fold_rows[(programs["fold"],)](words, count, DEPTH=key.second_depth, SEARCH=search, TILE=TILE_SKETCH, **OPTIONS)
     if key.second == Kind.FACTORED:
-        finish_factored[(count,)](words, count, HELD=key.held, GROUP=GROUP, TILE=1024, **(OPTIONS | {"num_warps": 8}))
+        finish_factored[(count,)](words, count, HELD=key.held, GROUP=GROUP, TILE=1024, **WIDE_OPTIONS)
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
     if key.quantized:

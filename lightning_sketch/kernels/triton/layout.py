@@ -169,12 +169,14 @@ class Key(NamedTuple):
     def apply_warps(self) -> int:
         """Warps of a program of `apply`."""
         rows, columns = self.apply_tile
+        apart = 1 if self.aligned else 2  # elements that are loaded one by one take an address and a mask each
         if self.second == Kind.SM3:
             # One warp finds maxima both ways without waiting for others; beside a first moment that takes too many
             # registers.
-            return 8 if self.quantized else 1 if self.first == Kind.NONE else 2
+            return 8 if self.quantized else apart if self.first == Kind.NONE else 2 * apart
         # Whole rows lie in registers twice, gradient and parameter, and so do codes.
-        return min(16, max(4, rows * columns // (256 if self.second == Kind.ROW or self.quantized else 512)))
+        in_one = 256 if self.second == Kind.ROW or self.quantized else 512
+        return min(16, max(4 * apart, apart * rows * columns // in_one))
 
     @property
     def rowless(self) -> bool:

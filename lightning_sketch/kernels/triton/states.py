@@ -6,6 +6,7 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import (
     bucket_of,
+    chosen,
     greater,
     lesser,
     load,
@@ -37,7 +38,7 @@ def advance(
     """``s <- decay * s + weight * x`` of a tile of a state shaped like the parameter; returns what it then means.
 
     Args:
-        stays: with BY_ELEMENTS, elements that are to stay what they are.
+        stays: with BY_ELEMENTS, -1 where an element is to stay what it is, int32.
         row_id, column_id: uint64 ``[TILE_ROWS]`` and ``[TILE_COLUMNS]``, in the whole parameter.
     """
     if KIND == SCALED:
@@ -50,7 +51,7 @@ def advance(
         exact = widen(before) * decay + x * weight
         half = narrow_stochastically(exact, noise16(rows[:, None], columns[None, :]))
         if BY_ELEMENTS:
-            half = tl.where(stays, before, half)
+            half = chosen(stays, before, half)
         tl.store(data + at, half, mask=mask)
         s = widen(half)
     else:
@@ -64,7 +65,7 @@ def _unless(
 ) -> tl.tensor:
     """``old * decay + added``, or `old` where it stays."""
     new = old * decay + added
-    return tl.where(stays, old, new) if BY_ELEMENTS else new
+    return chosen(stays, old, new) if BY_ELEMENTS else new
 
 
 @inlined
