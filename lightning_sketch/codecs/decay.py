@@ -110,6 +110,7 @@ class ScaledState(CodecState):
         return None if self.spec.on_device else self._scale.item()
 
     def take_scale(self, other: CodecState) -> None:
+        assert isinstance(other, ScaledState)
         scale = other.scale
         assert isinstance(scale, float)
         self.scale = scale
