@@ -127,6 +127,10 @@ class CodecState(ABC):
         """Take part in a step that ranks agree on: `shared` is where `offer` and `observe` are to add."""
         self.shared = shared
 
+    def forget_shared(self) -> None:
+        """The step is not made, because no rank has a gradient."""
+        self.shared = None
+
     def offer(self) -> None:  # noqa: B027
         """Add to `shared` what other ranks must know of the state as it is."""
 

@@ -95,7 +95,8 @@ def check_capture(param: Tensor, grad: Tensor, parts: Sequence[LayerPart], *, on
         raise RuntimeError(
             f"a step of {fqn} cannot be captured into a graph: its step count is kept on the host, and every replay "
             "would repeat this step. Adam, AdamW and RMSprop take capturable=True; SGD needs no option; Adagrad and "
-            "SparseAdam cannot be captured, nor can codecs with lazy=True or cleaning_interval"
+            "SparseAdam cannot be captured, nor can codecs with lazy=True or cleaning_interval, nor states that ranks "
+            "share"
         )
     if grad.layout is not torch.strided:
         raise RuntimeError(
