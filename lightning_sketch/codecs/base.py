@@ -395,11 +395,13 @@ class Encoding:
 
     Attributes:
         fill: the initial value, by which values are less; ranks that share the state must have the same.
-        state: after `begin`, fresh.
+        tensors, state: from `begin` on.
     """
 
     def __init__(self, codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> None:
         self.codec, self.spec, self.step = codec, spec, step
+        self.tensors: dict[str, Any] = {}
+        self.state: CodecState | None = None
         self._rows = rows_of(dense, spec.shard)
         self._blocks = tuple(spec.shard.blocks(device=spec.device))
         self.fill = spec.fill
@@ -411,8 +413,8 @@ class Encoding:
     def begin(self) -> CodecState:
         """Allocate the state."""
         self.tensors = allocate(self.codec, dataclasses.replace(self.spec, fill=self.fill))
-        self.state = self.codec.bind(self.spec, self.tensors)
-        return self.state
+        self.state = state = self.codec.bind(self.spec, self.tensors)
+        return state
 
     def values(self) -> Iterator[tuple[Block, Tensor]]:
         """What is to be added, by blocks."""
@@ -423,7 +425,7 @@ class Encoding:
 
     def finish(self) -> dict[str, Any]:
         """Tensors under their keys in ``optimizer.state[param]``."""
-        state = self.begin() if not hasattr(self, "state") else self.state
+        state = self.begin() if self.state is None else self.state
         state.begin(decay=1.0, weight=1.0, step=self.step, rows=None)
         for block, values in self.values():
             state.add(block, values)

@@ -50,6 +50,6 @@ def encode_together(
             state.observe(block, values)
     buffer.reduce(ranks)
     for encoding, *_ in shared:
-        if encoding.state.observes_agreed:
+        if (state := encoding.state) is not None and state.observes_agreed:
             for block, values in encoding.values():
-                encoding.state.observe_agreed(block, values)
+                state.observe_agreed(block, values)

@@ -93,6 +93,6 @@ def leave_out_marked(values: Tensor, marks: Tensor) -> Tensor:
         if not bool(bad.any()):
             return values
         values = values.clone()
-    first = values.flatten(1)[:, 0] if values.ndim > 1 else values
+    first = values[(slice(None), *[0] * (values.ndim - 1))]
     first.add_(torch.where(bad, math.nan, 0.0).to(values.dtype))
     return values
