@@ -50,6 +50,6 @@ def encode_together(
             state.observe(block, values)
     buffer.reduce(ranks)
     for encoding, *_ in shared:
-        if (state := encoding.state) is not None and state.observes_agreed:
-            for block, values in encoding.values():
-                state.observe_agreed(block, values)
+        begun = encoding.state
+        for block, values in encoding.values() if begun is not None and begun.observes_agreed else ():
+            begun.observe_agreed(block, values)

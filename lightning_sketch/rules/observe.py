@@ -93,6 +93,8 @@ def leave_out_marked(values: Tensor, marks: Tensor) -> Tensor:
         if not bool(bad.any()):
             return values
         values = values.clone()
-    first = values[(slice(None), *[0] * (values.ndim - 1))]
+    first = values
+    while first.ndim > 1:
+        first = first[:, 0]
     first.add_(torch.where(bad, math.nan, 0.0).to(values.dtype))
     return values
