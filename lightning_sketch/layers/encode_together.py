@@ -51,5 +51,6 @@ def encode_together(
     buffer.reduce(ranks)
     for encoding, *_ in shared:
         begun = encoding.state
-        for block, values in encoding.values() if begun is not None and begun.observes_agreed else ():
-            begun.observe_agreed(block, values)
+        if begun is not None and begun.observes_agreed:
+            for block, values in encoding.values():
+                begun.observe_agreed(block, values)
