@@ -146,6 +146,13 @@ class CodecState(ABC):
             x: as in `add`.
         """
 
+    def finish_observing(self, rows: Tensor | None) -> None:  # noqa: B027
+        """All blocks were observed.
+
+        Args:
+            rows: local ids of their rows, ``None`` for all.
+        """
+
     def observe_agreed(self, block: Block, x: Tensor) -> None:
         """Where `observes_agreed`: as `observe`, after the ranks agreed, so that all leave out the same rows."""
         raise NotImplementedError

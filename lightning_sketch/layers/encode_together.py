@@ -48,6 +48,7 @@ def encode_together(
         state.share(buffer.slots[part.layer.fqn].of_shard(part.shard, name))
         for block, values in encoding.values():
             state.observe(block, values)
+        state.finish_observing(None)
     buffer.reduce(ranks)
     for encoding, *_ in shared:
         begun = encoding.state

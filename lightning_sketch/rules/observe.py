@@ -66,6 +66,8 @@ def _add(layer: LayerStep, states: list[CodecState], weight_decay: float) -> Non
         square = g.square() if squares else g
         for state in states:
             state.observe(block, g if state.spec.signed else square)
+    for state in states:
+        state.finish_observing(layer.gradient.rows)
 
 
 def _added(state: CodecState) -> list[Tensor]:
