@@ -279,7 +279,8 @@ class Codec(ABC):
         """For each stored tensor, by suffix, which dimension of the parameter each of its dimensions runs along.
 
         ``None`` for a dimension that runs along none. Where a parameter is sharded along a dimension that a tensor
-        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank. A scale is left out.
+        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank, unless they share the
+        state (`sharing`). A scale is left out.
 
         Args:
             ndim: number of dimensions of the parameter, a scalar counting as one row.
