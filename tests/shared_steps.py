@@ -64,6 +64,7 @@ class Ranks:
                 state.offer()
                 for block in spec.shard.blocks() if state.observes else ():
                     state.observe(block, part[block.index])
+                state.finish_observing(None)
             sums = torch.stack([buffer.sums for buffer in buffers]).sum(dim=0)
             largest = torch.stack([buffer.largest for buffer in buffers]).amax(dim=0)
             for buffer in buffers:

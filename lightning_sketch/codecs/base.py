@@ -133,6 +133,10 @@ class CodecState(ABC):
         """Take part in a step that ranks agree on: `shared` is where `offer` and `observe` are to add."""
         self.shared = shared
 
+    def forget_shared(self) -> None:
+        """The step is not made, because no rank has a gradient."""
+        self.shared = None
+
     def offer(self) -> None:  # noqa: B027
         """Add to `shared` what other ranks must know of the state as it is."""
 
@@ -146,6 +150,13 @@ class CodecState(ABC):
 
         Args:
             x: as in `add`.
+        """
+
+    def finish_observing(self, rows: Tensor | None) -> None:  # noqa: B027
+        """All blocks were observed.
+
+        Args:
+            rows: local ids of their rows, ``None`` for all.
         """
 
     def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
@@ -318,7 +329,8 @@ class Codec(ABC):
         """For each stored tensor, by suffix, which dimension of the parameter each of its dimensions runs along.
 
         ``None`` for a dimension that runs along none. Where a parameter is sharded along a dimension that a tensor
-        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank. A scale is left out.
+        has, the tensor is sharded with it; a tensor that lacks it is another one on each rank, unless they share the
+        state (`sharing`). A scale is left out.
 
         Args:
             ndim: number of dimensions of the parameter, a scalar counting as one row.
@@ -436,11 +448,13 @@ class Encoding:
 
     Attributes:
         fill: the initial value, by which values are less; ranks that share the state must have the same.
-        state: after `begin`, fresh.
+        tensors, state: from `begin` on.
     """
 
     def __init__(self, codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> None:
         self.codec, self.spec, self.step = codec, spec, step
+        self.tensors: dict[str, Any] = {}
+        self.state: CodecState | None = None
         self._rows = rows_of(dense, spec.shard)
         self._blocks = tuple(spec.shard.blocks(device=spec.device))
         self.fill = spec.fill
@@ -452,8 +466,8 @@ class Encoding:
     def begin(self) -> CodecState:
         """Allocate the state."""
         self.tensors = allocate(self.codec, dataclasses.replace(self.spec, fill=self.fill))
-        self.state = self.codec.bind(self.spec, self.tensors)
-        return self.state
+        self.state = state = self.codec.bind(self.spec, self.tensors)
+        return state
 
     def values(self) -> Iterator[tuple[Block, Tensor]]:
         """What is to be added, by blocks."""
@@ -464,7 +478,7 @@ class Encoding:
 
     def finish(self) -> dict[str, Any]:
         """Tensors under their keys in ``optimizer.state[param]``."""
-        state = self.begin() if not hasattr(self, "state") else self.state
+        state = self.begin() if self.state is None else self.state
         state.begin(decay=1.0, weight=1.0, step=self.step, rows=None)
         for block, values in self.values():
             state.add(block, values)

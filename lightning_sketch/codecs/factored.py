@@ -75,6 +75,10 @@ class _Factored(ScaledState):
         # What is of this rank alone: means of its whole rows, or of its columns.
         self.own = torch.zeros_like(self.row if shared.rows is None else self.col)
 
+    def forget_shared(self) -> None:
+        super().forget_shared()
+        del self.own
+
     def observe(self, block: Block, x: Tensor) -> None:
         if (shared := self.shared) is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -16,6 +17,7 @@ from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Cut, Shard
+from lightning_sketch.sharding.base import BLOCK_NUMEL
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class _SketchedRows(CodecState):
     def __init__(self, spec: StateSpec, tensors: Tensors, inner: LinearSketch) -> None:
         super().__init__(spec, tensors)
         self.inner = inner
-        # Of a step on an accelerator, where all rows are inserted and read at once.
+        # Of a step on an accelerator, or one that ranks agree on, where all rows are inserted at once.
         self.whole: Block | None = None
         self.means: list[Tensor] = []
         self.found: Tensor | None = None
@@ -168,13 +170,24 @@ class _SketchedRows(CodecState):
                 own = slice(0, self.spec.shard.local_rows)
                 self.inner.insert(Block(self.inner.spec.shard, own, own), shared.rows, weight)
         elif shared.all_rows is not None:
-            count = shared.all_rows.numel()
-            index = slice(0, count) if shared.ids is None else shared.ids
-            everywhere = Shard((self.spec.shard.global_rows,), 0, self.spec.shard.global_rows)
-            self.inner.insert(Block(everywhere, index, slice(0, count)), shared.all_rows, weight)
+            everywhere = Shard.whole((self.spec.shard.global_rows,))
+            for span in _spans(shared.all_rows.numel()):
+                index = span if shared.ids is None else shared.ids[span]
+                self.inner.insert(Block(everywhere, index, span), shared.all_rows[span], weight)
 
     def observe(self, block: Block, x: Tensor) -> None:
-        self.observe_sums(block, row_mean(x), None)
+        if (shared := self.shared) is None:
+            return
+        if shared.rows is not None:
+            _observe_rows(shared, block, row_mean(x))
+        elif shared.whole is not None:
+            self.means.append(row_mean(x))
+
+    def finish_observing(self, rows: Tensor | None) -> None:
+        if self.means:
+            means = torch.cat(self.means)
+            self.means.clear()
+            self._observe_whole(slice(0, means.numel()) if rows is None else rows, means)
 
     def observe_sums(self, block: Block, means: Tensor, columns: Tensor | None) -> None:
         if (shared := self.shared) is None:
@@ -182,8 +195,13 @@ class _SketchedRows(CodecState):
         if shared.rows is not None:
             _observe_rows(shared, block, means)
         elif shared.whole is not None:
-            self.inner.shared = shared
-            self.inner.observe(block, means)
+            self._observe_whole(block.index, means)
+
+    def _observe_whole(self, rows: slice | Tensor, means: Tensor) -> None:
+        self.inner.shared = self.shared
+        for span in _spans(means.numel()):  # of many rows: the blocks of a wide gradient have few
+            index = span if isinstance(rows, slice) else rows[span]
+            self.inner.observe(Block(self.inner.spec.shard, index, span), means[span])
 
     def fusable(self) -> bool:
         return self.inner.is_plain()
@@ -235,6 +253,12 @@ class _SketchedRows(CodecState):
 
     def estimate(self, block: Block) -> Tensor:
         return over_rows(self.inner.estimate(block), len(self.spec.local_shape))
+
+
+def _spans(rows: int) -> Iterator[slice]:
+    """Rows whose hashes are in memory at once."""
+    for start in range(0, rows, BLOCK_NUMEL):
+        yield slice(start, min(start + BLOCK_NUMEL, rows))
 
 
 def _row_scalars(spec: StateSpec) -> StateSpec:

@@ -48,8 +48,10 @@ def encode_together(
         state.share(buffer.slots[part.layer.fqn].of_shard(part.shard, name))
         for block, values in encoding.values():
             state.observe(block, values)
+        state.finish_observing(None)
     buffer.reduce(ranks)
     for encoding, *_ in shared:
-        if encoding.state.observes_agreed:
+        begun = encoding.state
+        if begun is not None and begun.observes_agreed:
             for block, values in encoding.values():
-                encoding.state.observe_agreed(block, values)
+                begun.observe_agreed(block, values)

@@ -51,6 +51,9 @@ def agree(
             # Read only where there is no gradient here: then the host waits for the device.
             if own.grad is None and not any(float(buffer.slots[layer.fqn].present) for layer in own.shared):
                 without.add(id(own))
+                for part, bound in zip(own.parts, own.bound or (), strict=False):
+                    for state in part.sharing:
+                        bound.states[state].forget_shared()
                 continue
             if own.bound is None:
                 bind(own)

@@ -102,7 +102,7 @@ def check_capture(param: Tensor, grad: Tensor, parts: Sequence[LayerPart], *, on
             f"a step of {fqn} cannot be captured into a graph: its step count is kept on the host, and every replay "
             "would repeat this step. Adam, AdamW and RMSprop take capturable=True; SGD needs no option; of Adagrad and "
             'SparseAdam parameter groups do, as Adagrad([{"params": ..., "capturable": True}]). Codecs with lazy=True '
-            "or cleaning_interval cannot be captured"
+            "or cleaning_interval cannot be captured, nor can states that ranks share"
         )
     if not bound:
         raise RuntimeError(

@@ -240,12 +240,13 @@ def _bind_and_agree(optimizer: CompressedGroups, ready: list[PendingUpdate], *, 
             _prove(optimizer.rule, own)
 
     for own in ready:
-        if own.scale is not None and own.grad is not None:
-            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
         if own.bound is None and (own.grad is not None or own.state):
             bind(own)
     if any(own.ranks is not None for own in ready):
-        return agree(optimizer.rule, ready, bind, leave_out=leave_out)
+        ready = agree(optimizer.rule, ready, bind, leave_out=leave_out)
+    for own in ready:
+        if own.scale is not None and own.grad is not None:
+            own.grad.div_(own.scale)  # torch's kernels leave gradients unscaled, too
     return ready
 
 

@@ -155,6 +155,8 @@ def _add(layer: LayerStep, states: list[CodecState], weight_decay: float) -> Non
         square = g.square() if squares else g
         for state in states:
             state.observe(block, g if state.spec.signed else square)
+    for state in states:
+        state.finish_observing(layer.gradient.rows)
 
 
 def _added(state: CodecState) -> list[Tensor]:
@@ -182,6 +184,8 @@ def leave_out_marked(values: Tensor, marks: Tensor) -> Tensor:
         if not bool(bad.any()):
             return values
         values = values.clone()
-    first = values.flatten(1)[:, 0] if values.ndim > 1 else values
+    first = values
+    while first.ndim > 1:
+        first = first[:, 0]
     first.add_(torch.where(bad, math.nan, 0.0).to(values.dtype))
     return values

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs import CodecState
+from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.rules.base import (
     LayerStep,
@@ -44,6 +44,13 @@ class RMSpropRule(UpdateRule):
         if group["momentum"] > 0:
             found.append(StateDef("momentum_buffer", signed=True))
         return found
+
+    def check_codecs(self, fqn: str, codecs: Mapping[str, Codec]) -> None:
+        if getattr(codecs.get("momentum_buffer"), "sync", False):
+            raise ValueError(
+                f"{fqn}: RMSprop's momentum is of updates, which follow from the other states of the same step, so "
+                "ranks cannot agree on it before; choose its codec without sync=True"
+            )
 
     def numbers(
         self, group: Mapping[str, Any], step: int | Tensor

@@ -53,8 +53,13 @@ def reduce_together(numbers: Tensor, group: Any, *, largest: bool = False) -> No
     """
     if numbers.numel() == 0:
         return
+    # Parameters that are offloaded are on the CPU, for which NCCL alone is no backend.
+    kinds = sorted({device.type for device in getattr(group, "_device_types", ())})
+    sent = numbers if not kinds or numbers.device.type in kinds else numbers.to(kinds[0])
     try:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+        if sent is not numbers:
+            numbers.copy_(sent)
     except RuntimeError as error:
         raise RuntimeError(
             "the ranks could not agree on a step of compressed layers, which were not changed here: another rank did "

@@ -227,3 +227,16 @@ def test_options_are_validated(options):
 def _table(tensors, spec):
     """The true sketch: what is stored times its scale."""
     return tensors[f"{spec.name}_table"] * tensors[f"{spec.name}_scale"]
+
+
+def test_a_sketch_that_ranks_share_is_for_all_rows():
+    codec, shape = CountSketch(compression=2, sync=True), (40, 3)
+    for cut in ("rows", "anywhere"):
+        shard = Shard(shape, 10, 20, cut=cut)
+        assert codec.table_shape(shard) == codec.table_shape(Shard.whole(shape)) == (3, 7)
+        assert codec.sharing(shape, cut).whole == 3 * 7 * 3
+    assert codec.sharing(shape, "columns") is None, "it is one process's, cut by columns"
+    assert CountSketch(width=100, sync=True).sharing(shape, "rows") is None, "it is exact"
+    assert CountSketch(compression=2).sharing(shape, "rows") is None
+    with pytest.raises(ValueError, match="queries before it adds, so ranks cannot add up; leave sync=False"):
+        CountSketch(update="paper", sync=True)

@@ -46,3 +46,9 @@ def test_a_mean_that_exceeds_the_second_moment_does_not_make_nan():
         feed(model, optimizer, [torch.randn(20, 3) * torch.tensor([1.0, 10.0, 100.0]) + 5])
     assert bool(model.p0.isfinite().all())
     assert model.p0.abs().max() < 10
+
+
+def test_a_sketch_of_updates_cannot_be_agreed_on_before_the_step():
+    policy = Policy([Rule(momentum_buffer=CountSketch(sync=True))])
+    with pytest.raises(ValueError, match=r"p0: RMSprop's momentum is of updates, .* without sync=True"):
+        converted(partial(RMSprop, lr=0.01, momentum=0.9), policy)
