@@ -84,7 +84,7 @@ def test_training_is_the_ordinary_one_bit_for_bit(micro_batches: int) -> None:
         )
         assert losses == same
         assert_same(states, ordinary)
-        assert (gradients, all_gradients) == (3, 21), "the head's and the biases'"
+        assert (gradients, all_gradients) == (11, 21), "the head's, the biases', and those that ranks share states of"
 
 
 def test_clipping_and_a_second_gradient_raise_on_every_rank() -> None:
