@@ -2,9 +2,11 @@
 
 from lightning_sketch.rules.adagrad import AdagradRule
 from lightning_sketch.rules.adam import AdamRule, AdamWRule, SparseAdamRule
-from lightning_sketch.rules.base import Count, LayerStep, StateDef, UpdateRule, run
+from lightning_sketch.rules.base import Count, StateDef, UpdateRule
+from lightning_sketch.rules.layer_step import LayerStep
 from lightning_sketch.rules.of_group import rule_of_group
 from lightning_sketch.rules.rmsprop import RMSpropRule
+from lightning_sketch.rules.run_layers import run
 from lightning_sketch.rules.sgd import SGDRule
 
 __all__ = [

@@ -24,7 +24,6 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.rules.base import (
-    LayerStep,
     StateDef,
     UpdateRule,
     add_moments,
@@ -36,6 +35,7 @@ from lightning_sketch.rules.base import (
     read_second,
     safe_divide,
 )
+from lightning_sketch.rules.layer_step import LayerStep
 
 
 class AdamRule(UpdateRule):

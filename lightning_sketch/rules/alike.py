@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
+from lightning_sketch.rules.layer_step import LayerStep
 from lightning_sketch.sharding.gradient import RowGradient
-
-#: A `LayerStep`, of base.py, which imports this.
-_LayerStep = Any
-
 
 #: Elements of layers that are stepped together, at most.
 MOST_NUMEL = 3 << 23
@@ -40,7 +37,7 @@ def pays(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def kind(layer: _LayerStep) -> Hashable | None:
+def kind(layer: LayerStep) -> Hashable | None:
     """What layers that are stepped together have in common; ``None`` where a layer is stepped alone."""
     gradient, param = layer.gradient, layer.param
     if layer.alike is None or not pays(param.device) or gradient.rows is not None or gradient.left_out is not None:
@@ -58,7 +55,7 @@ def kind(layer: _LayerStep) -> Hashable | None:
     return layer.alike, type(layer.numbers), leaves, step, layer.maximize, layer.leave_out
 
 
-def step_together(reference: Callable[[_LayerStep], Tensor | None], layers: Sequence[_LayerStep]) -> Tensor | None:
+def step_together(reference: Callable[[LayerStep], Tensor | None], layers: Sequence[LayerStep]) -> Tensor | None:
     """Steps of layers of one `kind` (parameters and states are modified in place).
 
     Args:
@@ -109,15 +106,15 @@ def step_together(reference: Callable[[_LayerStep], Tensor | None], layers: Sequ
     return counts if counted else None
 
 
-def _states(layer: _LayerStep) -> list[CodecState]:
+def _states(layer: LayerStep) -> list[CodecState]:
     return list(layer.states.values())
 
 
-def _tensors(layer: _LayerStep) -> Any:
+def _tensors(layer: LayerStep) -> Any:
     return next(iter(layer.states.values())).tensors if layer.states else {}
 
 
-def _keys(layer: _LayerStep) -> list[str]:
+def _keys(layer: LayerStep) -> list[str]:
     """Keys of the states' tensors that are to be stacked; a scale on the host is the same for all."""
     names = tuple(state.spec.name for state in layer.states.values())
     return [
@@ -127,7 +124,7 @@ def _keys(layer: _LayerStep) -> list[str]:
     ]
 
 
-def _device_numbers(layer: _LayerStep) -> list[Tensor]:
+def _device_numbers(layer: LayerStep) -> list[Tensor]:
     """0-d tensors: the step's number, and what of its hyperparameters is known on the device alone."""
     if layer.on_device is None:
         return []
@@ -151,7 +148,7 @@ def _with_leaves(numbers: Any, tensors: Any) -> Any:
     return leaves[0]
 
 
-def _seeds(layers: Sequence[_LayerStep]) -> Tensor:
+def _seeds(layers: Sequence[LayerStep]) -> Tensor:
     """The layers' hash seeds on their device, int64 ``[len(layers)]``: made there once for these layers."""
     cache, device = layers[0].cache, layers[0].param.device
     seeds = [state.spec.seed for layer in layers for state in _states(layer)[:1]] or [0] * len(layers)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch import kernels
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import Observed, observation
-from lightning_sketch.rules.base import LayerStep
+from lightning_sketch.rules.layer_step import LayerStep
 from lightning_sketch.sharding import Block
 
 

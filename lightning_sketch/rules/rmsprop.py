@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_sketch.codecs import Codec, CodecState
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.rules.base import (
-    LayerStep,
     StateDef,
     UpdateRule,
     add_moments,
@@ -28,6 +27,7 @@ from lightning_sketch.rules.base import (
     read_second,
     safe_divide,
 )
+from lightning_sketch.rules.layer_step import LayerStep
 from lightning_sketch.sharding import Block
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.rules.base import LayerStep, StateDef, UpdateRule, learning_rate
+from lightning_sketch.rules.base import StateDef, UpdateRule, learning_rate
+from lightning_sketch.rules.layer_step import LayerStep
 
 
 class SGDRule(UpdateRule):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_sketch import Policy, Rule, compress, kernels
-from lightning_sketch.rules import alike, base
+from lightning_sketch.rules import alike, layer_step
 from lightning_sketch.sharding import gradient
 from tests.tiny import CASES, CODECS, FOR_SGD, Case
 
@@ -26,7 +26,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
     stepped = alike.step_together
     monkeypatch.setattr(kernels, "fused_kernel", lambda device: None)
-    for module in (base, gradient):  # the CPU is asked; an accelerator is not waited for
+    for module in (layer_step, gradient):  # the CPU is asked; an accelerator is not waited for
         monkeypatch.setattr(module, "all_finite", lambda values: False)
     monkeypatch.setattr(alike, "step_together", lambda rule, layers: seen.append(len(layers)) or stepped(rule, layers))
     enabled = torch._C._functorch._is_vmap_fallback_enabled()

@@ -9,7 +9,8 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_sketch import CountSketch, Drop, RowWise
-from lightning_sketch.rules.base import LayerStep, safe_divide
+from lightning_sketch.rules.base import safe_divide
+from lightning_sketch.rules.layer_step import LayerStep
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding import base as sharding_base
 from lightning_sketch.sharding.gradient import RowGradient
