@@ -45,11 +45,11 @@ def observe_kernel(device: torch.device) -> ObserveKernel | None:
     if device.type == "cpu" and native.library() is not None:
         from lightning_sketch.kernels import cpu  # defines torch operators
 
-        return cpu.observe
+        return cpu.observe_gradients
     if device.type == "cuda" and not native.wants_reference() and _has_triton():
         from lightning_sketch.kernels import triton
 
-        return triton.observe
+        return triton.observe_gradients
     return None
 
 

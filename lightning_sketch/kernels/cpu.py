@@ -65,7 +65,7 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     return left_out
 
 
-def observe(layers: Sequence[FusedStep]) -> list[Observed]:
+def observe_gradients(layers: Sequence[FusedStep]) -> list[Observed]:
     """What the gradients of all `layers` add to sums of rows and columns; see `schema.observation`."""
     found: list[Observed] = []
     params: list[Tensor] = []

@@ -15,5 +15,5 @@ from tests.kernels.agreed_cases import CUTS, SECOND, check
 @pytest.mark.parametrize("second", SECOND, ids=repr)
 def test_agreed_states(second: Codec, cut: Cut, first: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "fused_kernel", lambda device: launch.step)
-    monkeypatch.setattr(kernels, "observe_kernel", lambda device: launch.observe)
+    monkeypatch.setattr(kernels, "observe_kernel", lambda device: launch.observe_gradients)
     check(second, first, cut, monkeypatch, bad=True)

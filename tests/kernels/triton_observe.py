@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_sketch.kernels.fields import Kind
-from lightning_sketch.kernels.triton import observe, step
+from lightning_sketch.kernels.triton import observe_gradients, step
 from tests.kernels import observed
 
 
@@ -14,7 +14,7 @@ from tests.kernels import observed
 @pytest.mark.parametrize("leave_out", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_sums_are_those_of_float64(dtype: torch.dtype, leave_out: bool, sparse: bool) -> None:
-    observed.check(observe, observed.steps(dtype, sparse=sparse, leave_out=leave_out))
+    observed.check(observe_gradients, observed.steps(dtype, sparse=sparse, leave_out=leave_out))
 
 
 @pytest.mark.parametrize("kind", [Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED])

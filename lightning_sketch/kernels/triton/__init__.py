@@ -12,6 +12,6 @@ All layers of one kind, dtype and width share launches, which find them in a tab
 Only integers are added or compared atomically, which depends on no order: a step gives the same bits each time.
 """
 
-from lightning_sketch.kernels.triton.launch import observe, step
+from lightning_sketch.kernels.triton.launch import observe_gradients, step
 
-__all__ = ["observe", "step"]
+__all__ = ["observe_gradients", "step"]

@@ -33,7 +33,7 @@ def step(layers: Sequence[FusedStep]) -> Tensor:
     return left_out
 
 
-def observe(layers: Sequence[FusedStep]) -> list[Observed]:
+def observe_gradients(layers: Sequence[FusedStep]) -> list[Observed]:
     """What the gradients of all `layers`, which are on one device, add to sums; see `schema.observation`."""
     device = layers[0].param.device
     found = [
