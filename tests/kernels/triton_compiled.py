@@ -50,6 +50,7 @@ from lightning_sketch.kernels.triton import (
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.optimizer import on_device
 from lightning_sketch.optimizer.step import pending_updates, step_compressed
+from tests.kernels import observed
 from tests.kernels.fused_cases import Case, start, train
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -174,6 +175,9 @@ def test_no_kernel_spills_nor_stores_what_another_warp_has_yet_to_read(
     for second in (RowWise(), SM3(), Quantized(bits=4, block=1024)):  # with the most registers
         train(Case("adamw", second, Quantized(bits=4, block=16), 256, 4096, steps=1))
     train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
+    for kind in (Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED):
+        launch.step([observed.held_step(kind, first=kind != Kind.ROW, sparse=False)[0]])
+    launch.observe_gradients(observed.steps(torch.float32, sparse=False, leave_out=True))
 
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
     assert len(used) > 40
