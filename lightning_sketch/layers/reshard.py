@@ -98,6 +98,23 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
     """
     plain = replace(spec, name=spec.name.rpartition(".")[2])
     shared = _is_shared(codec, spec.shard)
+
+    def as_it_is(source: Source) -> dict[str, Any] | None:
+        """A copy of a source that is of the same shard, and stored alike."""
+        same = source.shard == spec.shard if shared else replace(source.shard, cut=spec.shard.cut) == spec.shard
+        if not (same and source.same_encoding(codec, spec) and _fits(codec, plain, source.tensors)):
+            return None
+        scale_key = key_of(plain.name, "scale")  # on the CPU
+        devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
+        return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()})
+
+    def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
+
+    # Also of what is each rank's own until they agree again.
+    if found := next(filter(None, map(as_it_is, sources)), None):
+        check_coverage(spec, [source.shard for source in sources])
+        return found, 0.0
     sources = _joined(plain, sources)
     if not any(math.prod(source.shard.local_shape) for source in sources):
         shared = False  # nothing but a fresh state is there
@@ -107,15 +124,8 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
     check_coverage(wanted, [source.shard for source in useful])
     _check_shapes(plain, useful)
 
-    def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
-        return {spec.name + key.removeprefix(plain.name): value for key, value in tensors.items()}
-
-    for source in useful:
-        same = not shared and replace(source.shard, cut=spec.shard.cut) == spec.shard
-        if same and source.same_encoding(codec, spec) and _fits(codec, plain, source.tensors):
-            scale_key = key_of(plain.name, "scale")  # on the CPU
-            devices = {key: value.device if key == scale_key else spec.device for key, value in source.tensors.items()}
-            return rename({key: _copy(value, devices[key]) for key, value in source.tensors.items()}), 0.0
+    if found := next(filter(None, map(as_it_is, useful)), None):
+        return found, 0.0
     if codec.joins_columns and all(_same_rows(codec, source, spec) for source in useful):
         return rename(_join_columns(codec, plain, useful)), 0.0
     if shared:
