@@ -81,7 +81,7 @@ def test_a_mask_that_leaves_nothing_out_changes_nothing(second: str, monkeypatch
     with by_reference():
         expected = [part.step(values) for part in parts]
         monkeypatch.setattr("lightning_sketch.sharding.gradient.all_finite", lambda values: False)
-        monkeypatch.setattr("lightning_sketch.rules.base.all_finite", lambda values: False)
+        monkeypatch.setattr("lightning_sketch.rules.layer_step.all_finite", lambda values: False)
         assert [parts[0].step(values), parts[1].step(values, leave_out=False)] == expected == [0, 0]
     assert_same(parts[0].snapshot(), parts[1].snapshot())
 
