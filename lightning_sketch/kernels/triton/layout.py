@@ -126,8 +126,11 @@ class Key(NamedTuple):
 
     @property
     def observe_warps(self) -> int:
-        """Warps of a program of `observe`: one, but where it also settles, which takes registers."""
-        return 8 if self.one_chunk else 1
+        """Warps of a program of `observe`: one, but where that would take too many registers.
+
+        So it is where it also settles, and where elements are loaded one by one, with an address and a mask each.
+        """
+        return 8 if self.one_chunk else 1 if self.aligned else 4
 
     @property
     def insertions(self) -> list[tuple[bool, bool, int]]:
