@@ -104,11 +104,9 @@ class CodecState(ABC):
     observes: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     #: Whether the step that begins is a fused kernel's which finds the numbers of the step on the device: then `begin`
-    #: lets nothing decay, and `stored` says weights as if no scale had decayed.
+    #: lets nothing decay, and `to_kernel` says weights as if no scale had decayed.
     deferred: bool = False
-    #: Whether a fused kernel makes the step that begins.
-    fused: bool = False
-    #: Whether `begin` changes nothing but a scale, and what `stored` says but tensors and the seed follows from
+    #: Whether `begin` changes nothing but a scale, and what `to_kernel` says but tensors and the seed follows from
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
     can_follow: ClassVar[bool] = False
@@ -213,7 +211,7 @@ class CodecState(ABC):
         """All blocks were read: make the step permanent."""
 
     def fusable(self) -> bool:
-        """Whether fused kernels take this state; if so, `stored` says how."""
+        """Whether fused kernels take this state; if so, `to_kernel` says how."""
         return False
 
     def to_kernel(self) -> KernelState:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,28 +29,27 @@ ObserveKernel = Callable[[Sequence[FusedStep]], list[Observed]]
 @_disable_dynamo
 def fused_kernel(device: torch.device) -> FusedKernel | None:
     """What performs fused steps of parameters on a device; ``None`` where there is only the reference."""
-    if device.type == "cpu" and native.library() is not None:
-        from lightning_sketch.kernels import cpu  # defines torch operators
-
-        return cpu.step
-    if device.type == "cuda" and not native.wants_reference() and _has_triton():
-        from lightning_sketch.kernels import triton
-
-        return triton.step
-    return None
+    found = _kernels_on(device)
+    return None if found is None else found.step
 
 
 @_disable_dynamo
 def observe_kernel(device: torch.device) -> ObserveKernel | None:
     """What looks at gradients on a device; ``None`` where there is only the reference."""
+    found = _kernels_on(device)
+    return None if found is None else found.observe_gradients
+
+
+def _kernels_on(device: torch.device) -> Any:
+    """The module of the kernels for a device, imported when it is first asked for."""
     if device.type == "cpu" and native.library() is not None:
         from lightning_sketch.kernels import cpu  # defines torch operators
 
-        return cpu.observe_gradients
+        return cpu
     if device.type == "cuda" and not native.wants_reference() and _has_triton():
         from lightning_sketch.kernels import triton
 
-        return triton.observe_gradients
+        return triton
     return None
 
 

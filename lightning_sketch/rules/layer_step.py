@@ -70,7 +70,6 @@ class LayerStep:
     def begin_state(self, state: CodecState, decay: float, weight: float | Tensor) -> None:
         """Begin the step of one of the states."""
         rows, device = self.gradient.rows, self.on_device
-        state.fused = self.fused
         if device is None:
             state.begin(decay=decay, weight=weight, step=self.step, rows=rows)
             return
