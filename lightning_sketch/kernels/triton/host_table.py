@@ -57,7 +57,8 @@ class Table:
 
     Attributes:
         groups: layers by key.
-        places: for each row of the table, where in the memory of float32 its pieces begin, as `Laid.floats` has them.
+        laid: for each row of the table, how the layer is cut into programs.
+        places: and where in the memory of float32 its pieces begin, as `Laid.floats` has them.
         numbers: for each row of the table, which of `layers` it is of.
         words: the rows; ``None`` if there are none, or numbers stay on the device.
     """
@@ -74,6 +75,7 @@ class Table:
         self._device, self._count, self._sizes = layers[0].param.device, len(layers), (floats, zeros)
         self.groups: dict[Key, Group] = {}
         at, at_zero, begin = 0, 8 * len(layers), 0  # distances from the beginning of the memory that programs share
+        self.laid: list[Laid] = []
         self.places: list[list[int]] = []
         words: list[bytes] = []
         order: list[FusedStep] = []
@@ -90,6 +92,7 @@ class Table:
                 scratch = (8 * number, *pieces, exponents, at_zero, exponents)
                 at_zero = exponents + (laid.exponents + 3) // 2 * 8
                 order.append(step)
+                self.laid.append(laid)
                 self.places.append([place // 4 for place in pieces])
                 orders = [None if found is None else found.orders[position] for found in group.sorted]
                 words.append(pack(step, laid, scratch, orders, programs))

@@ -49,12 +49,12 @@ def observe_gradients(layers: Sequence[FusedStep]) -> list[Observed]:
     ]
     table = Table(layers)
     scratch = table.observe()
-    for number, (means, _, _, groups, *_) in zip(table.numbers, table.places, strict=True):
+    for number, laid, (means, _, _, groups, *_) in zip(table.numbers, table.laid, table.places, strict=True):
         layer = layers[number]
         rows, columns = layer.rows, layer.columns
         sums = None
         if _has_columns(layer):
-            count = ceil(laid_of(layer).blocks, GROUP)
+            count = ceil(laid.blocks, GROUP)
             sums = scratch[groups : groups + count * columns].view(count, columns)
             sums = sums[0] if count == 1 else sums.sum(dim=0)
         found[number] = Observed(scratch[means : means + rows], sums)
