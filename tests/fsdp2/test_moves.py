@@ -49,14 +49,21 @@ def decoded(model, optimizer):
 
 
 def write(rank, world_size, folder):
-    """Train on two ranks; rank 0 saves everything, gathered, of a compressed and of a plain optimizer."""
+    """Train on two ranks; rank 0 saves everything, gathered, of a compressed and of a plain optimizer.
+
+    Returns what this rank's part of the compressed states decodes to.
+    """
     mesh = init_device_mesh("cpu", (world_size,))
+    found = {}
     for name in ("compressed", "plain"):
         model, optimizer = fresh(mesh, plain=name == "plain")
         train_net(model, optimizer, rank, STEPS)
         whole = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0:
             torch.save(whole, Path(folder, f"two ranks, {name}.pt"))
+        if name == "compressed":
+            found = decoded(model, optimizer)
+    return found
 
 
 def read(rank, world_size, folder):
@@ -96,15 +103,15 @@ def refused(mesh, rank, folder):
 
 @functools.cache
 def moved():
-    """The dense states of every file, and what ranks made of it, by the number of ranks."""
+    """What is in every file, what the two ranks held, and what ranks made of every file, by their number."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("compressed", "plain"):
             model, optimizer = fresh(plain=name == "plain")
             train_as(2, model, optimizer, STEPS)
             torch.save((model.state_dict(), optimizer.state_dict()), Path(folder, f"one process, {name}.pt"))
-        run_ranks(write, 2, folder)
+        written = run_ranks(write, 2, folder)
         files = {path.stem: torch.load(path)[1] for path in Path(folder).glob("*.pt")}
-        return files, {world_size: run_ranks(read, world_size, folder) for world_size in (2, 3)}
+        return files, written, {world_size: run_ranks(read, world_size, folder) for world_size in (2, 3)}
 
 
 def dense(states):
@@ -124,14 +131,20 @@ every_file = pytest.mark.parametrize("file", FILES)
 
 
 def pairs(file, world_size, names):
-    """What every rank holds of the given layers, and what it should."""
-    files, found = moved()
+    """What every rank holds of the given layers, and what it should.
+
+    As many ranks as wrote it hold again what they held; of the largest that others know they hear in the next step.
+    """
+    files, written, found = moved()
     expected = dense(files[file])
     for rank, here in enumerate(found[world_size]):
         for name in names:
             for state in ("exp_avg", "exp_avg_sq"):
                 whole = expected[f"{name}.{state}"]
-                part = chunk(whole, world_size, rank, 1 if name.startswith("by_columns") else 0)
+                if (file, world_size) == ("two ranks, compressed", 2):
+                    part = written[rank][f"{name}.{state}"]
+                else:
+                    part = chunk(whole, world_size, rank, 1 if name.startswith("by_columns") else 0)
                 yield name, state, here[file]["decoded"][f"{name}.{state}"], part, here[file]["errors"]
 
 
@@ -175,8 +188,11 @@ def test_the_report_says_how_much_every_state_changed(file, world_size):
 
 
 def test_the_same_number_of_ranks_copies():
-    _, found = moved()
-    for here in found[2]:
+    _, written, found = moved()
+    for before, here in zip(written, found[2], strict=True):
+        for name in NAMES:
+            for key in (f"{name}.exp_avg", f"{name}.exp_avg_sq"):
+                assert_same(here["two ranks, compressed"]["decoded"][key], before[key], key)
         assert all(x == 0 for errors in here["two ranks, compressed"]["errors"].values() for x in errors.values())
 
 
@@ -205,7 +221,7 @@ def test_a_gathered_checkpoint_loads_in_plain_adamw_once_it_is_dense():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_does_not_fit_is_refused_by_every_rank_before_anything_changes(world_size):
-    for here in moved()[1][world_size]:
+    for here in moved()[2][world_size]:
         seed, damaged = here["refused"]["seed"], here["refused"]["damaged"]
         assert seed["same"]
         assert damaged["same"]
