@@ -29,11 +29,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks import gcide
+from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
 from benchmarks.command import run_command
-from benchmarks.losses import softmax_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
 from benchmarks.sweep import Cache, Result, Setting, climb, perplexity
@@ -49,7 +48,6 @@ STEPS = 800
 WARM_UP = 0.1  # of the steps
 LAST_LR = 0.02  # of the peak
 LARGEST_NORM = 1.0  # of all gradients together; the usual value (GPT-3, among others)
-INIT_STD = 0.02
 VALID_SEQUENCES = 256
 TEST_SEQUENCES = 512
 EVALUATION_SEED = 1
@@ -58,49 +56,8 @@ START_LR = {"adam": 2e-3, "adagrad": 0.1}
 DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10}
 
 
-class Block(nn.Module):
-    """Attention and a two-layer MLP, both on normalised inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * HEADS, length, WIDTH // HEADS)
-        # By hand: torch's fused CPU attention is seven times slower with bfloat16 products.
-        future = torch.full((length, length), -torch.inf).triu(1)
-        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=(WIDTH // HEADS) ** -0.5)
-        mixed = (scores.softmax(-1) @ v).view(batch, HEADS, length, -1)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
-        down: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
-        return x + down
-
-
-class Model(nn.Module):
-    """Word ids ``[batch, length]`` -> features ``[batch, length, 128]``, scored against ``words.weight``."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, WIDTH)
-        self.places = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        for module in self.modules():
-            if isinstance(module, nn.Embedding | nn.Linear):
-                nn.init.normal_(module.weight, std=INIT_STD)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids) + self.places.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        features: Tensor = self.norm(x)
-        return features
+def make_model(vocabulary: int) -> CausalLM:
+    return CausalLM(vocabulary, width=WIDTH, heads=HEADS, layers=LAYERS, context=CONTEXT)
 
 
 def run(setting: Setting) -> Result:
@@ -108,9 +65,9 @@ def run(setting: Setting) -> Result:
     began = time.perf_counter()
     method, corpus = METHODS[setting.method], _corpus()
     torch.manual_seed(setting.seed)
-    model = Model(corpus.vocabulary)
+    model = make_model(corpus.vocabulary)
     optimizer = build(method, model, model.words, lr=setting.lr, eps=setting.eps)
-    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed))
+    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
     schedule = quadratic_then_constant if method.family == "adagrad" else linear_up_and_down
     finite = _train(model, optimizer, batches, lambda step: schedule(step) * setting.lr)
     trained = time.perf_counter()
@@ -123,7 +80,7 @@ def run(setting: Setting) -> Result:
     }
 
 
-def _train(model: Model, optimizer: torch.optim.Optimizer, batches: Tensor, lr: Callable[[int], float]) -> bool:
+def _train(model: CausalLM, optimizer: torch.optim.Optimizer, batches: Tensor, lr: Callable[[int], float]) -> bool:
     """All steps; False if the run diverged."""
     with bfloat16_products():
         try:
@@ -170,27 +127,13 @@ def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
         _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
-def loss_of(model: Model, ids: Tensor) -> Tensor:
-    """Of predicting each of ``ids[:, 1:]`` from the words before it."""
-    return softmax_loss(model(ids[:, :-1]).flatten(0, 1), model.words.weight, ids[:, 1:].flatten())
-
-
 @functools.lru_cache(maxsize=1)
 def _corpus() -> gcide.Corpus:
     return gcide.load(max_words=WORDS)
 
 
-def draw_sequences(blocks: gcide.Ids, count: int, random: np.random.Generator) -> Tensor:
-    """``count`` stretches of 65 words ``[count, 65]``, none across a block, none twice."""
-    length = CONTEXT + 1
-    rows = blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
-    return torch.from_numpy(rows[random.permutation(len(rows))[:count]].astype(np.int64))
-
-
-@torch.no_grad()
-def _perplexity(model: Model, blocks: gcide.Ids, sequences: int) -> float | None:
-    ids = draw_sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED))
-    mean = sum(float(loss_of(model, some)) * len(some) for some in torch.split(ids, BATCH)) / sequences
+def _perplexity(model: CausalLM, blocks: gcide.Ids, sequences: int) -> float | None:
+    mean = mean_loss(model, draw_sequences(blocks, sequences, np.random.default_rng(EVALUATION_SEED), CONTEXT), BATCH)
     return math.exp(mean) if mean < 50 else None
 
 

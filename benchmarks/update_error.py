@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gcide, tied_transformer
+from benchmarks.causal_lm import draw_sequences, loss_of
 from benchmarks.precision import bfloat16_products
 from benchmarks.tied_methods import METHODS, build
-from benchmarks.tied_transformer import BATCH, LARGEST_NORM, Model, linear_up_and_down
+from benchmarks.tied_transformer import BATCH, CONTEXT, LARGEST_NORM, linear_up_and_down
 
 COMPARED = ("all_bf16", "all_8bit", "all_4bit")
 LR = 2e-3
@@ -31,9 +32,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
     corpus = gcide.load(max_words=tied_transformer.WORDS)
-    batches = tied_transformer.draw_sequences(corpus.train, steps * BATCH, np.random.default_rng(0))
+    batches = draw_sequences(corpus.train, steps * BATCH, np.random.default_rng(0), CONTEXT)
     torch.manual_seed(0)
-    model, beside = Model(corpus.vocabulary), Model(corpus.vocabulary)
+    model, beside = tied_transformer.make_model(corpus.vocabulary), tied_transformer.make_model(corpus.vocabulary)
     exact = build(METHODS["adamw"], model, model.words, lr=LR, eps=EPS)
     others = {name: build(METHODS[name], beside, beside.words, lr=LR, eps=EPS) for name in COMPARED}
     for step in range(steps):
@@ -41,7 +42,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = LR * linear_up_and_down(step)
         with bfloat16_products():
-            tied_transformer.loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         before = [parameter.detach().clone() for parameter in model.parameters()]
         exact.step()

@@ -1,0 +1,225 @@
+"""A causal Transformer by the usual recipe: which states do its tables need, tied and untied?
+
+16,384 words, full softmax, 2 layers, width 128, 4 heads, context 128; 2,000 steps of 2,048 words, AdamW's fused class
+with betas (0.9, 0.95), weight decay 0.1 on the matrices of the hidden layers (none on tables and norms), warm-up over
+10 % and a cosine to 10 % of the peak, the gradient's norm clipped to 1. The learning rate is tuned for every method by
+factors of two on validation blocks with seed 0, and shared by all parameters.
+
+    python -m benchmarks.usual_recipe --workers 2     # finished runs are the lines of results/usual_recipe.jsonl
+    python -m benchmarks.usual_recipe --methods tied_adamw --seeds 3
+
+First every method is run at one learning rate, then each climbs from there, so that an interrupted sweep has compared
+all methods at least at that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks import gcide
+from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
+from benchmarks.precision import bfloat16_products
+from benchmarks.sparse_methods import state_bytes
+from benchmarks.summary import RESULTS
+from benchmarks.sweep import Cache, Result, Setting, climb, each, perplexity
+
+WORDS = 16_384
+WIDTH = 128
+LAYERS = 2
+HEADS = 4
+CONTEXT = 128  # words
+BATCH = 16  # sequences
+STEPS = 2_000
+WARM_UP = 0.1  # of the steps
+LAST_LR = 0.1  # of the peak
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+LARGEST_NORM = 1.0
+EPS = 1e-8
+START_LR = 4e-3
+TEST_SEQUENCES = 512
+EVALUATION_SEED = 1
+
+Codecs = tuple[Callable[[Any], Any], Callable[[Any], Any]]  # the package -> codec of the first and of the second moment
+
+
+@dataclass(frozen=True)
+class Method:
+    """AdamW, its beta1 on either table, and what is compressed.
+
+    Args:
+        beta1: of the input embedding and of the head; of a tied table the first.
+        words, head: codecs of either table; ``None`` for exact states.
+        preset: a policy for all layers, in place of these.
+    """
+
+    label: str
+    tied: bool
+    beta1: tuple[float, float] = (BETAS[0], BETAS[0])
+    words: Codecs | None = None
+    head: Codecs | None = None
+    preset: str = ""
+
+    def optimizer(self, model: CausalLM, lr: float, eps: float) -> Optimizer:
+        tables = [model.words.weight] if model.head is None else [model.words.weight, model.head.weight]
+        known = {id(table) for table in tables}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        hidden = {id(module.weight) for module in model.blocks.modules() if isinstance(module, nn.Linear)}
+        groups: list[dict[str, Any]] = [
+            {"params": [table], "betas": (beta1, BETAS[1])} for table, beta1 in zip(tables, self.beta1, strict=False)
+        ]
+        groups += [
+            {"params": [parameter for parameter in rest if id(parameter) in hidden], "weight_decay": WEIGHT_DECAY},
+            {"params": [parameter for parameter in rest if id(parameter) not in hidden]},
+        ]
+        optimizer = AdamW(groups, lr=lr, betas=BETAS, eps=eps, weight_decay=0.0, fused=True)
+        if not (self.words or self.head or self.preset):
+            return optimizer
+
+        import lightning_sketch as ls
+
+        if self.preset:
+            return ls.compress(optimizer, model, ls.Policy.preset(self.preset))
+        rules = [
+            ls.Rule(name=name, first_moment=codecs[0](ls), second_moment=codecs[1](ls))
+            for name, codecs in (("words.weight", self.words), ("head.weight", self.head))
+            if codecs is not None
+        ]
+        return ls.compress(optimizer, model, ls.Policy(rules))
+
+
+DROP, KEEP = (lambda ls: ls.Drop()), (lambda ls: ls.Keep())
+BF16, EIGHT = (lambda ls: ls.BFloat16()), (lambda ls: ls.Quantized())
+ROWS, ROWS_10 = (lambda ls: ls.RowWise()), (lambda ls: ls.RowWise(compression=10))
+FACTORED = lambda ls: ls.Factored()  # noqa: E731
+
+METHODS: dict[str, Method] = {
+    "tied_adamw": Method("AdamW, exact", True),
+    "tied_b0": Method("AdamW, exact; beta1 = 0 on the table", True, (0.0, 0.0)),
+    "tied_drop_factored": Method('Factored, no first moment (preset "tables")', True, words=(DROP, FACTORED)),
+    "tied_8bit_factored": Method("Factored, first moment in 8 bits", True, words=(EIGHT, FACTORED)),
+    "tied_b5": Method("AdamW, exact; beta1 = 0.5 on the table", True, (0.5, 0.5)),
+    "tied_drop_rows": Method("RowWise, no first moment", True, words=(DROP, ROWS)),
+    "tied_whole": Method('all layers: preset "whole-model"', True, preset="whole-model"),
+    "tied_bf16_factored": Method("Factored, first moment BFloat16", True, words=(BF16, FACTORED)),
+    "tied_bf16_rows": Method("RowWise, first moment BFloat16", True, words=(BF16, ROWS)),
+    "tied_drop_rows_10": Method("RowWise in a 10x sketch, no first moment", True, words=(DROP, ROWS_10)),
+    "tied_8bit": Method('all layers: preset "8bit"', True, preset="8bit"),
+    "untied_adamw": Method("AdamW, exact", False),
+    "untied_b0": Method("AdamW, exact; beta1 = 0 on both tables", False, (0.0, 0.0)),
+    "untied_words_b0": Method("AdamW, exact; beta1 = 0 on the embedding", False, (0.0, BETAS[0])),
+    "untied_head_b0": Method("AdamW, exact; beta1 = 0 on the head", False, (BETAS[0], 0.0)),
+    "untied_drop_factored": Method(
+        'both tables: Factored, no first moment (preset "tables")', False, words=(DROP, FACTORED), head=(DROP, FACTORED)
+    ),
+    "untied_head_8bit": Method(
+        "embedding: Factored, no first moment; head: Factored, first moment in 8 bits",
+        False, words=(DROP, FACTORED), head=(EIGHT, FACTORED),
+    ),
+    "untied_8bit_factored": Method(
+        "both tables: Factored, first moment in 8 bits", False, words=(EIGHT, FACTORED), head=(EIGHT, FACTORED)
+    ),
+    "untied_drop_rows": Method(
+        "both tables: RowWise, no first moment", False, words=(DROP, ROWS), head=(DROP, ROWS)
+    ),
+    "untied_words_rows": Method(
+        "embedding: RowWise, no first moment; head: Factored, no first moment",
+        False, words=(DROP, ROWS), head=(DROP, FACTORED),
+    ),
+    "untied_whole": Method('all layers: preset "whole-model"', False, preset="whole-model"),
+}  # fmt: skip
+
+
+def run(setting: Setting) -> Result:
+    """Train once; perplexities (None if it diverged), state bytes and seconds."""
+    began = time.perf_counter()
+    method, corpus = METHODS[setting.method], _corpus()
+    torch.manual_seed(setting.seed)
+    model = CausalLM(corpus.vocabulary, width=WIDTH, heads=HEADS, layers=LAYERS, context=CONTEXT, tied=method.tied)
+    optimizer = method.optimizer(model, setting.lr, setting.eps)
+    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
+    finite = True
+    with bfloat16_products():
+        for step, ids in enumerate(torch.split(batches, BATCH)):
+            for group in optimizer.param_groups:
+                group["lr"] = warm_up_and_cosine(step) * setting.lr
+            loss_of(model, ids).backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+            if not norm.isfinite():
+                finite = False
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = time.perf_counter()
+    return {
+        "valid": _perplexity(model, corpus.valid) if finite else None,
+        "test": _perplexity(model, corpus.test) if finite and setting.test else None,
+        "state_bytes": state_bytes(optimizer),
+        "seconds": {"train": trained - began, "all": time.perf_counter() - began},
+    }
+
+
+def warm_up_and_cosine(step: int) -> float:
+    """As a share of the peak learning rate."""
+    warm_up = WARM_UP * STEPS
+    if step < warm_up:
+        return (step + 1) / warm_up
+    along = (step - warm_up) / (STEPS - warm_up)
+    return LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+def _perplexity(model: CausalLM, blocks: gcide.Ids) -> float | None:
+    ids = draw_sequences(blocks, TEST_SEQUENCES, np.random.default_rng(EVALUATION_SEED), CONTEXT)
+    mean = mean_loss(model, ids, BATCH)
+    return math.exp(mean) if mean < 50 else None
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus() -> gcide.Corpus:
+    return gcide.load(max_words=WORDS)
+
+
+def cache() -> Cache:
+    return Cache(RESULTS / "usual_recipe.jsonl")
+
+
+def run_once(name: str, lr: float = START_LR, eps: float = EPS, seed: int = 0) -> float:
+    """Validation perplexity of one run."""
+    return perplexity(cache().run(Setting(name, lr, eps, seed, test=True), run))
+
+
+def tune_and_repeat(name: str, seeds: int) -> None:
+    lr = climb(lambda rate: run_once(name, rate), START_LR)
+    for seed in range(1, seeds):
+        run_once(name, lr, seed=seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
+    parser.add_argument("--seeds", type=int, default=1, help="runs at the best learning rate; 0: only one rate")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    arguments = parser.parse_args()
+    names = arguments.methods.split(",")
+    if unknown := sorted(set(names) - set(METHODS)):
+        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
+    _corpus()  # the text is downloaded and tokenised once
+    each(run_once, names, workers=arguments.workers)
+    if arguments.seeds:
+        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
