@@ -60,7 +60,7 @@ class CausalLM(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
 
     @property
-    def scored(self) -> nn.Parameter:
+    def scored(self) -> Tensor:
         """The table that features are scored against, ``[vocabulary, width]``."""
         return self.words.weight if self.head is None else self.head.weight
 

@@ -194,15 +194,19 @@ def cache() -> Cache:
     return Cache(RESULTS / "usual_recipe.jsonl")
 
 
-def run_once(name: str, lr: float = START_LR, eps: float = EPS, seed: int = 0) -> float:
+def score(name: str, lr: float, seed: int = 0) -> float:
     """Validation perplexity of one run."""
-    return perplexity(cache().run(Setting(name, lr, eps, seed, test=True), run))
+    return perplexity(cache().run(Setting(name, lr, EPS, seed, test=True), run))
+
+
+def run_once(name: str) -> None:
+    score(name, START_LR)
 
 
 def tune_and_repeat(name: str, seeds: int) -> None:
-    lr = climb(lambda rate: run_once(name, rate), START_LR)
+    lr = climb(lambda rate: score(name, rate), START_LR)
     for seed in range(1, seeds):
-        run_once(name, lr, seed=seed)
+        score(name, lr, seed)
 
 
 def main() -> None:

@@ -11,16 +11,13 @@ from tests.conformance.cases import NADAM, OPTIMIZERS, PARTS, Case, every, give
 from tests.kernels.fused_cases import by_reference
 from tests.rules.left_out import check
 
-#: Which rows a shard holds of a table makes no difference to what is left out of them.
-CASES = [case for case in PARTS if case.density == "dense" or case.layout == "whole"]
 
-
-@every(CASES, lambda case: case.layout != "row shard")
+@every(PARTS)
 def test_what_is_not_finite_is_absent_under_compiled_kernels(case: Case) -> None:
     check_left_out(case)
 
 
-@every(CASES, lambda case: case.layout == "whole")
+@every(PARTS, lambda case: case.layout in ("whole", "row shard"))
 def test_what_is_not_finite_is_absent_under_the_reference(case: Case) -> None:
     with by_reference():
         check_left_out(case)
