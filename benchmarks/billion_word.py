@@ -109,23 +109,22 @@ def measure(name: str, batch: int) -> dict[str, Any]:
     model = Model()
     optimizers = METHODS[name][1](model)
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    phases: dict[str, int] = {}
+    phases = {"forward and backward": 0, "step": 0}
     gradients = temporaries = 0
     for _ in range(STEPS):
         ids = _words(LENGTH + 1, batch)
-        for phase in ("forward and backward", "step"):
-            _reset_peak()
-            before = _status("VmRSS")
-            if phase == "step":
-                gradients = sum(_gradient_bytes(parameter) for parameter in model.parameters())
-                for optimizer in optimizers:
-                    optimizer.step()
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-            else:
-                _loss(model, ids).backward()  # type: ignore[no-untyped-call]
-            phases[phase] = max(phases.get(phase, 0), _status("VmHWM") - imported)
-        temporaries = _status("VmHWM") - before  # of the last step, when states exist
+        _reset_peak()
+        _loss(model, ids).backward()  # type: ignore[no-untyped-call]
+        phases["forward and backward"] = max(phases["forward and backward"], _status("VmHWM") - imported)
+        gradients = sum(_gradient_bytes(parameter) for parameter in model.parameters())
+        _reset_peak()
+        held = _status("VmRSS")
+        for optimizer in optimizers:
+            optimizer.step()
+        phases["step"] = max(phases["step"], _status("VmHWM") - imported)
+        temporaries = _status("VmHWM") - held  # of the last step, when states exist
+        for optimizer in optimizers:
+            optimizer.zero_grad()
     states = sum(
         value.numel() * value.element_size()
         for optimizer in optimizers
