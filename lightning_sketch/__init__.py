@@ -21,6 +21,7 @@ from lightning_sketch.codecs import (
     Quantized,
     RowWise,
 )
+from lightning_sketch.estimate import estimate_memory
 from lightning_sketch.integrations.deepspeed import attach
 from lightning_sketch.layers.transcode import decompress_state_dict
 from lightning_sketch.memory import report
@@ -53,6 +54,7 @@ __all__ = [
     "decompress",
     "decompress_state_dict",
     "default_policy",
+    "estimate_memory",
     "plan",
     "report",
     "reset_states",

@@ -18,6 +18,7 @@ ORDER = (
     "cli",
     "integrations",
     "memory",
+    "estimate",
     "temporaries",
     "checkpoints",
     "optimizer",

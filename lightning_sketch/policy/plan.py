@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -55,19 +55,6 @@ class LayerPlan:
         """What the parameter group says about this parameter: its layer's record, or None if it is kept."""
         return self.layer.to_record() if self.layer.compressed else None
 
-    def row(self) -> tuple[str, ...]:
-        """Cells of the plan's table."""
-        layer = self.layer
-        return (
-            layer.fqn + (" (frozen)" if self.frozen else ""),
-            " x ".join(f"{n:,}" for n in layer.shape) or "scalar",
-            ", ".join(self.roles),
-            str(self.rule),
-            "\n".join(f"{state}: {short(codec)}" for state, codec in layer.codecs.items()),
-            human_bytes(sum(self.bytes_before.values())),
-            human_bytes(sum(self.bytes_after.values())),
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,16 +90,18 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        """Layer, shape, role, rule, codecs, bytes before and after. Kept layers that no rule matched share one line."""
+        """Layer, shape, role, rule, codecs, bytes before and after.
+
+        Layers of repeated blocks that are treated alike share one line, and so do layers that no rule matched.
+        """
         columns = ("layer", "shape", "role", "rule", "state: codec", ">before", ">after")
         return table("optimizer states", columns, self._rows())
 
     def _rows(self) -> Iterator[tuple[str, ...] | None]:
         lazy = [x for x in self.layers if x.roles == ("lazy",)]
         unmatched = [x for x in self.layers if x.rule is None and x not in lazy]
-        for planned in self.layers:
-            if planned.rule is not None:
-                yield planned.row()
+        for alike in _folded(x for x in self.layers if x.rule is not None):
+            yield _row(alike)
         if unmatched:
             size = human_bytes(sum(sum(x.bytes_before.values()) for x in unmatched))
             frozen = sum(x.frozen for x in unmatched)
@@ -122,6 +111,35 @@ class Plan:
             yield f"{len(lazy)} lazy parameters", "not known yet", "", "none", "kept as they are", "", ""
         yield None
         yield "total", "", "", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after)
+
+
+def _folded(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    """Layers that are treated alike, and whose names differ only in numbers, together."""
+    found: dict[Hashable, list[LayerPlan]] = {}
+    for planned in layers:
+        codecs = tuple(planned.layer.codecs.items())
+        kind = (_pattern(planned), planned.layer.shape, planned.roles, planned.rule, codecs, planned.frozen)
+        found.setdefault((*kind, tuple(planned.bytes_before.values())), []).append(planned)
+    return list(found.values())
+
+
+def _pattern(planned: LayerPlan) -> str:
+    return ".".join("*" if part.isdigit() else part for part in planned.layer.fqn.split("."))
+
+
+def _row(alike: list[LayerPlan]) -> tuple[str, ...]:
+    """Cells of the plan's table, of layers that are treated alike."""
+    first, layer = alike[0], alike[0].layer
+    name = layer.fqn if len(alike) == 1 else f"{_pattern(first)}  x {len(alike)}"
+    return (
+        name + (" (frozen)" if first.frozen else ""),
+        " x ".join(f"{n:,}" for n in layer.shape) or "scalar",
+        ", ".join(first.roles),
+        str(first.rule),
+        "\n".join(f"{state}: {short(codec)}" for state, codec in layer.codecs.items()),
+        human_bytes(sum(sum(x.bytes_before.values()) for x in alike)),
+        human_bytes(sum(sum(x.bytes_after.values()) for x in alike)),
+    )
 
 
 def plan_of(model: nn.Module, optimizer: Any, rules: RuleSet) -> Plan:

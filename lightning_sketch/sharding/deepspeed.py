@@ -106,7 +106,7 @@ def read_layout(wrapper: Any) -> FlatLayout:
     return FlatLayout(engine, tensors, params, borders, group if world > 1 else None)
 
 
-_Piece = tuple[int, int, int, int]  # which parameter, start in the flat tensor, length, offset in the parameter
+Piece = tuple[int, int, int, int]  # which parameter, start in the flat tensor, length, offset in the parameter
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Buffer:
     params: list[nn.Parameter]
     shapes: list[tuple[int, ...]]
     group: Any
-    pieces: Callable[[int], Iterable[_Piece]]
+    pieces: Callable[[int], Iterable[Piece]]
     expected_addresses: list[tuple[Tensor, int]]
 
     def segments(self, rank: int) -> list[Segment]:
@@ -168,17 +168,17 @@ def _end_to_end(
     buffers = []
     for flat, params, known, whole, group in zip(flats, groups, offsets, wholes, ranks, strict=True):
         sizes, shapes = [p.numel() for p in params], [tuple(p.shape) for p in params]
-        starts = list(known) if known is not None else _starts(sizes)
+        starts = list(known) if known is not None else starts_of(sizes)
         group = _world_if_none(group)
         if len(starts) != len(sizes) or flat.numel() * dist.get_world_size(group) != whole.numel():
             _contradiction(wrapper, f"{len(starts)} offsets for {len(sizes)} parameters, or shares of unequal size")
-        pieces = partial(_window, starts, sizes, flat.numel())
+        pieces = partial(window, starts, sizes, flat.numel())
         expected_addresses = _addresses([p.data for p in params], whole, starts)
         buffers.append(_Buffer(flat, list(params), shapes, group, pieces, expected_addresses))
     return buffers
 
 
-def _window(starts: list[int], sizes: list[int], share: int, rank: int) -> Iterable[_Piece]:
+def window(starts: list[int], sizes: list[int], share: int, rank: int) -> Iterable[Piece]:
     """Cut the window of `share` elements that is `rank`'s out of runs of `sizes` elements at ascending `starts`."""
     begin, end = rank * share, (rank + 1) * share
     for i in range(max(0, bisect_right(starts, begin) - 1), len(starts)):
@@ -206,13 +206,13 @@ def _read_zero_3(wrapper: Any) -> list[_Buffer]:
         parts = [int(_get(p, "ds_numel", wrapper)) for p in partitions]  # elements of a share, padding included
         if sum(parts) != flat.numel():
             _contradiction(wrapper, f"shares of {sum(parts)} elements in a tensor of {flat.numel()}")
-        pieces = partial(_cut, _starts(parts), sizes, parts)
-        expected_addresses = _addresses(partitions, share, _starts(parts))
+        pieces = partial(cut, starts_of(parts), sizes, parts)
+        expected_addresses = _addresses(partitions, share, starts_of(parts))
         buffers.append(_Buffer(flat, list(params), shapes, _world_if_none(ranks[0]), pieces, expected_addresses))
     return buffers
 
 
-def _cut(starts: list[int], sizes: list[int], parts: list[int], rank: int) -> Iterable[_Piece]:
+def cut(starts: list[int], sizes: list[int], parts: list[int], rank: int) -> Iterable[Piece]:
     """Cut every run of `sizes` elements into `parts` of its own, laid at `starts`; beyond its end there is padding."""
     for i, (start, size, part) in enumerate(zip(starts, sizes, parts, strict=True)):
         held = min(part, size - rank * part)
@@ -220,7 +220,7 @@ def _cut(starts: list[int], sizes: list[int], parts: list[int], rank: int) -> It
             yield i, start, held, rank * part
 
 
-def _whole(numel: int, _rank: int) -> Iterable[_Piece]:
+def _whole(numel: int, _rank: int) -> Iterable[Piece]:
     yield 0, 0, numel, 0
 
 
@@ -307,7 +307,7 @@ def _common_group(wrapper: Any, buffers: list[_Buffer]) -> Any:
     return groups[0]
 
 
-def _starts(sizes: list[int]) -> list[int]:
+def starts_of(sizes: Sequence[int]) -> list[int]:
     """Where runs of `sizes` elements begin that are laid end to end."""
     return list(accumulate(sizes, initial=0))[:-1]
 

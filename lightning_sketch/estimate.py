@@ -1,0 +1,231 @@
+"""What training takes on each rank, before anything is allocated: for models on the meta device, under any engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sketch.codecs import Keep
+from lightning_sketch.layers.flat import NamedSegment, flat_parts
+from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.layers.roles import named_layers
+from lightning_sketch.policy.plan import LayerPlan, Plan
+from lightning_sketch.policy.policy import Policy, plan
+from lightning_sketch.sharding import Shard
+from lightning_sketch.sharding.deepspeed import Piece, cut, starts_of, window
+from lightning_sketch.sharding.dtensor import even_shard
+from lightning_sketch.text import human_bytes, table
+
+Engine = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+# DeepSpeed pads a flat group of ZeRO-1 and -2 to a multiple of this many elements for each rank.
+_ZERO_ALIGNMENT = 2
+
+
+@dataclass
+class RankBytes:
+    """What one rank holds, bytes.
+
+    Args:
+        parameters: of the model.
+        copies: fp32 copies that ZeRO's optimizer steps.
+        gradients: dense ones, when all exist; sparse ones depend on the batch, and are not counted.
+        dense_state: the optimizer's states as torch keeps them, step counts aside.
+        state_by_codec: the states under the policy, by codec.
+        state_by_layer: the same, by the layer's name.
+    """
+
+    parameters: int = 0
+    copies: int = 0
+    gradients: int = 0
+    dense_state: int = 0
+    state_by_codec: dict[str, int] = field(default_factory=dict)
+    state_by_layer: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def state(self) -> int:
+        """Bytes of all states."""
+        return sum(self.state_by_codec.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters, their copies, gradients and states."""
+        return self.parameters + self.copies + self.gradients + self.state
+
+    def add_state(self, fqn: str, codec: object, count: int) -> None:
+        """Count bytes of a layer's state."""
+        name = type(codec).__name__
+        self.state_by_codec[name] = self.state_by_codec.get(name, 0) + count
+        self.state_by_layer[fqn] = self.state_by_layer.get(fqn, 0) + count
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan, and what each rank holds under it; ``str(estimate)`` is the tables.
+
+    Args:
+        plan: what the policy does, layer by layer, all ranks together.
+        engine: what divides the model over ranks.
+        ranks: what each rank holds. Under ZeRO and FSDP2 they differ where shares are uneven.
+    """
+
+    plan: Plan
+    engine: str
+    ranks: tuple[RankBytes, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the layers with codecs and bytes, and what each rank holds."""
+        layers = [
+            {
+                "name": x.layer.fqn,
+                "shape": list(x.layer.shape),
+                "roles": list(x.roles),
+                "rule": x.rule,
+                "codecs": {state: codec.to_dict() for state, codec in x.layer.codecs.items()},
+                "bytes_before": dict(x.bytes_before),
+                "bytes_after": dict(x.bytes_after),
+            }
+            for x in self.plan.layers
+        ]
+        return {"engine": self.engine, "layers": layers, "ranks": [asdict(rank) for rank in self.ranks]}
+
+    def __str__(self) -> str:
+        """The plan's table, and one of what the fullest rank holds."""
+        fullest = max(self.ranks, key=lambda rank: rank.total)
+        count = len(self.ranks)
+        title = "one process" if count == 1 else f"each of {count} ranks, {self.engine}, at most"
+        return f"{self.plan}\n\n{table(title, ('what', '>bytes', ''), _rows(fullest))}"
+
+
+def _rows(rank: RankBytes) -> Iterator[tuple[str, ...] | None]:
+    yield "parameters", human_bytes(rank.parameters), ""
+    if rank.copies:
+        yield "fp32 copies", human_bytes(rank.copies), "which the optimizer steps"
+    yield "gradients", human_bytes(rank.gradients), "dense ones, when all exist"
+    ratio = f"{rank.dense_state / rank.state:.1f}x less than {human_bytes(rank.dense_state)}" if rank.state else ""
+    yield "optimizer state", human_bytes(rank.state), ratio
+    for codec, count in sorted(rank.state_by_codec.items()):
+        yield f"  {codec}", human_bytes(count), ""
+    yield None
+    yield "together", human_bytes(rank.total), "without activations and temporaries"
+
+
+def estimate_memory(
+    model: nn.Module,
+    optimizer: Optimizer,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    engine: Engine = "ddp",
+    world_size: int = 1,
+) -> Estimate:
+    """What each rank would hold under ``compress(optimizer, model, policy)``. Allocates nothing.
+
+    State bytes are those of the live optimizer to the byte, but for step counts (4 bytes for each parameter).
+
+    Args:
+        model: on any device, the meta device included, and not divided yet; its dtype counts.
+        optimizer: over parameters of `model`, not converted.
+        policy: a policy, its dictionary, or ``None`` for `default_policy()`.
+        engine: "ddp", every rank holds everything; "fsdp2", ``fully_shard`` by rows; "zero1", "zero2" and "zero3",
+            DeepSpeed's, with its defaults.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: `engine` or `world_size` is none, or as `plan` does.
+
+    >>> with torch.device("meta"):
+    ...     model = nn.Embedding(1_000_000_000, 64)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> estimate_memory(model, optimizer, engine="fsdp2", world_size=64).ranks[0].state
+    62500264
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r}: must be one of {', '.join(get_args(Engine))}")
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: must be at least 1")
+    made = plan(model, optimizer, policy)
+    sparse = {key for key, layer in named_layers(model).items() if layer.sparse}
+    count = _count_zero if engine.startswith("zero") else _count_shards
+    ranks = []
+    for rank in range(world_size):
+        found = RankBytes()
+        for param in model.parameters():
+            found.parameters += _held(param, engine, world_size, rank) * param.element_size()
+        for layers, group in zip(made.groups, optimizer.param_groups, strict=True):
+            layers_of_group = list(zip(layers, group["params"], strict=True))
+            dense = [param for param in group["params"] if param.requires_grad and id(param) not in sparse]
+            divided = "zero3" if engine == "zero2" else engine  # which divides gradients, too
+            found.gradients += sum(_held(p, divided, world_size, rank) * p.element_size() for p in dense)
+            count(found, layers_of_group, group, engine, world_size, rank)
+        ranks.append(found)
+    return Estimate(made, engine, tuple(ranks))
+
+
+_Layers = Sequence[tuple[LayerPlan, Tensor]]
+
+
+def _count_shards(
+    found: RankBytes, layers: _Layers, group: Mapping[str, Any], engine: str, world_size: int, rank: int
+) -> None:
+    """Under FSDP2 a rank's rows of every layer; else all of it."""
+    for planned, param in layers:
+        layer, numel = planned.layer, _held(param, engine, world_size, rank)
+        shard = Shard.whole(layer.shape)
+        if engine == "fsdp2" and layer.shape:
+            shard = even_shard(layer.shape, 0, world_size, rank, agree=True)
+        for state, codec in layer.codecs.items():
+            dense = numel * planned.bytes_before[state] // max(1, param.numel())
+            found.dense_state += dense
+            if layer.compressed and not planned.stateless:
+                spec = LayerPart(layer, shard).spec(state, param, group)
+                found.add_state(layer.fqn, codec, codec.nbytes(spec))
+            else:
+                found.add_state(layer.fqn, codec, dense)
+
+
+def _count_zero(
+    found: RankBytes, layers: _Layers, group: Mapping[str, Any], engine: str, world_size: int, rank: int
+) -> None:
+    """A rank's share of the flat fp32 tensor that DeepSpeed lays a group's trainable parameters end to end in."""
+    trained = [(planned, param) for planned, param in layers if param.requires_grad]
+    if not trained:
+        return
+    pieces, length = _shares([param.numel() for _, param in trained], engine, world_size, rank)
+    found.copies += 4 * length
+    segments = [NamedSegment(trained[i][0].layer.fqn, trained[i][0].layer.shape, *place) for i, *place in pieces]
+    records = {planned.layer.fqn: planned.layer for planned, _ in trained if planned.layer.compressed}
+    flat = torch.empty(length, device="meta")
+    states = trained[0][0].layer.codecs
+    found.dense_state += 4 * length * len(states)
+    if not records:  # torch's own step has the tensor, padding included
+        for _ in states:
+            found.add_state(f"{trained[0][0].layer.fqn} ...", Keep(), 4 * length)
+        return
+    for part in flat_parts(segments, records, "anywhere" if world_size > 1 else None):
+        for state, codec in part.layer.codecs.items():
+            found.add_state(part.layer.fqn, codec, codec.nbytes(part.spec(state, flat, group)))
+
+
+def _shares(sizes: Sequence[int], engine: str, world_size: int, rank: int) -> tuple[Iterable[Piece], int]:
+    """The pieces of parameters of so many elements that a rank steps, and the length of its flat tensor."""
+    if engine == "zero3":
+        parts = [-(-size // world_size) for size in sizes]
+        return cut(starts_of(parts), list(sizes), parts, rank), sum(parts)
+    share = -(-sum(sizes) // (_ZERO_ALIGNMENT * world_size)) * _ZERO_ALIGNMENT
+    return window(starts_of(sizes), list(sizes), share, rank), share
+
+
+def _held(param: Tensor, engine: str, world_size: int, rank: int) -> int:
+    """Elements of a parameter that a rank holds."""
+    if engine == "zero3":
+        return -(-param.numel() // world_size)
+    if engine == "fsdp2" and param.ndim:
+        shard = even_shard(tuple(param.shape), 0, world_size, rank)
+        return shard.local_rows * math.prod(shard.row_shape)
+    return param.numel()
