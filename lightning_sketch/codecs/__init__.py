@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sketch.codecs.base import (
-    Codec,
-    CodecState,
-    Encoding,
-    Rows,
-    StateSpec,
-    Tensors,
-    allocate,
-    decode,
-    encode,
-    key_of,
-    relative_error,
-    rows_of,
-)
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate, key_of
 from lightning_sketch.codecs.bfloat16 import BFloat16
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import scale_tensor
 from lightning_sketch.codecs.drop import Drop
 from lightning_sketch.codecs.elementwise import ElementwiseCodec
+from lightning_sketch.codecs.encoding import Encoding, Rows, decode, encode, relative_error, rows_of
 from lightning_sketch.codecs.factored import Factored
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.quantized import Quantized

@@ -1,0 +1,117 @@
+"""Dense states into stored ones and back, block by block, and how far apart they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate
+from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.fake import is_fake
+
+#: A dense state asked for block by block: ``[k, *row_shape]``, any floating dtype, not modified.
+Rows = Callable[[Block], Tensor]
+
+
+def rows_of(dense: Tensor | Rows, shard: Shard) -> Rows:
+    """A dense state ``[local_rows, *row_shape]`` (or 0-d), block by block."""
+    if not isinstance(dense, Tensor):
+        return dense
+    rows = shard.as_rows(dense)
+    return lambda block: rows[block.index]
+
+
+def encode(codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> dict[str, Any]:
+    """Store a dense state, block by block.
+
+    Args:
+        dense: ``[local_rows, *row_shape]`` (or 0-d), or a function that is asked two or three times for every block.
+        step: number of the step that the state is of; codecs that round at random draw other noise at each.
+
+    Returns:
+        tensors under their keys in ``optimizer.state[param]``.
+    """
+    return Encoding(codec, spec, dense, step).finish()
+
+
+class Encoding:
+    """A dense state that is being stored; see `encode`. Ranks that share it may agree on it before it is finished.
+
+    Attributes:
+        fill: the initial value, by which values are less; ranks that share the state must have the same.
+        tensors, state: from `begin` on.
+    """
+
+    def __init__(self, codec: Codec, spec: StateSpec, dense: Tensor | Rows, step: int = 1) -> None:
+        self.codec, self.spec, self.step = codec, spec, step
+        self.tensors: dict[str, Any] = {}
+        self.state: CodecState | None = None
+        self._rows = rows_of(dense, spec.shard)
+        self._blocks = tuple(spec.shard.blocks(device=spec.device))
+        self.fill = spec.fill
+        if self.fill:
+            # Less than that (zeros, to reset a sum) would be a negative number, in a bucket that other rows share.
+            smallest = min((float(self._rows(block).min()) for block in self._blocks), default=self.fill)
+            self.fill = min(self.fill, smallest)
+
+    def begin(self) -> CodecState:
+        """Allocate the state."""
+        self.tensors = allocate(self.codec, dataclasses.replace(self.spec, fill=self.fill))
+        self.state = state = self.codec.bind(self.spec, self.tensors)
+        return state
+
+    def values(self) -> Iterator[tuple[Block, Tensor]]:
+        """What is to be added, by blocks."""
+        for block in self._blocks:
+            # A fresh state holds the initial value already; rows that share a bucket must not add theirs on top.
+            values = self._rows(block).to(self.spec.dtype)
+            yield block, values - self.fill if self.fill else values
+
+    def finish(self) -> dict[str, Any]:
+        """Tensors under their keys in ``optimizer.state[param]``."""
+        state = self.begin() if self.state is None else self.state
+        state.begin(decay=1.0, weight=1.0, step=self.step, rows=None)
+        for block, values in self.values():
+            state.add(block, values)
+        state.settle()
+        for block, values in self.values():
+            state.read(block, values)
+        state.commit()
+        return self.tensors
+
+
+def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
+    """The dense state, ``[local_rows, *row_shape]`` in the parameter's dtype, as torch.optim would keep it."""
+    dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
+    for block, values in _estimates(codec, spec, tensors):
+        dense[block.index] = values.to(dense.dtype)
+    return dense
+
+
+def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor | Rows) -> float:
+    """``||decoded - dense|| / ||dense||`` in the Frobenius norm; 0 for an all-zero state that is stored exactly.
+
+    NaN of fake tensors, which have no values.
+    """
+    rows = rows_of(dense, spec.shard)
+    error = norm = 0.0
+    for block, values in _estimates(codec, spec, tensors):
+        true = rows(block).to(spec.dtype)
+        if is_fake(true):
+            return math.nan
+        error += float((values - true).square().sum(dtype=torch.float64))
+        norm += float(true.square().sum(dtype=torch.float64))
+    if norm == 0.0:
+        return 0.0 if error == 0.0 else float("inf")
+    return float((error / norm) ** 0.5)
+
+
+def _estimates(codec: Codec, spec: StateSpec, tensors: Tensors) -> Iterator[tuple[Block, Tensor]]:
+    state = codec.bind(spec, tensors)
+    for block in spec.shard.blocks(device=spec.device):
+        yield block, state.estimate(block).expand(block.size, *spec.shard.row_shape)
