@@ -31,10 +31,11 @@ INLINE U noise16(uint32_t row, U columns) {
     return x >> 16;
 }
 
-// Up with probability equal to the fraction cut off; infinities stay, and so does NaN.
-INLINE H round_stochastically(F x, U noise) {
+// The upper halves, as words below 2^16: up with probability equal to the fraction cut off. Infinities stay, and so does
+// NaN, as in `to_nearest`.
+INLINE U round_stochastically(F x, U noise) {
     U bits = float_to_bits(x);
-    return to_halves(((bits + (noise & is_finite(bits))) >> 16) | (is_nan(bits) & 0x40u));
+    return (bits + (noise & is_finite(bits))) >> 16;
 }
 
 }  // namespace

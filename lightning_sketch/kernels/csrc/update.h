@@ -149,8 +149,8 @@ struct HalfState {
 
     template <bool part>
     INLINE F next(int64_t j, F x, int64_t some) const {
-        H s = narrow(widen(get<part>(values + j, some)) * decay + x * weight);
-        put<part>(values + j, s, some);
+        U s = to_nearest(widen(get<part>(values + j, some)) * decay + x * weight);
+        put<part>(values + j, to_halves(s), some);
         return widen(s);
     }
     INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
@@ -166,8 +166,8 @@ struct StochasticState {
     INLINE F next(int64_t j, F x, int64_t some) const {
         U noise = U::load(columns + j);
         F exact = widen(get<part>(values + j, some)) * decay + x * weight;
-        H s = round_stochastically(exact, noise16(row, noise));
-        put<part>(values + j, s, some);
+        U s = round_stochastically(exact, noise16(row, noise));
+        put<part>(values + j, to_halves(s), some);
         return widen(s);
     }
     INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
@@ -253,15 +253,22 @@ void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, int64_t
     const Numbers numbers = of_layer;
     Second second = of_row;
     int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) {
-        if (ahead) {
-            __builtin_prefetch(g + j + ahead_g, 0, 3);
-            first.prefetch(j, ahead);
-            target.prefetch(j, ahead);
+    if (LANES <= count) {
+        F x = load(g), m = first.template next<false>(0, x, LANES);
+        // The first state is found for one vector while the update before it is made: a processor that waits for the
+        // square root and the division of one has the other to do.
+        for (; j + 2 * LANES <= count; j += LANES) {
+            if (ahead) {
+                __builtin_prefetch(g + j + ahead_g, 0, 3);
+                first.prefetch(j, ahead);
+                target.prefetch(j, ahead);
+            }
+            F x_after = load(g + j + LANES), m_after = first.template next<false>(j + LANES, x_after, LANES);
+            target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
+            x = x_after, m = m_after;
         }
-        F x = load(g + j);
-        F m = first.template next<false>(j, x, LANES);
         target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
+        j += LANES;
     }
     if (j < count) {
         F x = load(g + j);

@@ -243,20 +243,28 @@ INLINE H to_halves(U x) {
 #endif
 }
 
-INLINE F widen(H x) { return bits_to_float(to_words(x) << 16); }
+INLINE F widen(U upper) { return bits_to_float(upper << 16); }
 
-// All ones where the bits are those of a NaN; where they are those of a finite number. Without comparisons.
-INLINE U is_nan(U bits) { return (U)((I)(0x7f800000u - (bits & 0x7fffffffu)) >> 31); }
+INLINE F widen(H x) { return widen(to_words(x)); }
 
-INLINE U is_finite(U bits) { return (U)((I)((bits & 0x7f800000u) - 0x7f800000u) >> 31); }
-
-// To the nearest, ties to even; NaN stays NaN.
-INLINE H narrow(F x) {
-    U bits = float_to_bits(x), nan = is_nan(bits);
-    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    U quiet = (bits >> 16) | 0x40u;
-    return to_halves((rounded & ~nan) | (quiet & nan));
+// All ones where a is greater.
+INLINE U greater(I a, I b) {
+    return U(I::of(a, b, [](const I::Part& x, const I::Part& y) INLINE_LAMBDA { return (I::Part)(x > y); }));
 }
+
+// All ones where the bits are those of a NaN; where they are those of a finite number.
+INLINE U is_nan(U bits) { return greater(I(bits & 0x7fffffffu), I(0x7f800000)); }
+
+INLINE U is_finite(U bits) { return greater(I(0x7f800000), I(bits & 0x7fffffffu)); }
+
+// The upper halves of floats, as words below 2^16, to the nearest, ties to even. NaN stays NaN: arithmetic makes quiet
+// ones only, whose bit is in the upper half, and what was widened has nothing in the lower.
+INLINE U to_nearest(F x) {
+    U bits = float_to_bits(x);
+    return (bits + ((((bits >> 16) & 1u) + 0x7fffu) & ~is_nan(bits))) >> 16;
+}
+
+INLINE H narrow(F x) { return to_halves(to_nearest(x)); }
 
 INLINE H load_half(const uint16_t* from) {
     H x;
