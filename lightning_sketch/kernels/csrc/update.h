@@ -25,13 +25,21 @@ struct Numbers {
 
 INLINE F clamp(F x, F limit) { return minimum(maximum(x, F{} - limit), limit); }
 
-INLINE F preconditioned(const Numbers& numbers, F m, F v) {
-    F root = square_root(v);
-    if (numbers.use_bound) m = clamp(m, root * numbers.bound);
-    return unless_zero(v, m / (root * numbers.correction + numbers.eps));
-}
+// What is known of 16 elements before their first state: v, and its square root.
+struct Root {
+    F v, root;
 
-// The update of 16 elements from the first state m and the gradient g. One of these for each way to find v.
+    INLINE explicit Root(F x) : v(x), root(square_root(x)) {}
+    INLINE F precondition(const Numbers& numbers, F m) const {
+        if (numbers.use_bound) m = clamp(m, root * numbers.bound);
+        return unless_zero(v, m / (root * numbers.correction + numbers.eps));
+    }
+};
+
+struct Nothing {};
+
+// The update of 16 elements from the first state m and the gradient g. One of these for each way to find v, which is
+// looked at first.
 
 struct RowSecond {  // one v for the row
     F denominator, limit;
@@ -46,7 +54,10 @@ struct RowSecond {  // one v for the row
         use_bound = numbers.use_bound;
     }
     template <bool part>
-    INLINE F update(const Numbers&, int64_t, F, F m, int64_t) {
+    INLINE Nothing look(int64_t, F, int64_t) {
+        return {};
+    }
+    INLINE F update(const Numbers&, Nothing, F, F m) {
         if (use_bound) m = clamp(m, limit);
         return masked(m / denominator, nonzero);
     }
@@ -56,9 +67,10 @@ struct BufferSecond {  // v was computed before
     const float* v;
 
     template <bool part>
-    INLINE F update(const Numbers& numbers, int64_t j, F, F m, int64_t) {
-        return preconditioned(numbers, m, load(v + j));
+    INLINE Root look(int64_t j, F, int64_t) {
+        return Root(load(v + j));
     }
+    INLINE F update(const Numbers& numbers, const Root& found, F, F m) { return found.precondition(numbers, m); }
 };
 
 struct FactoredSecond {  // v = row * shape of the columns
@@ -66,9 +78,10 @@ struct FactoredSecond {  // v = row * shape of the columns
     F row;
 
     template <bool part>
-    INLINE F update(const Numbers& numbers, int64_t j, F, F m, int64_t) {
-        return preconditioned(numbers, m, load(shape + j) * row);
+    INLINE Root look(int64_t j, F, int64_t) {
+        return Root(load(shape + j) * row);
     }
+    INLINE F update(const Numbers& numbers, const Root& found, F, F m) { return found.precondition(numbers, m); }
 };
 
 struct Sm3Second {  // v = min(row, column) + weight * g * g, and the largest v
@@ -77,24 +90,26 @@ struct Sm3Second {  // v = min(row, column) + weight * g * g, and the largest v
     F row, weight, largest_row;
 
     template <bool part>
-    INLINE F update(const Numbers& numbers, int64_t j, F g, F m, int64_t some) {
+    INLINE Root look(int64_t j, F g, int64_t some) {
         F v = minimum(row, load(column + j)) + g * g * weight;
-        F result = preconditioned(numbers, m, v);
+        Root found(v);
         if (part)  // beyond the row there are zeros in g, but not in v
             for (int64_t lane = some; lane < LANES; lane++) v.set(lane, 0.0f);
         largest_row = maximum(largest_row, v);
         store(largest_columns + j, maximum(load(largest_columns + j), v));
-        return result;
+        return found;
     }
+    INLINE F update(const Numbers& numbers, const Root& found, F, F m) { return found.precondition(numbers, m); }
 };
 
 struct NoSecond {  // SGD: the update is m, or with Nesterov's momentum g + nesterov * m
     float nesterov;
 
     template <bool part>
-    INLINE F update(const Numbers&, int64_t, F g, F m, int64_t) {
-        return nesterov != 0.0f ? g + m * nesterov : m;
+    INLINE Nothing look(int64_t, F, int64_t) {
+        return {};
     }
+    INLINE F update(const Numbers&, Nothing, F g, F m) { return nesterov != 0.0f ? g + m * nesterov : m; }
 };
 
 // A state of 16 elements shaped like the parameter: s <- decay * s + weight * x, returned.
@@ -255,8 +270,9 @@ void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, int64_t
     int64_t j = 0;
     if (LANES <= count) {
         F x = load(g), m = first.template next<false>(0, x, LANES);
-        // The first state is found for one vector while the update before it is made: a processor that waits for the
-        // square root and the division of one has the other to do.
+        auto found = second.template look<false>(0, x, LANES);
+        // States are found one vector ahead of the update: while a processor waits for the division of one, it has the
+        // square root of the next to do.
         for (; j + 2 * LANES <= count; j += LANES) {
             if (ahead) {
                 __builtin_prefetch(g + j + ahead_g, 0, 3);
@@ -264,16 +280,18 @@ void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, int64_t
                 target.prefetch(j, ahead);
             }
             F x_after = load(g + j + LANES), m_after = first.template next<false>(j + LANES, x_after, LANES);
-            target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
-            x = x_after, m = m_after;
+            auto found_after = second.template look<false>(j + LANES, x_after, LANES);
+            target.template take<false>(numbers, j, second.update(numbers, found, x, m), LANES);
+            x = x_after, m = m_after, found = found_after;
         }
-        target.template take<false>(numbers, j, second.template update<false>(numbers, j, x, m, LANES), LANES);
+        target.template take<false>(numbers, j, second.update(numbers, found, x, m), LANES);
         j += LANES;
     }
     if (j < count) {
         F x = load(g + j);
         F m = first.template next<true>(j, x, count - j);
-        target.template take<true>(numbers, j, second.template update<true>(numbers, j, x, m, count - j), count - j);
+        auto found = second.template look<true>(j, x, count - j);
+        target.template take<true>(numbers, j, second.update(numbers, found, x, m), count - j);
     }
     of_row = second;
 }
