@@ -36,6 +36,15 @@ def short(codec: object) -> str:
     return f"{type(codec).__name__}({', '.join(given)})"
 
 
+def without_numbers(name: str) -> str:
+    """A layer's name with a star for every number in it: the same for the layers of repeated blocks.
+
+    >>> without_numbers("model.layers.11.mlp.weight")
+    'model.layers.*.mlp.weight'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
     """A table as plain text, wide enough for its contents.
 

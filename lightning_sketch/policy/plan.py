@@ -21,7 +21,7 @@ from lightning_sketch.rules import StateDef, UpdateRule
 from lightning_sketch.rules.families import Converted, rule_of
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import Shard, refuse_flattened, shard_of
-from lightning_sketch.text import human_bytes, short, table
+from lightning_sketch.text import human_bytes, short, table, without_numbers
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,16 @@ def _folded(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
     """Layers that are treated alike, and whose names differ only in numbers, together."""
     found: dict[Hashable, list[LayerPlan]] = {}
     for planned in layers:
-        codecs = tuple(planned.layer.codecs.items())
-        kind = (_pattern(planned), planned.layer.shape, planned.roles, planned.rule, codecs, planned.frozen)
-        found.setdefault((*kind, tuple(planned.bytes_before.values())), []).append(planned)
+        layer, before = planned.layer, tuple(planned.bytes_before.values())
+        kind = (without_numbers(layer.fqn), layer.shape, planned.roles, planned.rule, tuple(layer.codecs.items()))
+        found.setdefault((*kind, planned.frozen, before), []).append(planned)
     return list(found.values())
-
-
-def _pattern(planned: LayerPlan) -> str:
-    return ".".join("*" if part.isdigit() else part for part in planned.layer.fqn.split("."))
 
 
 def _row(alike: list[LayerPlan]) -> tuple[str, ...]:
     """Cells of the plan's table, of layers that are treated alike."""
     first, layer = alike[0], alike[0].layer
-    name = layer.fqn if len(alike) == 1 else f"{_pattern(first)}  x {len(alike)}"
+    name = layer.fqn if len(alike) == 1 else f"{without_numbers(layer.fqn)}  x {len(alike)}"
     return (
         name + (" (frozen)" if first.frozen else ""),
         " x ".join(f"{n:,}" for n in layer.shape) or "scalar",

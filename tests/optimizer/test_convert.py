@@ -135,6 +135,13 @@ def test_dropping_a_state_is_announced(caplog):
     assert caplog.messages == ["exp_avg of table.weight is dropped: these layers train without it"]
 
 
+def test_repeated_blocks_are_announced_together(caplog):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)), nn.Embedding(3, 2))
+    with caplog.at_level(logging.WARNING, "lightning_sketch"):
+        compress(AdamW(model.parameters()), model, Policy([Rule(name="*.weight", exp_avg=Drop())]))
+    assert caplog.messages == ["exp_avg of *.weight (101 layers) is dropped: these layers train without it"]
+
+
 @every_case
 def test_a_conversion_before_the_first_step_has_no_errors(case):
     model = Tiny()
