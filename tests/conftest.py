@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,13 @@ def _seed() -> None:
         torch.manual_seed(0)
     else:  # by itself: where no device is in use, torch writes down the whole stack for each kind, milliseconds a test
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder that ends with the test. pytest's own keeps those of all tests, and lists them for each new one."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)
