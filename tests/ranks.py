@@ -24,7 +24,8 @@ PRELOAD = (
     "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.testing",
     "lightning.pytorch", "accelerate", "transformers.integrations.deepspeed", "deepspeed", "lightning_sketch",
     "lightning_sketch.kernels.cpu", "pytest",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, with all of torch._inductor
+    # What every engine imports, with all of torch._inductor.
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
 
 
