@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,7 @@ def _entry(rank: int, world_size: int, port: int, folder: str, path: str, option
     gc.freeze()
     torch.set_num_threads(1)
     one_thread()
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # nothing is downloaded
     os.dup2(os.open(f"{folder}/{rank}.out", os.O_WRONLY | os.O_CREAT), 1)
     if world_size:
         place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "NODE_RANK": 0}
