@@ -9,7 +9,7 @@ import pytest
 TRITON = ["lightning_sketch/kernels/triton/*", "tests/kernels/triton_*.py"]
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else TRITON
 
-#: Files of a few tests that take minutes each: where files are divided over workers, the others fill up beside them.
+#: Files that take half a minute or more: where files are divided over workers, the others fill up beside them.
 LONGEST = (
     "test_triton.py",
     "test_triton_compiled.py",
@@ -17,8 +17,13 @@ LONGEST = (
     "test_restore.py",
     "test_exactness.py",
     "test_examples.py",
-    "test_streaming.py",
     "test_killed_saves.py",
+    "test_training.py",
+    "test_accelerate_deepspeed.py",
+    "test_lightning_deepspeed.py",
+    "test_shared_states.py",
+    "test_transformers_ddp.py",
+    "test_streaming.py",
 )
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     tokens = re.findall(r"\w+|[^\w\s]", " ".join(topics.values()).lower())
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     text = torch.tensor([ids[token] for token in tokens])
-    data = DataLoader(text[: len(text) // 17 * 17].view(-1, 17), batch_size=32, shuffle=True)
+    data = DataLoader(text[: len(text) // 17 * 17].view(-1, 17), batch_size=64, shuffle=True)
 
     accelerator = start()
     torch.manual_seed(0)
@@ -71,8 +71,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if len(losses) % 25 == 0:
-            accelerator.print(f"batch {len(losses)}: loss {sum(losses[-25:]) / 25:.3f}")
+        if len(losses) % 20 == 0:
+            accelerator.print(f"batch {len(losses)}: loss {sum(losses[-20:]) / 20:.3f}")
 
     with tempfile.TemporaryDirectory() as local:
         folder = accelerator.gather_for_metrics([local], use_gather_object=True)[0]  # rank zero's

@@ -41,7 +41,7 @@ def main() -> None:
     tokens = re.findall(r"\w+|[^\w\s]", " ".join(topics.values()).lower())
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     text = torch.tensor([ids[token] for token in tokens])
-    data = DataLoader(text[: len(text) // 17 * 17].view(-1, 17), batch_size=16, shuffle=True)
+    data = DataLoader(text[: len(text) // 17 * 17].view(-1, 17), batch_size=32, shuffle=True)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = LanguageModel(len(ids))
@@ -57,8 +57,8 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        if len(losses) % 100 == 0:
-            accelerator.print(f"batch {len(losses)}: loss {sum(losses[-100:]) / 100:.3f}")
+        if len(losses) % 50 == 0:
+            accelerator.print(f"batch {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
     accelerator.print(report(optimizer))
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, max_steps=200, per_device_train_batch_size=16, learning_rate=5e-3, weight_decay=0.01,
+            folder, max_steps=100, per_device_train_batch_size=16, learning_rate=5e-3, weight_decay=0.01,
             logging_steps=50, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         trainer = Trainer(

@@ -51,7 +51,7 @@ POLICY = Policy(
 )
 
 
-def main(epochs: int = 2) -> float:
+def main(epochs: int = 1) -> float:
     """Train, print what the states cost, and return the perplexity on the last tenth of the text."""
     L.seed_everything(0, verbose=False)
     words = re.findall(r"\w+|[^\w\s]", " ".join(text for _, text in sorted(topics.items())))

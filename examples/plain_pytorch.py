@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sketch import compress, report
 
-PAIRS, DIM, BATCH, STEPS = 200_000, 32, 256, 400
+PAIRS, DIM, BATCH, STEPS = 200_000, 32, 256, 200
 
 
 class NextWord(nn.Module):

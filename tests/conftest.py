@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +22,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Tests collect garbage: spare them the search through all that was imported and collected, a second each."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:  # by itself: where no device is in use, torch writes down the whole stack for each kind, milliseconds a test
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder that ends with the test. pytest's own keeps those of all tests, and lists them for each new one."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from tests.gloo import one_thread
 PRELOAD = (
     "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.testing",
     "lightning.pytorch", "accelerate", "transformers.integrations.deepspeed", "deepspeed", "lightning_sketch",
+    "lightning_sketch.kernels.cpu", "pytest",
+    # What every engine imports, with all of torch._inductor.
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
 
 
@@ -34,8 +38,13 @@ def start_ranks(entry: Callable[..., None], arguments: tuple[Any, ...], world_si
     Returns:
         torch's ``ProcessContext``.
     """
-    mp.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    preload()
     return mp.start_processes(entry, arguments, nprocs=world_size, join=False, start_method="forkserver")
+
+
+def preload() -> None:
+    """Have Python's fork server, should it not run yet, import everything before it forks."""
+    mp.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -62,6 +71,7 @@ def run_ranks_in(folder: Path, function: Callable[..., Any], world_size: int) ->
 
 def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     faulthandler.enable()  # a rank that dies of a signal says where
+    gc.freeze()  # spare every collection the search through all that was imported
     torch.set_num_threads(1)
     torch.manual_seed(0)
     one_thread()

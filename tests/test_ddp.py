@@ -11,7 +11,7 @@ from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Policy,
 from tests.ranks import run_ranks
 from tests.tiny import assert_same, snapshot
 
-STEPS, ROWS, DIM = 200, 60, 6
+STEPS, ROWS, DIM = 80, 60, 6
 POLICY = Policy(
     [
         Rule(name="tables.0.*", exp_avg=CountSketch(compression=3), exp_avg_sq=CountSketch(compression=3)),
@@ -39,7 +39,7 @@ class Model(nn.Module):
 def replica(rank: int, world_size: int, sparse: bool) -> dict:
     """Train on this rank's own data; all parameters and states."""
     model = DistributedDataParallel(Model(sparse))
-    optimizer = compress(torch.optim.AdamW(model.parameters(), lr=0.02), model, POLICY)
+    optimizer = compress(torch.optim.AdamW(model.parameters(), lr=0.05), model, POLICY)
     data = torch.Generator().manual_seed(rank)
     losses = []
     for _ in range(STEPS):
@@ -60,7 +60,7 @@ def replica(rank: int, world_size: int, sparse: bool) -> dict:
 @pytest.mark.distributed
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_replicas_are_bit_identical_after_200_steps(world_size, sparse):
+def test_replicas_are_bit_identical_after_many_steps(world_size, sparse):
     first, *others = run_ranks(replica, world_size, sparse)
     assert first["codecs"] == ["BFloat16", "CountSketch", "Factored", "Keep", "RowWise", "SM3"]
     assert first["loss"][1] < first["loss"][0] / 2

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.gloo import launch
+from tests.scripts import run_script
 
 SHARDED = ("accelerate_fsdp2", "fsdp2_lightning")
 EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
+#: They start their processes themselves, Lightning's launcher and torchrun: the command itself is run.
+STARTING = ("deepspeed_zero", "fsdp2_lightning")
+
+
+@functools.cache
+def printed_by(path: Path) -> str:
+    """What the command on a line of its own in the docstring prints."""
+    found = re.search(
+        rf"^(python|torchrun --standalone --nproc_per_node (\d)) examples/{path.name}((?: --\w+ \w+)*)",
+        docstring(path),
+        re.MULTILINE,
+    )
+    assert found, "the docstring says how to launch it"
+    options = found[3].split()
+    if path.stem in STARTING:
+        assert found[1] == "python"
+        return launch([sys.executable, path, *options])
+    return run_script(path, *options, world_size=int(found[2] or 0))
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text()))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    printed = launch(command(path))
+def test_example(path, tmp_path):
+    printed = printed_by(path)
     assert "less than dense" in printed, "it prints what the states cost"
     if path.stem in SHARDED:
         lines = re.findall(r"rank [01]: ([\d,]+) bytes of states", printed)
@@ -32,13 +54,22 @@ def test_example(path, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "working directory"
 
 
-def command(path: Path) -> list[Any]:
-    """The command on a line of its own in the docstring."""
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    found = re.search(rf"^(python|torchrun .*) examples/{path.name}((?: --\w+ \w+)*)", docstring, re.MULTILINE)
-    assert found, "the docstring says how to launch it"
-    launcher = found[1].replace("torchrun", "-m torch.distributed.run").removeprefix("python").split()
-    return [sys.executable, *launcher, path, *found[2].split()]
+@pytest.mark.distributed
+def test_under_deepspeed_two_processes_hold_half_of_each_table_and_resume_exactly():
+    (path,) = [path for path in EXAMPLES if path.stem == "deepspeed_zero"]
+    # What the script itself starts.
+    assert "torchrun --standalone --nproc_per_node 2 examples/deepspeed_zero.py --stage 3" in docstring(path)
+    printed = printed_by(path)
+    ranges = re.findall(r"(\S+): rows (\S+) to (\S+)", printed.replace(",", ""))
+    assert [name for name, *_ in ranges] == ["table.weight", "head.weight"] * 2, "on each rank"
+    for (_, first, last), (_, following, _) in (ranges[::2], ranges[1::2]):
+        assert first == "0"
+        assert int(following) - int(last) in (1, 2), "next to each other, or with a row between that the border cuts"
+    assert printed.count(" less than dense") == 2, "of each rank"
+    found = re.search(r"next 20 steps (\S+), and from the checkpoint (\S+)", printed)
+    assert found[1] == found[2]
+    before = [float(loss) for loss in re.findall(r"steps \d+ to \d+: loss (\S+)", printed)]
+    assert before[0] > before[1] > float(found[1])
 
 
 def test_the_demo_compares_two_trainings(tmp_path):

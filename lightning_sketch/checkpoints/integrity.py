@@ -69,15 +69,21 @@ class Window(io.RawIOBase):
 
 
 @contextmanager
-def opened(path: Path, offset: int = 0, length: int | None = None) -> Iterator[tuple[Window, zipfile.ZipFile]]:
-    """An archive of torch.save, alone in a file or at a place in one.
+def opened(
+    path: Path, offset: int = 0, length: int | None = None
+) -> Iterator[tuple[Window | io.BytesIO, zipfile.ZipFile]]:
+    """An archive of torch.save, alone in a file or at a place in one; a small one is read at once.
 
     Raises:
         ValueError: on entering and inside: it is missing, truncated, altered, or no such archive.
     """
     try:
         with path.open("rb") as file:
-            window = Window(file, offset, path.stat().st_size if length is None else length)
+            length = path.stat().st_size if length is None else length
+            window: Window | io.BytesIO = Window(file, offset, length)
+            if offset >= 0 and 0 <= length < LARGE:  # there are thousands, and zipfile reads each in dozens of pieces
+                file.seek(offset)
+                window = io.BytesIO(file.read(length))
             with zipfile.ZipFile(window) as archive:
                 yield window, archive
     except FileNotFoundError as error:

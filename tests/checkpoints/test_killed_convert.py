@@ -25,7 +25,7 @@ from lightning_sketch.layers.reshard import LazyTensor
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills a forked process")
 
-KILLS = 30
+KILLS = 16
 LAYERS = 12
 
 

@@ -37,18 +37,18 @@ def write(rank: int, world_size: int, folder: str) -> None:
 
 
 def move(rank: int, world_size: int, folder: str, sources: list[str]) -> dict[str, Any]:
-    """Restore every checkpoint into every kind, save there, and train on."""
+    """Restore every checkpoint into every kind, save there, and train on: the next one replaces what that leaves."""
     init_deepspeed(rank, world_size)
     found: dict[str, Any] = {}
     for kind in KINDS[world_size]:
+        run = make(kind)
+        run.train(range(1))
         for source in sources:
             if world_size == 4 and source.endswith("-4") and source != f"{kind}-4":
                 continue  # engines on as many ranks: 2 and 3 show it
-            run = make(kind)
-            run.train(range(1))  # something to be replaced
             errors = restore(run.target, Path(folder, source))
             run.save(Path(folder, "moved", f"{source}-to-{kind}-{world_size}"))
-            run.train(range(STEPS, STEPS + 2))
+            run.train(range(STEPS, STEPS + 1))
             found[f"{source}-to-{kind}-{world_size}"] = {fqn: dict(e) for fqn, e in errors.items()}
     return found
 

@@ -14,7 +14,7 @@ from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, 
 from tests.ranks import run_ranks
 
 ROWS = 50
-STEPS, SAVED_AT = 200, 160
+STEPS, SAVED_AT = 60, 48
 POLICY = Policy(
     [
         Rule(name="first.weight", exp_avg=BFloat16(), exp_avg_sq=CountSketch(compression=4)),
@@ -48,7 +48,7 @@ def train_replica(rank: int, world_size: int, sparse: bool) -> dict[str, Any]:
     torch.manual_seed(rank)  # DDP hands rank 0's weights to all
     model = Words(sparse)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50 * world_size, gamma=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 15 * world_size, gamma=0.5)
     model, optimizer, scheduler = accelerator.prepare(model, compress(optimizer, model, POLICY), scheduler)
     data = torch.randint(ROWS, (STEPS, 4, 4), generator=torch.Generator().manual_seed(rank))
 

@@ -12,15 +12,24 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sketch import CountSketch, Policy, Rule
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
+from tests.gloo import one_thread
 from tests.integrations.lightning_tools import POLICY, adamw, batches, tiny, trainer
-from tests.ranks import run_ranks
+from tests.ranks import preload, run_ranks
 
-STEPS = 200
+STEPS = 60
 SKETCH = Policy([Rule(role="embedding", exp_avg=CountSketch(compression=2), exp_avg_sq=CountSketch(compression=4))])
 
 
+class OneThread(DDPStrategy):
+    """See `tests.gloo.one_thread`, for ranks that Lightning starts."""
+
+    def setup_environment(self):
+        one_thread()
+        super().setup_environment()
+
+
 class Snapshot(Callback):
-    """Write this rank's weights, states and losses to a file. The other ranks' memory is gone after a spawned fit."""
+    """Write this rank's weights, states and losses to a file. The other ranks' memory is gone after a fit."""
 
     def on_train_end(self, trainer, pl_module):
         states = trainer.optimizers[0].state
@@ -36,7 +45,7 @@ def fit(world_size, policy, *, sparse, **strategy):
     module = tiny(adamw, sparse=sparse)
     made = trainer(
         devices=world_size,
-        strategy=DDPStrategy(process_group_backend="gloo", **strategy),
+        strategy=OneThread(process_group_backend="gloo", **strategy),
         callbacks=[OptimizerStateCompression(policy, log_memory=False), Snapshot()],
         max_steps=STEPS,
         max_epochs=-1,
@@ -57,8 +66,9 @@ def assert_replicas_agree(world_size):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_two_spawned_ranks(sparse):
-    fit(2, SKETCH if sparse else POLICY, sparse=sparse, start_method="spawn")
+def test_two_ranks_that_lightning_starts(sparse):
+    preload()
+    fit(2, SKETCH if sparse else POLICY, sparse=sparse, start_method="forkserver")
     assert_replicas_agree(2)
 
 

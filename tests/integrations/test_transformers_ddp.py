@@ -1,32 +1,87 @@
-"""The Hugging Face Trainer under torchrun, on real gloo processes."""
+"""The Hugging Face Trainer under DDP, on real gloo processes."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import os
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from tests.gloo import launch
+from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, RowWise, Rule
+from lightning_sketch.integrations.transformers import compressed_optimizer
+from tests.ranks import run_ranks_in
 
-STEPS = 200
-SCRIPT = Path(__file__).with_name("trainer_script.py")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[(2, "dense"), (3, "dense"), (2, "sparse"), (3, "sparse")],
-    ids=lambda param: f"{param[0]} {param[1]}",
+STEPS, SAVED_AT = 80, 60
+POLICY = Policy(
+    [
+        Rule(role="embedding", exp_avg=BFloat16(), exp_avg_sq=CountSketch(compression=4)),
+        Rule(role="softmax", exp_avg=Drop(), exp_avg_sq=RowWise(compression=4)),
+        Rule(name="*.mlp.*", exp_avg=CountSketch(compression=4), exp_avg_sq=CountSketch(compression=4)),
+        Rule(name="*.self_attn.*", exp_avg_sq=SM3()),
+    ]
 )
-def replicas(request, tmp_path_factory) -> list[dict[str, Any]]:
+
+
+class WithoutNorm(Trainer):
+    """The Trainer logs the norm of all gradients, which torch does not compute for sparse ones."""
+
+    def _get_grad_norm(self, *args: object, **kwargs: object) -> None:
+        return None
+
+
+def make_model(sparse: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    model.get_input_embeddings().sparse = sparse
+    return model
+
+
+def train_replica(sparse: bool) -> dict[str, Any]:
+    """Train `STEPS` steps, and the last ones once more from a checkpoint."""
+    words = torch.arange(48)[:, None] + torch.arange(6)
+    args = TrainingArguments(
+        f"out-{sparse}", max_steps=STEPS, per_device_train_batch_size=4, learning_rate=2e-2, logging_steps=10,
+        save_strategy="steps", save_steps=SAVED_AT, disable_tqdm=True, report_to=[], use_cpu=True, ddp_backend="gloo",
+        max_grad_norm=0.0 if sparse else 1.0,
+    )  # fmt: skip
+    seen: list[list[int]] = []
+
+    def train(resume: str | None) -> tuple[Trainer, dict[str, Any]]:
+        trainer = (WithoutNorm if sparse else Trainer)(
+            make_model(sparse), args, train_dataset=[{"input_ids": x, "labels": x} for x in words],
+            optimizer_cls_and_kwargs=compressed_optimizer(args, POLICY),
+        )  # fmt: skip
+        trainer.model.register_forward_pre_hook(
+            lambda _, __, batch: seen.append(batch["input_ids"][:, 0].tolist()), with_kwargs=True
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, {"model": trainer.model.state_dict(), "states": trainer.optimizer.state_dict()["state"]}
+
+    trainer, end = train(None)
+    _, resumed = train(f"out-{sparse}/checkpoint-{SAVED_AT}")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"processes": args.world_size, "losses": losses, "seen": seen, "end": end, "resumed": resumed}
+
+
+def dense_then_sparse(rank: int, world_size: int) -> dict[str, Any]:
+    # As torchrun sets them.
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world_size}", OMP_NUM_THREADS="1")
+    os.environ.update(LOCAL_WORLD_SIZE=f"{world_size}", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    return {gradients: train_replica(gradients == "sparse") for gradients in ("dense", "sparse")}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks_in(tmp_path_factory.mktemp("ranks"), dense_then_sparse, request.param)
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def replicas(request, ranks) -> list[dict[str, Any]]:
     """What each rank of one run ended with."""
-    world_size, gradients = request.param
-    folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    launch([*torchrun, str(SCRIPT), str(STEPS), gradients], folder)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+    return [rank[request.param] for rank in ranks]
 
 
 @pytest.mark.distributed

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim import AdamW
 
 from lightning_sketch import Policy, RowWise, Rule, compress
+from tests.scripts import run_script
 
 POLICY = Policy([Rule(name="weight", exp_avg_sq=RowWise())])
 
@@ -54,7 +54,9 @@ def test_the_first_converted_optimizer_of_a_process_is_enough(made: str, tmp_pat
         "layer(torch.ones(2, 4)).sum().backward()\n"
         "plain.step()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    with pytest.raises(ProcessRaisedException) as raised:
+        run_script(script)
+    last = str(raised.value).strip().splitlines()[-1]
     assert last == "KeyError: 'exp_avg_sq'" if made == "never" else "convert the optimizer with compress" in last

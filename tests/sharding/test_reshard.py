@@ -29,7 +29,7 @@ PER_ELEMENT = (Keep(), BFloat16(), BFloat16(stochastic=False), CountSketch(width
 SKETCHES = (CountSketch(width=5), CountSketch(width=5, lazy=True), CountSketch(width=5, update="paper"))
 
 every_codec = pytest.mark.parametrize("codec", STORING, ids=repr)
-cases = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+cases = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
 def flat_pieces(shape: tuple[int, ...], borders: Sequence[int]) -> Iterator[Shard]:

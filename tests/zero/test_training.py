@@ -36,7 +36,7 @@ pytestmark = pytest.mark.distributed
 ADAGRAD = tiny.Case(Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1})
 RMSPROP = tiny.Case(RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1})
 MOMENTUM = tiny.Case(SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1})
-STEPS = 20
+STEPS = 6
 
 
 @dataclass(frozen=True)

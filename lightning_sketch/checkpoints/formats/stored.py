@@ -5,6 +5,7 @@ torch's own reader loads a whole chunk, as one rank saved it, even for a single 
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import zipfile
@@ -60,7 +61,7 @@ class Chunk:
             first = self.piece.offset + data[0].header_offset + header
             return first + tensor.storage_offset() * tensor.itemsize, tensor.dtype
 
-    def _load(self, window: Window, device: str) -> Tensor:
+    def _load(self, window: Window | io.BytesIO, device: str) -> Tensor:
         shape = tuple(length for _, length in self.region)
         window.seek(0)
         try:
