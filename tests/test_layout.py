@@ -18,7 +18,6 @@ ORDER = (
     "cli",
     "integrations",
     "memory",
-    "temporaries",
     "checkpoints",
     "optimizer",
     "policy",
