@@ -225,7 +225,7 @@ def test_rows_of_several_chunks_are_left_out(
 
 
 def test_one_step_inserts_rows_in_the_order_of_the_gradient() -> None:
-    case = Case("adamw", BOTH, BOTH, rows=300, columns=3, steps=1)
+    case = Case("adamw", BOTH, BOTH, rows=80, columns=3, steps=1)
     found = train(case)
     with by_reference():
         expected = train(case)
