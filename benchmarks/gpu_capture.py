@@ -159,7 +159,8 @@ def _capture(
 
 
 def _replay_time(graph: torch.cuda.CUDAGraph) -> Row:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Callable[..., Any] = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
     start.record()
     for _ in range(10):
         graph.replay()
@@ -191,7 +192,7 @@ def _nan_in_a_replay(policy: Policy, device: torch.device, kernels: str) -> Row:
         for place, grad in zip(static, gradients[-1], strict=True):
             place.copy_(grad)
         static[0][5, 3] = torch.nan
-        row = model[0].weight[5]
+        row = next(model.parameters())[5]
         before = row.clone()
         graph.replay()
         try:
@@ -242,13 +243,13 @@ def _compiled(policy: Policy, device: torch.device, kernels: str) -> Row:
     """`torch.compile` of a step: the same steps, and nothing compiled again after the second."""
     start, eager, compiled = (_model(device) for _ in range(3))
     gradients = _gradients(start, 6)
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     cuda, made = device.type == "cuda", list[int]()
     with under(kernels):
         plain = _optimizer("AdamW", eager, policy, False, device)
         optimizer = _optimizer("AdamW", compiled, policy, cuda, device)
-        step = torch.compile(optimizer.step, backend="inductor" if cuda else "eager")
+        step: Callable[[], object] = torch.compile(optimizer.step, backend="inductor" if cuda else "eager")
         for grads in gradients:
             for model in (eager, compiled):
                 for param, grad in zip(model.parameters(), grads, strict=True):

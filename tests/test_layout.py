@@ -19,7 +19,6 @@ ORDER = (
     "integrations",
     "memory",
     "estimate",
-    "temporaries",
     "checkpoints",
     "optimizer",
     "policy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from lightning_sketch.sharding.base import BLOCK_NUMEL
 
 #: Blocks whose largest magnitude is below float32's smallest normal number are stored as zeros.
 TINY = torch.finfo(torch.float32).tiny
+#: The number before it.
+BELOW_TINY = TINY - 2.0**-149
 #: Random bits of a rounding. With more, a number that lies on a code but for an error of arithmetic could leave it.
 NOISE_BITS = 13
 
@@ -54,6 +57,8 @@ class Quantized(Codec):
     """
 
     elementwise: ClassVar[bool] = True
+    accelerator_blocks: ClassVar[int] = 4
+    live_blocks: ClassVar[int] = 8
 
     bits: int = 8
     block: int = 128
@@ -108,8 +113,10 @@ class _Quantized(CodecState):
     def read(self, block: Block, x: Tensor) -> Tensor:
         before = self.estimate(block)
         values = before.mul(self.decay).add_(x * self.weight)
+        del x  # squares, which nobody else holds
         if block.good is not None:
             values = values.where(block.good, before)  # which is encoded to the same codes
+        del before
         self.store(block, values)
         return values
 
@@ -117,56 +124,75 @@ class _Quantized(CodecState):
         """Encode the block's new values, ``[k, *row_shape]``."""
         raise NotImplementedError
 
-    def noise(self, block: Block) -> Tensor:
-        """``[k, row_numel]``, as `rounding_noise`."""
-        return rounding_noise(self.spec, self.seed, block, self.codes.device)
+    def chances(self, block: Block) -> Tensor:
+        """``2 (n + 0.5) / 2**13`` of the random bits n of every element, float32 ``[k, row_numel]``."""
+        device, unit = self.codes.device, 2.0**-NOISE_BITS
+        # A tensor, whose dtype, and not torch's default one, is the sum's.
+        half = self._memo(block, "half", lambda: torch.full((), unit, dtype=torch.float32, device=device))
+        return torch.add(half, rounding_noise(self.spec, self.seed, block, device, NOISE_BITS), alpha=2 * unit)
 
-    def quantize(self, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, a byte each, and largest magnitudes of values side by side.
+    def quantize(self, values: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, a number each, and largest magnitudes of values side by side.
+
+        On accelerators every operation is a launch over all elements, and every tensor of their size counts: hence few
+        of both.
 
         Args:
             values: float32 ``[k, n]``, in blocks from the first of each row.
-            noise: int32 of that shape, 16 random bits each.
+            chances: of that shape, as `chances` (modified in place).
 
         Returns:
-            uint8 ``[k, n]``; float32 ``[k, ceil(n / block)]``.
+            float32 ``[k, n]``; float32 ``[k, ceil(n / block)]``.
         """
         count = values.shape[1]
-        blocks = self.in_blocks(values)  # [k, blocks, block]
-        ratio = blocks.abs()
-        absmax = ratio.amax(dim=2)
-        usable = (absmax < torch.inf) & (absmax >= TINY)
+        ratio = self.in_blocks(values).abs()  # [k, blocks, block]
         # 0 of what is tiny, NaN of infinity: one that is not finite would leave nothing of the others in its block.
-        absmax = absmax.where(usable, absmax * 0.0)
+        absmax = torch.threshold(ratio.amax(dim=2), BELOW_TINY, 0.0).fmod(torch.inf)
         ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
-        ratio.masked_fill_(usable.logical_not().unsqueeze(2), 0.0)
+        ratio = ratio.flatten(1)[:, :count]
+        ratio.nan_to_num_(0.0, 0.0)  # of 0 and NaN the reciprocal is not finite
         if not self.spec.signed:
             ratio.clamp_min_(1.0)
-        lower = ratio.sqrt().floor_()
-        # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1).
-        chance = (self.in_blocks(noise) >> 16 - NOISE_BITS).to(torch.float32).add_(0.5).mul_(0.5**NOISE_BITS)
-        up = chance.mul_(lower.mul(2.0).add_(1.0)) < ratio.sub_(lower.square())
-        codes = (lower if self.spec.signed else lower.sub_(1.0)).to(torch.uint8).add_(up)
-        if self.spec.signed:
-            negative = blocks.signbit().logical_and_(codes != 0)
-            codes.bitwise_or_(negative.to(torch.uint8) << self.codec.bits - 1)
-        return codes.flatten(1)[:, :count], absmax
+        codes = ratio.sqrt().floor_()
+        # The codes' values are c**2 and (c + 1)**2: up with probability (ratio - c**2) / (2 c + 1). Products and sums
+        # are exact, fused or not.
+        ratio = ratio.addcmul(codes, codes, value=-1.0)  # vmap has no addcmul_
+        threshold = chances.mul_(codes.add(0.5))
+        if not self.spec.signed:
+            codes.add_(threshold >= ratio, alpha=-1)
+        else:
+            codes.add_(threshold < ratio)
+            del ratio, threshold
+            codes.add_(values.signbit().logical_and_(codes), alpha=1 << self.codec.bits - 1)  # 0 has no sign
+        return codes, absmax
 
-    def dequantize(self, codes: Tensor, absmax: Tensor) -> Tensor:
-        """What codes mean, in float32.
+    def decoded(self, block: Block, stored: Tensor) -> Tensor:
+        """What codes mean beside a largest magnitude of 1, float32 ``[..., bytes * codes of a byte]``.
 
         Args:
-            codes: a byte each.
-            absmax: of their blocks, broadcastable to them.
+            stored: of the block, ``[..., bytes]``.
         """
-        if not self.spec.signed:
-            values = codes.to(torch.float32).add_(1.0)
-            return values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)  # vmap has no square_
-        sign = 1 << self.codec.bits - 1
-        codes = codes.to(torch.uint8)  # a checkpoint may have been cast
-        values = codes.bitwise_and(sign - 1).to(torch.float32)
-        values.mul_(values).mul_(1 / self.largest**2).mul_(absmax)
-        return torch.where(codes >= sign, -values, values)
+        book = self._memo(block, ("book", self.codec.bits, self.spec.signed), self._code_book)
+        stored = stored.to(torch.uint8).to(torch.int32)  # a checkpoint may have been cast
+        return torch.nn.functional.embedding(stored, book).flatten(-2)
+
+    def _code_book(self) -> Tensor:
+        """What the codes of each byte mean, float32 ``[256, codes of a byte]``."""
+        bits, device = self.codec.bits, self.codes.device
+        if self.spec.signed:
+            c = torch.arange(self.largest + 1, dtype=torch.float32, device=device)
+        else:
+            c = torch.arange(1, self.largest + 1, dtype=torch.float32, device=device)
+        values = c.square().mul_(1 / self.largest**2)
+        if self.spec.signed:
+            values = torch.cat((values, -values))
+        if bits == 8:
+            return values.unsqueeze(1)
+        return torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)  # the lower half first
+
+    @staticmethod
+    def _memo(block: Block, key: object, make: Callable[[], Tensor]) -> Tensor:
+        return make() if block.whole is None else block.whole.memo(key, make)
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """``[k, n]`` as ``[k, blocks, block]``; what a last block lacks is 0, and a block alone is as long as it is."""
@@ -178,19 +204,12 @@ class _Quantized(CodecState):
         return x.view(x.shape[0], -1, self.codec.block)
 
     def pack(self, codes: Tensor) -> Tensor:
-        """A byte each, ``[k, n]``, as they are stored: of 4 bits the first of two is the lower half."""
+        """A number each, ``[k, n]``, as bytes: of 4 bits the first of two is the lower half."""
         if self.codec.bits == 8:
             return codes
         if codes.shape[1] % 2:
             codes = pad(codes, (0, 1))
-        return codes[:, ::2] | codes[:, 1::2] << 4
-
-    def unpack(self, stored: Tensor, count: int) -> Tensor:
-        """The first `count` codes of each row of ``[k, bytes]``, a byte each."""
-        if self.codec.bits == 4:
-            stored = stored.to(torch.uint8)
-            stored = torch.stack((stored & 15, stored >> 4), dim=2).flatten(1)
-        return stored[:, :count]
+        return torch.add(codes[:, ::2], codes[:, 1::2], alpha=16)
 
 
 class _Rows(_Quantized):
@@ -223,16 +242,18 @@ class _Rows(_Quantized):
         )
 
     def store(self, block: Block, values: Tensor) -> None:
-        codes, absmax = self.quantize(values.reshape(block.size, -1).float(), self.noise(block))
+        codes, absmax = self.quantize(values.reshape(block.size, -1).float(), self.chances(block))
         stored = self.pack(codes)
+        if isinstance(block.index, Tensor):
+            stored = stored.to(self.codes.dtype)  # contiguous rows are converted while they are copied
         self.codes[block.index, : stored.shape[1]] = stored
         self.absmax[block.index, : absmax.shape[1]] = absmax
 
     def estimate(self, block: Block) -> Tensor:
         shard = self.spec.shard
-        codes = self.in_blocks(self.unpack(self.codes[block.index], shard.row_numel))
-        absmax = self.absmax[block.index][:, : codes.shape[1]].unsqueeze(2)
-        values = self.dequantize(codes, absmax).flatten(1)[:, : shard.row_numel]
+        values = self.in_blocks(self.decoded(block, self.codes[block.index])[:, : shard.row_numel])
+        values = values.mul_(self.absmax[block.index][:, : values.shape[1]].unsqueeze(2))
+        values = values.flatten(1)[:, : shard.row_numel]
         return values.to(self.spec.dtype).reshape(block.size, *shard.row_shape)
 
 
@@ -248,7 +269,7 @@ class _Vector(_Quantized):
             merged = self.estimate(whole)
             merged[block.index] = values
             block, values = whole, merged
-        codes, absmax = self.quantize(values.reshape(1, -1).float(), self.noise(block).view(1, -1))
+        codes, absmax = self.quantize(values.reshape(1, -1).float(), self.chances(block).view(1, -1))
         stored = self.pack(codes)[0]
         self.codes[self.codec.bytes_of(start * self.codec.block) :][: len(stored)] = stored
         self.absmax[start:][: absmax.shape[1]] = absmax[0]
@@ -262,8 +283,7 @@ class _Vector(_Quantized):
 
     def estimate(self, block: Block) -> Tensor:
         ids = block.local_ids(self.codes.device)
-        codes = self.unpack(self.codes[None], self.spec.shard.local_rows)[0]
-        values = self.dequantize(codes[ids], self.absmax[ids // self.codec.block])
+        values = self.decoded(block, self.codes)[ids].mul_(self.absmax[ids // self.codec.block])
         return values.to(self.spec.dtype).reshape(block.size, *self.spec.shard.row_shape)
 
 

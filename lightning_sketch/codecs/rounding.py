@@ -20,11 +20,12 @@ def noise_seed(spec: StateSpec, step: Count) -> Any:
     return spec.seed + step * 2 + spec.signed
 
 
-def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.device) -> Tensor:
-    """16 uniform bits for every element of a block, by global row and column: int32 ``[k, row_numel]``.
+def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.device, bits: int = 16) -> Tensor:
+    """Uniform bits for every element of a block, by global row and column: int32 ``[k, row_numel]``.
 
     Args:
         seed: from `noise_seed`.
+        bits: how many: the upper ones of 16.
     """
 
     def of_columns() -> Tensor:
@@ -37,7 +38,7 @@ def rounding_noise(spec: StateSpec, seed: Any, block: Block, device: torch.devic
     else:
         rows, columns = whole.memo(("noise", seed), lambda: _hash_all(spec, seed, whole, device))
         rows = rows[block.span]
-    return _noise16(rows[:, None] ^ columns[None, :])
+    return _noise(rows[:, None] ^ columns[None, :], bits)
 
 
 def _hash_all(spec: StateSpec, seed: Any, whole: Block, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -51,8 +52,8 @@ def _hash_all(spec: StateSpec, seed: Any, whole: Block, device: torch.device) ->
     return hashed[: len(rows)], hashed[len(rows) :]
 
 
-def _noise16(x: Tensor) -> Tensor:
-    """Mix int32 bits in place (multiplicative hashing, wrapping) into 16 uniform bits, int32 in [0, 2**16)."""
+def _noise(x: Tensor, bits: int) -> Tensor:
+    """Mix int32 bits in place (multiplicative hashing, wrapping) into uniform ones, int32 in [0, 2**bits)."""
     x = x.mul_(-1640531527)  # 2**32 / golden ratio, odd
     x.bitwise_xor_(x >> 15).mul_(-2048144789)  # murmur3's first finaliser constant
-    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return x.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)

@@ -121,6 +121,8 @@ def find_assigned(
             elif by_element:
                 if state[key].dtype != stored[key].dtype:  # assigned, or cast by a trainer
                     dense[name] = part.shard.as_rows(state[key])
+                else:
+                    _check_device(state[key], tensor, f"{owner}: its {key}")
             else:
                 found.tensors |= _as_stored(stored, state, owner, part, name, tensor, numbers_on)
                 all_dense = all_dense and not stored
@@ -170,6 +172,7 @@ def _as_stored(
             if scale is not found:
                 cast[key] = scale
         elif isinstance(found, Tensor) and _has_shape(found, expected):
+            _check_device(found, tensor, f"{owner}: its {key}")
             if zeroed:
                 cast[key] = torch.zeros_like(found, dtype=expected.dtype)
             elif found.dtype != expected.dtype:
@@ -181,6 +184,15 @@ def _as_stored(
                 f"{list(expected.shape)}{instead}; {_REMEDY}"
             )
     return cast
+
+
+def _check_device(found: Tensor, tensor: Tensor, what: str) -> None:
+    """Refuse a state that somebody moved away: kernels go by addresses, which mean something else on another device."""
+    if found.device != tensor.device:
+        raise ValueError(
+            f"{what} in optimizer.state is on {found.device}, and the parameter on {tensor.device}: move it there "
+            "before optimizer.step()"
+        )
 
 
 def _is_zero(scale: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
+from lightning_sketch.layers.temporaries import Temporaries
 from lightning_sketch.policy.rule import Rule, RuleSet
 from lightning_sketch.rules import StateDef, UpdateRule
 from lightning_sketch.rules.families import Converted, rule_of
@@ -36,6 +37,8 @@ class LayerPlan:
             frozen layer without states, for which torch makes none, and of a lazy one, whose size is not known yet.
         bytes_after: bytes under the policy, by state; what ranks share, and each has all of, counts once.
         frozen: whether the parameter does not require gradients.
+        shard: what of a compressed layer lies here; ``None`` of others.
+        dtype: of the parameter.
     """
 
     layer: LayerRecord
@@ -44,6 +47,8 @@ class LayerPlan:
     bytes_before: Mapping[str, int]
     bytes_after: Mapping[str, int]
     frozen: bool = False
+    shard: Shard | None = field(default=None, compare=False)
+    dtype: torch.dtype = field(default=torch.float32, compare=False)
 
     @property
     def stateless(self) -> bool:
@@ -62,9 +67,11 @@ class Plan:
 
     Args:
         groups: for each parameter group, its layers in order.
+        update: the optimizer's rule.
     """
 
     groups: tuple[tuple[LayerPlan, ...], ...]
+    update: UpdateRule | None = field(default=None, compare=False, repr=False)
 
     @property
     def layers(self) -> list[LayerPlan]:
@@ -80,6 +87,26 @@ class Plan:
         """Bytes of all states under the policy."""
         return sum(sum(x.bytes_after.values()) for x in self.layers)
 
+    def transient(self, device: torch.device | str) -> int | None:
+        """Upper bound of what one step of the compressed layers allocates for itself, bytes: on this process, of dense
+        gradients, with the kernels that this machine has. `report` says the same of the converted optimizer.
+
+        Args:
+            device: where the parameters will be, whether this machine has it or not: "cpu", "cuda", ...
+
+        Returns:
+            ``None`` where the optimizer's own step does it, because there is no rule for its class.
+        """
+        found, device = Temporaries(), torch.device(device)
+        for planned in self.layers:
+            if planned.shard is None or planned.stateless:
+                continue
+            if self.update is None or planned.layer.stock_count is not None:
+                return None
+            param = torch.empty(planned.shard.local_shape, dtype=planned.dtype, device="meta")
+            found.add(self.update, LayerPart(planned.layer, planned.shard), param, device)
+        return found.bytes()
+
     def dropped(self) -> dict[str, list[str]]:
         """Layers that lose a state altogether: state name -> FQNs."""
         found: dict[str, list[str]] = {}
@@ -90,7 +117,7 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        """Layer, shape, role, rule, codecs, bytes before and after.
+        """Layer, shape, role, rule, codecs, bytes before and after, and what a step allocates for itself.
 
         Layers of repeated blocks that are treated alike share one line, and so do layers that no rule matched.
         """
@@ -111,6 +138,9 @@ class Plan:
             yield f"{len(lazy)} lazy parameters", "not known yet", "", "none", "kept as they are", "", ""
         yield None
         yield "total", "", "", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after)
+        for device in ("cpu", "cuda"):
+            if (transient := self.transient(device)) is not None:
+                yield f"temporaries of a step on {device}, at most", "", "", "", "", "", human_bytes(transient)
 
 
 def _folded(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
@@ -203,7 +233,7 @@ def make_plan(
             else:
                 found.append(_plan_plain_tensor(param, g, i, policy, rule, group))
         planned.append(tuple(found))
-    return Plan(tuple(planned))
+    return Plan(tuple(planned), rule)
 
 
 def _plan_plain_tensor(
@@ -235,6 +265,7 @@ def _plan_layer(
     whole = LayerPart(layer, Shard.whole(layer.shape))
     before: dict[str, int] = {}
     after: dict[str, int] = {}
+    shard: Shard | None = None
     if layer.compressed:
         if named.param.is_complex():
             raise ValueError(
@@ -243,7 +274,7 @@ def _plan_layer(
             )
         rule.check(group, layer.fqn)
         rule.check_codecs(layer.fqn, codecs)
-        shard_of(named.param, layer.fqn)  # refuses placements that no codec can serve
+        shard = shard_of(named.param, layer.fqn)  # refuses placements that no codec can serve
         _check_one_momentum(layer)
     frozen = not named.param.requires_grad
     for state in states:
@@ -255,7 +286,8 @@ def _plan_layer(
             after[state.name] = codecs[state.name].nbytes(spec)
         if frozen and not has_state:
             before[state.name] = after[state.name] = 0
-    return LayerPlan(layer, tuple(sorted(named.roles)), None if index is None else index + 1, before, after, frozen)
+    number = None if index is None else index + 1
+    return LayerPlan(layer, tuple(sorted(named.roles)), number, before, after, frozen, shard, named.param.dtype)
 
 
 def _codec_for(rule: Rule | None, state: StateDef) -> Codec:

@@ -51,6 +51,7 @@ class AdagradRule(UpdateRule):
             s = read_second(total, block, g)
             update = safe_divide(g, s.sqrt().add_(eps), s)
             layer.apply(block, precondition(layer, block, update), lr)
+            del s, update  # else they would be held while the next block's are made
         total.commit()
         return left_out
 

@@ -63,6 +63,7 @@ class AdamRule(UpdateRule):
                 m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
             update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
             layer.apply(block, precondition(layer, block, update), numbers.rate(exp_avg), numbers.decay_factor)
+            del m, v, update  # else they would be held while the next block's are made
         if exp_avg is not None:
             exp_avg.commit()
         exp_avg_sq.commit()

@@ -52,11 +52,11 @@ class SGDRule(UpdateRule):
                 buffer.add(block, g)
             buffer.settle()
         for block, g in layer.gradients(numbers.weight_decay):
-            update = g
-            if buffer is not None:
-                b = buffer.read(block, g)
-                update = g.add(b, alpha=numbers.momentum) if numbers.nesterov else b
+            update = g if buffer is None else buffer.read(block, g)
+            if buffer is not None and numbers.nesterov:
+                update = g.add(update, alpha=numbers.momentum)
             layer.apply(block, update, numbers.lr)
+            del update  # else it would be held while the next block's is made
         if buffer is not None:
             buffer.commit()
         return left_out

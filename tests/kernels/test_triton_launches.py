@@ -14,8 +14,8 @@ from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Policy,
 
 pytest.importorskip("triton")
 
-#: Of kernels, for all layers of one dtype and width: a dense step, and one whose numbers stay on the device.
-MOST, MOST_ON_DEVICE = 6, 8
+#: Of kernels, for all layers of one dtype and width, also where the numbers of a step stay on the device.
+MOST = 6
 #: Operators that no dense step may use: they wait, sort, or make shapes that depend on values.
 NEVER = ("sort", "nonzero", "_unique2", "unique_consecutive", "masked_select", "index_put_", "topk")
 WIDE = (600, 1_032)  # rows of which `observe` settles in a launch of its own
@@ -68,7 +68,7 @@ def test_a_capturable_step_copies_nothing_from_the_host(name: str) -> None:
     for layers in (1, 7):
         make = partial(AdamW, capturable=True)
         counts, _ = count_step([WIDE] * layers, _policy(CODECS[name]), make=make, triton=True, nonfinite="propagate")
-        assert 1 <= counts.kernels <= MOST_ON_DEVICE
+        assert 1 <= counts.kernels <= MOST
         assert counts.copies == 0
         _assert_nothing_is_waited_for(counts)
         found.append(counts.launches)

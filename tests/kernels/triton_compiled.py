@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,9 @@ CODECS: list[tuple[Codec, Codec]] = [
 ]
 
 
+#: Gradients, sparse or not, and their dtype: of two that are two apart, both differ.
+KINDS = [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)]
+
 KERNELS = (
     launches.apply,
     of_columns.finish_factored,
@@ -104,7 +108,7 @@ KERNELS = (
     row_sketch.fold_rows,
 )
 #: What steps launch beside those where their numbers stay on the device.
-OF_NUMBERS = (write_words.write_words, write_words.renormalize, write_words.put_addresses)
+OF_NUMBERS = (write_words.write_words, write_words.put_addresses)
 
 
 class Pretended:
@@ -127,10 +131,23 @@ Launched = list[tuple[str, dict[str, Any], Any]]
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]:
-    """Compile for a target what is launched: name, arguments and compiled kernel of each launch."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launched]:
+    """Compile for a target what is launched: name, arguments and compiled kernel of each launch.
+
+    Of kernels that are not asked for only what they would be compiled for is told apart.
+    """
     found: Launched = []
-    run = JITFunction.run
+    wanted: list[Any] = []
+    run, do_compile = JITFunction.run, JITFunction._do_compile
+
+    def compile_wanted(self: Any, key: Any, signature: Any, device: Any, *rest: Any, **options: Any) -> Any:
+        if self in wanted:
+            return do_compile(self, key, signature, device, *rest, **options)
+        told = SimpleNamespace(hash=(self.fn.__name__, key), asm=None)
+        self.device_caches[device][0][key] = told
+        return told
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_wanted)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -146,7 +163,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]
 
     monkeypatch.setattr(kernels, "fused_kernel", lambda device: step)
 
-    def on(target: GPUTarget) -> Launched:
+    def on(target: GPUTarget, compiled: Sequence[Any] = ()) -> Launched:
+        wanted[:] = compiled
         monkeypatch.setattr(driver, "_active", Pretended(target))
         for function in (*KERNELS, *OF_NUMBERS):
             function.device_caches.clear()
@@ -157,30 +175,33 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPUTarget], Launched]
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_no_kernel_spills_nor_stores_what_another_warp_has_yet_to_read(
-    arch: str, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arch: str, launched: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     target = TARGETS[arch]
-    found = launched(target)
+    found = launched(target, KERNELS)
     for number, (second, first) in enumerate(CODECS):
-        for sparse in (False, True):
-            for dtype in (torch.float32, torch.bfloat16):
-                if arch == "sm_90" or sparse is (number % 2 == 0):  # by turns where it takes no other code
-                    train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, dtype=dtype, steps=1))
-    for columns in (1, 50, 64, 8192):
-        train(Case("adamw", RowWise(), BFloat16(), rows=256, columns=columns, steps=1))
-    for second in (SM3(), Factored()):
-        train(Case("adamw", second, Drop(), rows=256, columns=50, steps=1))
+        # By turns: of every pair dense and sparse gradients, float32 and bfloat16; elsewhere, where it takes no other
+        # code, one of these four.
+        kinds = KINDS[number % 4], KINDS[(number + 2) % 4]
+        for sparse, dtype in kinds if arch == "sm_90" else kinds[:1]:
+            train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, dtype=dtype, steps=1))
+    if arch != "sm_80":  # which has the compiler of sm_90
+        for columns in (1, 50, 64, 8192):
+            train(Case("adamw", RowWise(), BFloat16(), rows=256, columns=columns, steps=1))
+        for second in (SM3(), Factored()):
+            train(Case("adamw", second, Drop(), rows=256, columns=50, steps=1))
+        train(Case("nesterov", Drop(), BFloat16(), 256, 512, steps=1))
     train(Case("adam", CountSketch(compression=4, depth=8), CountSketch(compression=4, depth=8), 256, 512, steps=1))
-    train(Case("nesterov", Drop(), BFloat16(), 256, 512, steps=1))
     for second in (RowWise(), SM3(), Quantized(bits=4, block=1024)):  # with the most registers
         train(Case("adamw", second, Quantized(bits=4, block=16), 256, 4096, steps=1))
     train(Case("adagrad", SM3(momentum=0.9), Drop(), 256, 512, steps=1))
-    for kind in (Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED):
+    for kind in (Kind.ROW, Kind.ROW_SKETCH, Kind.FACTORED) if arch != "sm_80" else ():
         launch.step([observed.held_step(kind, first=kind != Kind.ROW, sparse=False)[0]])
-    launch.observe_gradients(observed.steps(torch.float32, sparse=False, leave_out=True))
+    if arch != "sm_80":
+        launch.observe_gradients(observed.steps(torch.float32, sparse=False, leave_out=True))
 
     used = {compiled.hash: (name, arguments, compiled) for name, arguments, compiled in found}
-    assert len(used) > 40
+    assert len(used) > 30
     print(f"\n{arch}: registers and bytes of local memory of {len(used)} kernels")
     spilling, large = [], []
     stores, racing = 0, []
@@ -199,14 +220,14 @@ def test_no_kernel_spills_nor_stores_what_another_warp_has_yet_to_read(
     assert not spilling
     assert not large
     assert {name for name, _, _ in used.values()} == {function.fn.__name__ for function in KERNELS}
-    assert stores > 4
+    assert stores
     assert not racing
 
 
 @pytest.mark.parametrize(("second", "first"), CODECS[:-1], ids=repr)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_nothing_is_compiled_again_from_step_to_step(
-    second: Codec, first: Codec, sparse: bool, launched: Callable[[GPUTarget], Launched]
+    second: Codec, first: Codec, sparse: bool, launched: Callable[..., Launched]
 ) -> None:
     found = launched(TARGETS["sm_90"])
     train(Case("adamw", second, first, rows=256, columns=512, sparse=sparse, steps=1))
@@ -247,9 +268,9 @@ def _stored_unread(ttgir: str, threads: int) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_observing_streams_without_barriers(
-    dtype: torch.dtype, launched: Callable[[GPUTarget], Launched], tmp_path: Path
+    dtype: torch.dtype, launched: Callable[..., Launched], tmp_path: Path
 ) -> None:
-    found = launched(TARGETS["sm_90"])
+    found = launched(TARGETS["sm_90"], [observe.observe])
     for second in (Factored(), RowWise(compression=4)):
         train(Case("adamw", second, Drop(), rows=256, columns=4096, dtype=dtype, steps=1))
     kernels_found = [compiled for name, _, compiled in found if name == "observe"]
@@ -269,7 +290,7 @@ def _loops(ptx: str) -> list[str]:
     return ["\n".join(lines[labels[to[1]] : end]) for end, to in ends if to and labels[to[1]] < end]
 
 
-def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) -> None:
+def test_other_sizes_share_kernels(launched: Callable[..., Launched]) -> None:
     found = launched(TARGETS["sm_90"])
     for rows, columns in ((1000, 768), (1001, 1024), (4000, 640), (16, 600)):
         train(Case("adamw", CountSketch(compression=4), Drop(), rows, columns, steps=1))
@@ -279,9 +300,9 @@ def test_other_sizes_share_kernels(launched: Callable[[GPUTarget], Launched]) ->
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_numbers_that_stay_on_the_device_are_written_without_spills_and_compiled_once(
-    arch: str, launched: Callable[[GPUTarget], Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arch: str, launched: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = launched(TARGETS[arch])
+    found = launched(TARGETS[arch], OF_NUMBERS)
     monkeypatch.setattr(on_device, "DEVICES", ("cpu",))
     for second, first in ((Factored(), BFloat16()), (SM3(), Drop()), (CountSketch(compression=4), Drop())):
         layer, optimizer, _ = start(Case("adamw", second, first, rows=256, columns=512))
@@ -296,7 +317,11 @@ def test_numbers_that_stay_on_the_device_are_written_without_spills_and_compiled
     names = [name for name, _ in used.values()]
     for function in OF_NUMBERS:
         assert names.count(function.fn.__name__) == 1
-    assert not [name for name, compiled in used.values() if _resources(compiled.asm, tmp_path / "cubin")[1]]
+    written = [(name, compiled) for name, compiled in used.values() if compiled.asm is not None]
+    assert len(written) == len(OF_NUMBERS)
+    assert {name: _resources(compiled.asm, tmp_path / "cubin")[1] for name, compiled in written} == dict.fromkeys(
+        (function.fn.__name__ for function in OF_NUMBERS), 0
+    )
 
 
 def _resources(asm: dict[str, Any], path: Path) -> tuple[int, int]:

@@ -30,11 +30,11 @@ from lightning_sketch import (
 )
 from lightning_sketch import kernels as package_kernels
 from lightning_sketch.kernels.schema import FusedStep
-from lightning_sketch.kernels.triton import launch
+from lightning_sketch.kernels.triton import launch, launches, layout
 
-ROWS, COLUMNS = 40, 21
-#: Rows that are not finite, in each of three steps.
-BAD = ([3, 10, 11, 39], [0, 20], [5, 6, 7, 8, 9])
+ROWS, COLUMNS = 14, 21
+#: Rows that are not finite, in each of two steps.
+BAD = ([3, 6, 7, 13], [0, 10])
 BY_ROWS: list[tuple[Codec, Codec]] = [
     (RowWise(), Drop()),
     (RowWise(), BFloat16()),
@@ -81,7 +81,7 @@ def _train(
     spoil: Callable[[Tensor, list[int]], Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """A table and its states after three steps."""
+    """A table and its states after two steps."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
     layer = nn.Embedding(ROWS, COLUMNS, _weight=weight)
@@ -156,7 +156,10 @@ def test_elements_are_left_out_one_by_one(second: Codec, first: Codec, left_out:
 
 
 @pytest.mark.parametrize(("second", "first"), BY_ROWS[::2] + BY_ELEMENTS[::2], ids=repr)
-def test_the_order_of_programs_changes_no_bit(second: Codec, first: Codec) -> None:
+def test_the_order_of_programs_changes_no_bit(second: Codec, first: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TILE": 128, "OBSERVED_COLUMNS": 64, "FEWER_OBSERVED_ROWS": 4, "TILE_SKETCH": 4}.items():
+        monkeypatch.setattr(layout, name, value)  # four programs or more of each kernel
+    monkeypatch.setattr(launches, "TILE_SKETCH", layout.TILE_SKETCH)
     expected = _train(second, first, _spoiled)
     for order in (
         lambda count: list(range(count))[::-1],
@@ -182,7 +185,7 @@ def test_squares_that_overflow_are_not_left_out(second: Codec, left_out: list[Te
 def test_every_row_may_be_left_out(left_out: list[Tensor]) -> None:
     for second in (RowWise(), RowWise(compression=4), SM3(), Factored()):
         start = _train(second, Drop(), lambda grad, bad: torch.full_like(grad, math.nan))
-        assert [int(counts.sum()) for counts in left_out[-3:]] == [ROWS] * 3
+        assert [int(counts.sum()) for counts in left_out[-2:]] == [ROWS] * 2
         generator = torch.Generator().manual_seed(0)
         assert torch.equal(start["weight"], torch.randn(ROWS, COLUMNS, generator=generator))
 

@@ -55,6 +55,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusedStep]]:
         return launch.step(steps)
 
     monkeypatch.setattr(package_kernels, "fused_kernel", lambda device: step)
+    # Few programs, which the interpreter runs one after the other; each multiplies several pieces of a state.
+    monkeypatch.setattr(device_numbers, "_SHARES", 2)
+    monkeypatch.setattr(device_numbers, "_TILE", 4)
     return seen
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_sketch import SM3, CountSketch, Drop, Policy, RowWise, Rule, compress, plan, report
+from benchmarks.launches import counting
+from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Policy, Quantized, RowWise, Rule, compress, plan, report
+from lightning_sketch.kernels import native
 from lightning_sketch.text import human_bytes, short
 from tests.tiny import CASES, CODECS, FOR_SGD, LOSSY, Tiny, assert_same, on_table, snapshot, train
 
@@ -137,7 +139,53 @@ def test_explain_is_the_table_of_the_plan():
     assert text == str(plan(model, optimizer, policy))
     rows = ["".join(c if c not in "│┃" else " " for c in line).split() for line in text.splitlines()]
     found = [" ".join(row) for row in rows if row and row[0][0].isalnum()]
-    assert found == ["optimizer states", *EXPLAINED.strip().splitlines()]
+    made = plan(model, optimizer, policy)
+    temporaries = [
+        f"temporaries of a step on {device}, at most {human_bytes(made.transient(device))}"
+        for device in ("cpu", "cuda")
+    ]
+    assert found == ["optimizer states", *EXPLAINED.strip().splitlines(), *temporaries]
+
+
+PLANNED = {
+    "default": None,
+    "rows": Policy([Rule(first_moment=Drop(), second_moment=RowWise(compression=4))]),
+    "8 bits": Policy([Rule(first_moment=Quantized(), second_moment=Quantized())]),
+    "sketches": Policy([Rule(first_moment=CountSketch(), second_moment=CountSketch())]),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_says_of_a_step_what_the_report_will_say(name):
+    model = nn.Sequential(nn.Embedding(12_000, 7), nn.Linear(7, 30))
+    made = plan(model, AdamW(model.parameters()), PLANNED[name])
+    optimizer = compress(AdamW(model.parameters()), model, PLANNED[name])
+    assert 0 < made.transient("cpu") == report(optimizer).transient
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_says_what_a_step_will_allocate_on_a_device_that_is_not_here(name, triton, monkeypatch):
+    if triton:
+        pytest.importorskip("triton")
+    with torch.device("meta"):
+        here = nn.Sequential(nn.Embedding(12_000, 7), nn.Linear(7, 30))
+    monkeypatch.setenv(native.VARIABLE, "" if triton else "reference")
+    made = plan(here, AdamW(here.parameters()), PLANNED[name])
+    with counting(triton=triton) as mode:
+        model = nn.Sequential(nn.Embedding(12_000, 7), nn.Linear(7, 30))
+        for module, attribute in ((model[0], "weight"), (model[1], "weight"), (model[1], "bias")):
+            setattr(module, attribute, nn.Parameter(mode.tensor(*getattr(module, attribute).shape)))
+        optimizer = compress(AdamW(model.parameters()), model, PLANNED[name])
+        assert 0 < made.transient("cuda") == report(optimizer).transient
+
+
+def test_a_plan_does_not_know_what_an_optimizers_own_step_allocates():
+    model = nn.Linear(300, 300)
+    policy = Policy([Rule(role="hidden", exp_avg=BFloat16())])
+    made = plan(model, torch.optim.NAdam(model.parameters()), policy)
+    assert made.transient("cpu") is None
+    assert "temporaries" not in str(made)
 
 
 def test_a_scalar_is_called_one():

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor import distribute_tensor
 from torch.optim import AdamW, RMSprop
 
-from lightning_sketch import BFloat16, Drop, Keep, Policy, RowWise, Rule, compress, decompress, report
+from lightning_sketch import BFloat16, Drop, Keep, Policy, Quantized, RowWise, Rule, compress, decompress, report
 from tests.ranks import run_ranks
 from tests.tiny import ADAMW, CODECS, EVERY, Tiny, assert_same, give_gradients, on_table, snapshot, train
 
@@ -222,3 +222,19 @@ def test_every_rank_of_a_sharded_layer_takes_its_rows():
     parts = run_ranks(_shards, 2)
     for pieces in zip(*parts, strict=True):
         torch.testing.assert_close(torch.cat(pieces), torch.arange(1.0, 22))
+
+
+@pytest.mark.parametrize("second", [BFloat16(), RowWise(), Quantized()], ids=repr)
+def test_a_state_that_was_moved_to_another_device_is_refused_before_anything_changes(second):
+    """A kernel would go by its address, and read or write memory that is not there."""
+    model = nn.Linear(8, 4)
+    optimizer = compress(torch.optim.AdamW(model.parameters()), model, Policy([Rule(name="weight", exp_avg_sq=second)]))
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    key = next(key for key in state if key.startswith("exp_avg_sq") and not key.endswith("scale"))
+    state[key] = state[key].to("meta")
+    before = model.weight.detach().clone(), model.bias.detach().clone()
+    with pytest.raises(ValueError, match=rf"weight: its {key} in optimizer.state is on meta, and the parameter on cpu"):
+        optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(before, (model.weight, model.bias), strict=True))

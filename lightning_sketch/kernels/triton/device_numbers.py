@@ -18,9 +18,9 @@ from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.kernels.schema import FusedStep
 from lightning_sketch.kernels.triton.jit import OPTIONS
 from lightning_sketch.kernels.triton.recipes import Values, is_scaled, recipe, states_of
-from lightning_sketch.kernels.triton.write_words import ADDRESSES, put_addresses, renormalize, write_words
+from lightning_sketch.kernels.triton.write_words import ADDRESSES, put_addresses, write_words
 
-#: Programs that renormalize a state together. It is seldom.
+#: Programs of a layer: together they multiply a state whose scale gets small, which is seldom.
 _SHARES, _TILE = 32, 1024
 
 
@@ -48,12 +48,13 @@ _captured: list[tuple[Tensor, ...]] = []
 
 
 def device_words(steps: Sequence[FusedStep], words: Sequence[bytes], scratch: Tensor, zeros: Tensor) -> Tensor:
-    """The table of a step, int64 ``[layers * COUNT]``; scales are modified in place.
+    """The table of a step, int64 ``[layers * COUNT]``; scales are modified in place, and states whose scale gets small.
 
     Args:
         steps: of the layers, in the order of the table, which is not empty.
         words: of the layers, without numbers and the gradients' addresses, and with distances in place of addresses
             in `scratch` and `zeros`.
+        zeros: the last ``len(steps)`` are for this alone.
 
     Raises:
         RuntimeError: a graph is being captured, and these layers were not stepped outside of one before.
@@ -63,22 +64,21 @@ def device_words(steps: Sequence[FusedStep], words: Sequence[bytes], scratch: Te
     held = _resident(steps, b"".join(words), recipes, zeros.device)
     amp = next((step.on_device for step in steps if is_scaled(step)), None)
     made = torch.empty_like(held.static)
-    factors = torch.empty(3 * len(steps), dtype=torch.float32, device=made.device)
-    write_words[(len(steps),)](
+    scaled = any(stored is not None and stored.scale_at is not None for step in steps for stored in states_of(step))
+    write_words[(len(steps), _SHARES if scaled else 1)](
         made,
         held.static,
         held.recipes,
         held.gradients,
         torch.stack(values.tensors),
-        factors,
         None if amp is None else amp.found_inf,
         None if amp is None else amp.grad_scale,
         scratch=scratch.data_ptr(),
         zeros=zeros.data_ptr(),
-        **(OPTIONS | {"num_warps": 1}),  # a scale is read and written by the same
+        tickets=zeros.data_ptr() + 8 * (len(zeros) - len(steps)),
+        TILE=_TILE,
+        **(OPTIONS | {"num_warps": 1}),
     )
-    if any(stored is not None and stored.scale_at is not None for step in steps for stored in states_of(step)):
-        renormalize[(len(steps), _SHARES)](made, held.recipes, factors, SHARES=_SHARES, TILE=_TILE, **OPTIONS)
     return made
 
 

@@ -72,6 +72,8 @@ class Table:
                 by_key.setdefault(laid.key, []).append((number, step, laid))
                 floats += sum(laid.floats)
                 zeros += laid.sums + (laid.exponents + 3) // 2
+        if layers[0].on_device is not None:  # of all, or of none
+            zeros += len(layers)  # for `device_words`
         self._device, self._count, self._sizes = layers[0].param.device, len(layers), (floats, zeros)
         self.groups: dict[Key, Group] = {}
         at, at_zero, begin = 0, 8 * len(layers), 0  # distances from the beginning of the memory that programs share
@@ -102,7 +104,7 @@ class Table:
         self.numbers = [number for members in by_key.values() for number, _, _ in members]
         self.words: Words | None = None
         self._resident: tuple[list[FusedStep], list[bytes]] | None = None
-        if layers[0].on_device is not None:  # of all, or of none
+        if layers[0].on_device is not None:
             self._resident = order, words
         elif words:
             self.words = Words(bytearray(b"".join(words)), len(words), _NUMBER_WORDS, _SEED_WORDS)

@@ -51,6 +51,7 @@ def launch_observe(key: Key, table: Tensor, group: Launched) -> None:
             "BLOCK_ROWS": key.block_rows,
             "TILE_ROWS": rows,
             "TILE_COLUMNS": columns,
+            **_hashed(key),
         }
         options = OPTIONS | {"num_warps": key.observe_warps}
         observe[(programs["observe"],)](words, count, **seen, ONE_CHUNK=key.one_chunk, **options)
@@ -86,15 +87,9 @@ def launch(key: Key, table: Tensor, group: Launched) -> None:
         finish_factored[(count,)](words, count, HELD=key.held, GROUP=GROUP, TILE=1024, **WIDE_OPTIONS)
     for into_second, into_first, depth in key.insertions:
         _insert(key, group, words, common, into_second, into_first, depth)
-    if key.quantized:
+    if key.quantized and not key.observed:
         hash_columns[(programs["hash_columns"],)](
-            words,
-            count,
-            SECOND_KIND=int(key.second),
-            FIRST_KIND=int(key.first),
-            SEARCH=search,
-            TILE=TILE_HASH,
-            **OPTIONS,
+            words, count, **_hashed(key), SEARCH=search, TILE=TILE_HASH, **OPTIONS
         )
     rows, columns = key.apply_tile
     apply[(programs["apply"],)](
@@ -141,6 +136,11 @@ def _common(key: Key, search: int) -> dict[str, Any]:
         "ALIGNED": key.aligned,
         "SEARCH": search,
     }
+
+
+def _hashed(key: Key) -> dict[str, bool]:
+    """Of which states, which have codes, columns are hashed."""
+    return {"HASH_SECOND": key.second == Kind.QUANTIZED, "HASH_FIRST": key.first == Kind.QUANTIZED}
 
 
 def _insert(

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient
 from lightning_sketch.kernels.triton.jit import FACTORED, ROW_SKETCH, inlined, kernel
+from lightning_sketch.kernels.triton.quantized import store_hashes
 from lightning_sketch.kernels.triton.rows import bad_rows, rows_of_tile
 from lightning_sketch.kernels.triton.table import (
     EXPONENTS,
@@ -94,12 +95,21 @@ def _settle(
     SPARSE: tl.constexpr,
     DECAYED: tl.constexpr,
     LEAVE_OUT: tl.constexpr,
+    HASH_SECOND: tl.constexpr,
+    HASH_FIRST: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> None:
-    """Store means of a block's rows, from their sums over all chunks, in the order of the chunks."""
+    """Store means of a block's rows, from their sums over all chunks, in the order of the chunks.
+
+    The first block also hashes the columns, for states with codes: a launch less.
+    """
+    if HASH_SECOND or HASH_FIRST:
+        if block == 0:
+            for start in range(0, numel_of_row(layer, ALIGNED), TILE_COLUMNS):
+                store_hashes(layer, start, HASH_SECOND, HASH_FIRST, TILE_COLUMNS)
     columns, rows = numel_of_row(layer, ALIGNED), tl.load(layer + ROWS)
     chunks = tl.cdiv(columns, TILE_COLUMNS)
     i, row, present = rows_of_tile(layer, block, SPARSE, BLOCK_ROWS)
@@ -165,6 +175,8 @@ def observe(
     LEAVE_OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SEARCH: tl.constexpr,
+    HASH_SECOND: tl.constexpr,
+    HASH_FIRST: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -190,7 +202,8 @@ def observe(
     if ONE_CHUNK:
         tl.debug_barrier()  # sums are read by other threads than those that store them
         _settle(
-            layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, TILE_ROWS, TILE_COLUMNS
+            layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, HASH_SECOND, HASH_FIRST, ALIGNED, BLOCK_ROWS,
+            TILE_ROWS, TILE_COLUMNS,
         )  # fmt: skip
 
 
@@ -206,6 +219,8 @@ def settle(
     LEAVE_OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SEARCH: tl.constexpr,
+    HASH_SECOND: tl.constexpr,
+    HASH_FIRST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -218,5 +233,6 @@ def settle(
     """
     layer, block = find(words, layers, SETTLE, SEARCH)
     _settle(
-        layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, ALIGNED, BLOCK_ROWS, TILE_ROWS, TILE_COLUMNS
+        layer, block, KIND, DEPTH, HALF, SPARSE, DECAYED, LEAVE_OUT, HASH_SECOND, HASH_FIRST, ALIGNED, BLOCK_ROWS,
+        TILE_ROWS, TILE_COLUMNS,
     )  # fmt: skip

@@ -26,22 +26,30 @@ from lightning_sketch.kernels.triton.table import (
 def hash_columns(
     words: tl.tensor,
     layers: tl.int32,
-    SECOND_KIND: tl.constexpr,
-    FIRST_KIND: tl.constexpr,
+    HASH_SECOND: tl.constexpr,
+    HASH_FIRST: tl.constexpr,
     SEARCH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Store the noise of TILE columns a program, of each state with codes: all rows share it."""
+    """Hash TILE columns a program, of layers that are not observed; `settle` does it of others."""
     layer, tile = find(words, layers, HASH, SEARCH)
-    column = tile * TILE + tl.arange(0, TILE)
+    store_hashes(layer, tile * TILE, HASH_SECOND, HASH_FIRST, TILE)
+
+
+@inlined
+def store_hashes(
+    layer: tl.tensor, start: tl.tensor, HASH_SECOND: tl.constexpr, HASH_FIRST: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """Store the noise of TILE columns, of each state with codes: all rows share it."""
+    column = start + tl.arange(0, TILE)
     inside = column < tl.load(layer + COLUMNS)
     column_id = (column + tl.load(layer + COLUMN_OFFSET)).to(tl.uint64)
-    if SECOND_KIND == QUANTIZED:
+    if HASH_SECOND:
         hashes = hash_mixed(column_id, ~tl.load(layer + SECOND + SEED))
         tl.store(hashes_of(layer, 0) + column, hashes.to(tl.int32, bitcast=True), mask=inside)
-    if FIRST_KIND == QUANTIZED:
+    if HASH_FIRST:
         hashes = hash_mixed(column_id, ~tl.load(layer + FIRST + SEED))
-        tl.store(hashes_of(layer, SECOND_KIND == QUANTIZED) + column, hashes.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(hashes_of(layer, HASH_SECOND) + column, hashes.to(tl.int32, bitcast=True), mask=inside)
 
 
 @inlined
@@ -52,7 +60,7 @@ def hash_mixed(ids: tl.tensor, seed: tl.tensor) -> tl.tensor:
 
 @inlined
 def hashes_of(layer: tl.tensor, BEFORE: tl.constexpr) -> tl.tensor:
-    """Where `hash_columns` stores hashes (int32), behind those of as many states, at a multiple of 16 bytes."""
+    """Where `store_hashes` puts hashes (int32), behind those of as many states, at a multiple of 16 bytes."""
     found = tl.load(layer + HASHES).to(tl.pointer_type(tl.int32))
     if BEFORE:
         found += (tl.load(layer + COLUMNS) + 3) // 4 * 4

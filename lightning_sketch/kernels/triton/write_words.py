@@ -68,6 +68,13 @@ def _number(values: tl.tensor, recipe: tl.tensor) -> tl.tensor:
 
 
 @inlined
+def _scale(recipe: tl.tensor) -> tl.tensor:
+    """The scale of a state as the last step left it, float64; 1 if it has none."""
+    address = tl.load(recipe + _SCALE_AT)
+    return tl.load(address.to(tl.pointer_type(tl.float64)), mask=address != 0, other=1.0)
+
+
+@inlined
 def _write_state(
     row: tl.tensor,
     lane: tl.tensor,
@@ -75,25 +82,24 @@ def _write_state(
     values: tl.tensor,
     step: tl.tensor,
     found: tl.tensor,
-    factor: tl.tensor,
+    before: tl.tensor,
+    is_last: tl.tensor,
     BASE: tl.constexpr,
 ) -> tl.tensor:
     """The words with the numbers of a state, whose scale decays.
 
     Args:
-        factor: is set to what its tensors are to be multiplied by, float32.
+        before: the scale.
+        is_last: whether all programs of the layer have read the scale, and this one writes it.
         BASE: the first of its words.
     """
     address = tl.load(recipe + _SCALE_AT)
     has_scale = address != 0
-    at = address.to(tl.pointer_type(tl.float64))
     decay = _float64(tl.load(recipe + _DECAY))
-    before = tl.load(at, mask=has_scale, other=1.0)
     after = before * decay
-    small = after < _MIN_SCALE
-    scale = tl.where(has_scale & (found == 0), tl.where(small, 1.0, after), before)
-    tl.store(at, scale, mask=has_scale)
-    tl.store(factor, tl.where(has_scale & small & (found == 0), after, 1.0).to(tl.float32))
+    decays = has_scale & (found == 0)
+    scale = tl.where(decays, tl.where(after < _MIN_SCALE, 1.0, after), before)
+    tl.store(address.to(tl.pointer_type(tl.float64)), scale, mask=has_scale & is_last)
     divisor = tl.where(tl.load(recipe + _DIVIDED) != 0, scale, 1.0)
     weight = _number(values, recipe + _WEIGHT_AT) / divisor
     column_weight = _float64(tl.load(recipe + _COLUMN_WEIGHT)) / divisor
@@ -108,26 +114,51 @@ def _write_state(
     return tl.where(lane == BASE + SEED, row + counted, row)
 
 
-@kernel("scratch", "zeros")
+@inlined
+def _renormalize(state: tl.tensor, recipe: tl.tensor, found: tl.tensor, before: tl.tensor, TILE: tl.constexpr) -> None:
+    """Multiply this program's share of a state whose scale got small, by its words and its recipe."""
+    after = before * _float64(tl.load(recipe + _DECAY))
+    if (tl.load(recipe + _SCALE_AT) != 0) & (found == 0) & (after < _MIN_SCALE):
+        _multiply(tl.load(state), tl.load(recipe + _NUMEL), after.to(tl.float32), TILE)
+        _multiply(tl.load(state + STATE_COLUMNS), tl.load(recipe + _COLUMN_NUMEL), after.to(tl.float32), TILE)
+
+
+@inlined
+def _multiply(address: tl.tensor, numel: tl.tensor, factor: tl.tensor, TILE: tl.constexpr) -> None:
+    """This program's share of some numbers times a factor."""
+    values = address.to(tl.pointer_type(tl.float32))
+    for start in range(tl.program_id(1).to(tl.int64) * TILE, numel, tl.num_programs(1).to(tl.int64) * TILE):
+        at = start + tl.arange(0, TILE)
+        tl.store(values + at, tl.load(values + at, mask=at < numel, other=0.0) * factor, mask=at < numel)
+
+
+@kernel("scratch", "zeros", "tickets")
 def write_words(
     words: tl.tensor,
     static: tl.tensor,
     recipes: tl.tensor,
     gradients: tl.tensor,
     values: tl.tensor,
-    factors: tl.tensor,
     found_inf: tl.tensor,  # float32, 0-d; or None
     grad_scale: tl.tensor,  # likewise
     scratch: tl.int64,
     zeros: tl.int64,
+    tickets: tl.int64,
+    TILE: tl.constexpr,
 ) -> None:
-    """A program for each layer: its words for this step. Scales decay.
+    """The words of each layer for this step, by programs ``(layers, shares)``. Scales decay.
 
+    Where one gets small, a layer's programs multiply the state, each a share of it. All of them read the scales, and
+    the last one that has read them writes them.
     Where a gradient scaler found what is not finite, a layer has no rows: then nothing changes.
+
+    Args:
+        tickets: address of an int32 for each layer, 8 bytes apart, that begins as 0.
     """
     number = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
-    row = tl.load(static + number * WORDS + lane, mask=lane < WORDS, other=0)
+    layer = static + number * WORDS
+    row = tl.load(layer + lane, mask=lane < WORDS, other=0)
     recipe = recipes + number * RECIPE
     in_zeros = (lane == LEFT_OUT) | (lane == LARGEST) | (lane == SUMS) | (lane == EXPONENTS)
     in_either = (lane >= LEFT_OUT) & (lane < LEFT_OUT + SCRATCH_WORDS)
@@ -147,38 +178,20 @@ def write_words(
     row = _with(row, lane, DECAY_FACTOR, _number(values, recipe + _RATES + 2))
     row = _with(row, lane, EPS, _number(values, recipe + _RATES + 4))
     row = _with(row, lane, CORRECTION, _number(values, recipe + _RATES + 6))
-    of_state = recipe + _OF_STATES
-    factor = factors + number * 3
-    row = _write_state(row, lane, of_state, values, step, found, factor, SECOND)
-    row = _write_state(row, lane, of_state + _STATE_WORDS, values, step, found, factor + 1, FIRST)
-    row = _write_state(row, lane, of_state + 2 * _STATE_WORDS, values, step, found, factor + 2, MOMENTUM)
-    tl.store(words + number * WORDS + lane, row, mask=lane < WORDS)
-
-
-@kernel()
-def renormalize(
-    words: tl.tensor, recipes: tl.tensor, factors: tl.tensor, SHARES: tl.constexpr, TILE: tl.constexpr
-) -> None:
-    """Multiply the states of a layer whose scale got small: SHARES programs for each layer."""
-    number = tl.program_id(0).to(tl.int64)
-    layer = words + number * WORDS
-    for which in tl.static_range(3):
-        factor = tl.load(factors + number * 3 + which)
-        if factor != 1.0:
-            recipe = recipes + number * RECIPE + _OF_STATES + which * _STATE_WORDS
-            state = layer + SECOND + which * (FIRST - SECOND)
-            _multiply(tl.load(state), tl.load(recipe + _NUMEL), factor, SHARES, TILE)
-            _multiply(tl.load(state + STATE_COLUMNS), tl.load(recipe + _COLUMN_NUMEL), factor, SHARES, TILE)
-
-
-@inlined
-def _multiply(
-    address: tl.tensor, numel: tl.tensor, factor: tl.tensor, SHARES: tl.constexpr, TILE: tl.constexpr
-) -> None:
-    values = address.to(tl.pointer_type(tl.float32))
-    for start in range(tl.program_id(1) * TILE, numel, SHARES * TILE):
-        at = start + tl.arange(0, TILE).to(tl.int64)
-        tl.store(values + at, tl.load(values + at, mask=at < numel, other=0.0) * factor, mask=at < numel)
+    second = recipe + _OF_STATES
+    first, momentum = second + _STATE_WORDS, second + 2 * _STATE_WORDS
+    of_second, of_first, of_momentum = _scale(second), _scale(first), _scale(momentum)
+    tl.debug_barrier()  # all threads have read the scales
+    done = tl.atomic_add((tickets + number * 8).to(tl.pointer_type(tl.int32)), 1)
+    is_last = done == tl.num_programs(1) - 1
+    row = _write_state(row, lane, second, values, step, found, of_second, is_last, SECOND)
+    row = _write_state(row, lane, first, values, step, found, of_first, is_last, FIRST)
+    row = _write_state(row, lane, momentum, values, step, found, of_momentum, is_last, MOMENTUM)
+    if tl.program_id(1) == 0:
+        tl.store(words + number * WORDS + lane, row, mask=lane < WORDS)
+    _renormalize(layer + SECOND, second, found, of_second, TILE)
+    _renormalize(layer + FIRST, first, found, of_first, TILE)
+    _renormalize(layer + MOMENTUM, momentum, found, of_momentum, TILE)
 
 
 @kernel(*(f"a{i}" for i in range(ADDRESSES)))
