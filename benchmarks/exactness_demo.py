@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_sketch import Policy, Rule, compress
 from benchmarks.exactness_prescribed import CODECS, Parameters, whole
+from lightning_sketch import Policy, Rule, compress
 from tests.deepspeed_tools import engine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))

@@ -47,6 +47,8 @@ CODECS: dict[str, dict[str, Any]] = TABLES | {
 CODECS = {name: CODECS[name] for name in LABELS if name in CODECS}
 
 Parameters = dict[str, Tensor]
+#: What trainings came to, by the names of `LABELS`.
+Found = dict[str, Parameters]
 #: For memory: a table large enough that borders and counters do not matter.
 LARGE = (4096, 24)
 
@@ -79,9 +81,9 @@ def whole(model: nn.Module) -> Parameters:
         }
 
 
-def by_layer(found: Parameters) -> dict[str, Parameters]:
+def by_layer(found: Parameters) -> Found:
     """Parameters by the name of the layer, which is that of its codecs."""
-    layers: dict[str, Parameters] = {}
+    layers: Found = {}
     for name, value in found.items():
         layers.setdefault(name.split(".")[0], {})[name] = value
     return layers

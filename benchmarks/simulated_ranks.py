@@ -1,12 +1,12 @@
 """Optimizers of N ranks in one process, for :mod:`benchmarks.shards_quality`: tables in row shards, as under FSDP2.
 
-Why it is the computation of N processes: each rank is a thread with a process group, a mesh and DTensors of its own, whose
-local tensors are its rows of the table, and an ordinary converted optimizer over them. What it does in a step is what
-it does in a process, up to the collective in which the ranks agree; only that is another one, torch's "threaded" backend,
-which stacks the tensors of all threads and adds them up. (So sums may differ from gloo's or NCCL's in the last place, for
-more than two ranks. `tests/test_simulated_ranks.py` holds two to gloo's, bit for bit.) FSDP2 itself is not there, and has no part in it:
-what it hands to the optimizer is its rows of the gradient that all ranks averaged, and so they are here, as views of one
-process's gradient. One thread runs at a time: they hand over while they wait for each other.
+Why it is the computation of N processes: each rank is a thread with a process group, a mesh and DTensors of its own,
+whose local tensors are its rows of the table, and an ordinary converted optimizer over them. What it does in a step is
+what it does in a process, but for the collective in which the ranks agree: that is of torch's "threaded" backend, which
+stacks the tensors of all threads and adds them up. So sums may differ from gloo's or NCCL's in the last place for more
+than two ranks; `tests/test_simulated_ranks.py` holds two to gloo's, bit for bit. FSDP2 itself has no part in it: what
+it hands to a rank's optimizer is its rows of the gradient that was averaged over all ranks, and here they are views of
+one process's gradient. One thread runs at a time: they hand over while they wait for each other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
-
-from lightning_sketch.sharding import local
 
 #: Makes the converted optimizer of one rank, of a module with nothing but its tables.
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -65,7 +63,6 @@ class SimulatedRanks:
 
     Attributes:
         param_groups: one, with the learning rate that all ranks step by.
-        state_bytes: of the fullest rank, after a step.
     """
 
     def __init__(self, tables: Mapping[str, nn.Parameter], ranks: int, make: MakeOptimizer, lr: float) -> None:
@@ -75,11 +72,6 @@ class SimulatedRanks:
         self._turn = threading.Lock()
         self._errors: list[BaseException] = []
         self._stopped = False
-        self._bytes = [0] * ranks
-
-    @property
-    def state_bytes(self) -> int:
-        return max(self._bytes)
 
     @contextmanager
     def running(self) -> Iterator[SimulatedRanks]:
@@ -133,7 +125,6 @@ class SimulatedRanks:
                     return
                 with self._turn:
                     self._step(module, optimizer, mesh)
-                    self._bytes[rank] = state_bytes(optimizer)
                 self._barrier.wait()
         except threading.BrokenBarrierError:
             return
@@ -147,16 +138,6 @@ class SimulatedRanks:
         for group in optimizer.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         optimizer.step()
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all states here but the step counters."""
-    return sum(
-        local(value).nbytes
-        for state in optimizer.state.values()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key != "step"
-    )
 
 
 @contextmanager

@@ -146,9 +146,7 @@ class Run:
             dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
 
 
-def make(
-    kind: str, policy: Policy | None = POLICY, separate: bool = False, tables: Collection[str] = TABLES
-) -> Run:
+def make(kind: str, policy: Policy | None = POLICY, separate: bool = False, tables: Collection[str] = TABLES) -> Run:
     """A fresh training under an engine; DeepSpeed must have been initialised for "zero1", "zero2" and "zero3"."""
     model = fresh_model(tables)
     if kind in ("rows", "columns"):
