@@ -39,7 +39,7 @@ ROUNDING, TOLERANCE = 1e-5, 3
 EQUAL, WITHIN = "=", "≈"
 
 #: How a training compares with one process: `EQUAL` (to the bit), `WITHIN` (rounding) or "" (neither); the relative
-#: distance of the parameters; and, of the demo, what the loss on held-out text is higher by, in nats.
+#: distance of the parameters; and, where the demo is neither, what the loss on held-out text is higher by, in nats.
 Compared = dict[str, Any]
 #: What is kept of a training by every engine: of "demo" and "prescribed" parameters by codecs, of "bytes" each rank's.
 Kept = dict[str, Any]
@@ -138,8 +138,7 @@ def compare_demo(found: Parameters, expected: Parameters, spread: float) -> Comp
     """How the demo's parameters compare, where one process is `spread` from itself."""
     most = max(TOLERANCE * spread, ROUNDING)
     made = compare(found, expected, demo.distance(found, expected), most)
-    same = made["word"] == EQUAL
-    return made | {"loss": 0.0 if same else demo.loss_of(found) - demo.loss_of(expected)}
+    return made if made["word"] else made | {"loss": demo.loss_of(found) - demo.loss_of(expected)}
 
 
 def spread(whole: list[Parameters]) -> float:

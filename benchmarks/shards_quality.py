@@ -24,7 +24,6 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from statistics import mean
 from typing import Any
 
@@ -103,15 +102,11 @@ def run(setting: Setting) -> Result:
     optimizer: Any
     if shards == 1:
         optimizer = make(nn.ParameterDict(tables))
-        ranks: Any = nullcontext()
     elif agree:
-        optimizer = SimulatedRanks(tables, shards, make, setting.lr)
-        ranks = optimizer.running()
+        optimizer = SimulatedRanks(tables, shards, make)
     else:
         optimizer = Apart(tables, shards, make)
-        ranks = nullcontext()
-    with ranks:
-        finite = sparse_lm.train(model, optimizer, _batches(setting.seed), setting.lr)
+    finite = sparse_lm.train(model, optimizer, _batches(setting.seed), setting.lr)
     return {
         "valid": sparse_lm.perplexity_on(model, corpus.valid, sparse_lm.VALID_WORDS) if finite else None,
         "test": sparse_lm.perplexity_on(model, corpus.test, sparse_lm.TEST_WORDS) if finite else None,

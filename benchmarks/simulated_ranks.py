@@ -1,28 +1,29 @@
 """Optimizers of N ranks in one process, for :mod:`benchmarks.shards_quality`: tables in row shards, as under FSDP2.
 
-Why it is the computation of N processes: each rank is a thread with a process group, a mesh and DTensors of its own,
-whose local tensors are its rows of the table, and an ordinary converted optimizer over them. What it does in a step is
-what it does in a process, but for the collective in which the ranks agree: that is of torch's "threaded" backend, which
-stacks the tensors of all threads and adds them up. So sums may differ from gloo's or NCCL's in the last place for more
-than two ranks; `tests/test_simulated_ranks.py` holds two to gloo's, bit for bit. FSDP2 itself has no part in it: what
-it hands to a rank's optimizer is its rows of the gradient that was averaged over all ranks, and here they are views of
-one process's gradient. One thread runs at a time: they hand over while they wait for each other.
+Why it is the computation of N processes: each rank has DTensors over a mesh of N, whose local tensors are its rows of
+the table, and an ordinary converted optimizer over them. What it does in a step is what it does in a process, but for
+the collective in which the ranks agree. There a rank that comes before the others is ended by an exception, as by a
+timeout, which leaves its states as they were (`lightning_sketch.optimizer.agree`); when all ranks have come, what they
+sent is added up, and each makes its step again, with the sums. So sums may differ from gloo's or NCCL's in the last
+place for more than two ranks; `tests/test_simulated_ranks.py` holds two to gloo's, bit for bit. FSDP2 itself has no
+part in it: what it hands to a rank's optimizer is its rows of the gradient that was averaged over all ranks, and here
+they are views of one process's gradient.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
-from torch.testing._internal.distributed import multi_threaded_pg as threaded
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 #: Makes the converted optimizer of one rank, of a module with nothing but its tables.
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -40,6 +41,7 @@ class Tables(nn.Module):
             self.add_module(name, embedding)
 
     def take(self, gradients: Mapping[str, Tensor], mesh: Any) -> None:
+        """Give every table its rows of a gradient."""
         for name, embedding in self.named_children():
             embedding.weight.grad = rows_of(gradients[name], mesh)
 
@@ -53,112 +55,86 @@ def rows_of(whole: Tensor, mesh: Any) -> Any:
 
 
 class SimulatedRanks:
-    """The tables' optimizer of all ranks: as much of an `Optimizer` as a training loop calls.
+    """The tables' optimizers of all ranks: as much of an `Optimizer` as a training loop calls.
 
     Args:
         tables: whole, by name; steps modify them in place.
         ranks: how many.
-        make: called by every rank.
-        lr: the first learning rate.
+        make: called for every rank.
 
     Attributes:
         param_groups: one, with the learning rate that all ranks step by.
     """
 
-    def __init__(self, tables: Mapping[str, nn.Parameter], ranks: int, make: MakeOptimizer, lr: float) -> None:
-        self.tables, self.ranks, self.make = tables, ranks, make
-        self.param_groups = [{"lr": lr}]
-        self._barrier = threading.Barrier(ranks + 1)
-        self._turn = threading.Lock()
-        self._errors: list[BaseException] = []
-        self._stopped = False
-
-    @contextmanager
-    def running(self) -> Iterator[SimulatedRanks]:
-        """With the ranks' threads."""
-        store = dist.HashStore()
-        with _threaded_groups(self._turn):
-            threads = [threading.Thread(target=self._rank, args=(rank, store)) for rank in range(self.ranks)]
-            for thread in threads:
-                thread.start()
-            try:
-                self._meet()  # every rank has its optimizer
-                yield self
-            finally:
-                self._stopped = True
-                with suppress(RuntimeError):  # which `step` has raised
-                    self._meet()
-                for thread in threads:
-                    thread.join()
+    def __init__(self, tables: Mapping[str, nn.Parameter], ranks: int, make: MakeOptimizer) -> None:
+        self.tables = tables
+        self._ranks = [_Rank(tables, rank, ranks, make) for rank in range(ranks)]
+        self.param_groups = [{"lr": self._ranks[0].optimizer.param_groups[0]["lr"]}]
 
     def step(self) -> None:
-        """Every rank steps its rows by its part of the tables' gradients.
-
-        Raises:
-            RuntimeError: a rank failed; its error is the cause.
-        """
-        self._meet()
-        self._meet()
+        """Every rank steps its rows by its part of the tables' gradients."""
+        gradients = {name: table.grad for name, table in self.tables.items() if table.grad is not None}
+        for rank in self._ranks:
+            rank.prepare(gradients, self.param_groups[0]["lr"])
+        agreed: list[Tensor] = []
+        while waiting := [found for rank in self._ranks if (found := rank.step(agreed)) is not None]:
+            assert len(waiting) == len(self._ranks), "ranks come to the same collectives"
+            numbers = torch.stack([each.numbers for each in waiting])
+            agreed.append(numbers.amax(dim=0) if waiting[0].op == dist.ReduceOp.MAX else numbers.sum(dim=0))
 
     def zero_grad(self) -> None:
         """Forget the tables' gradients."""
         for table in self.tables.values():
             table.grad = None
 
-    def _meet(self) -> None:
+
+class _Rank:
+    def __init__(self, tables: Mapping[str, Tensor], rank: int, ranks: int, make: MakeOptimizer) -> None:
+        self.world = c10d._World()
+        with self._acting():
+            dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+            self.mesh = init_device_mesh("cpu", (ranks,))
+            self.module = Tables(tables, self.mesh)
+            self.optimizer = make(self.module)
+
+    def prepare(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        with self._acting():
+            self.module.take(gradients, self.mesh)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, agreed: list[Tensor]) -> _Waits | None:
+        """Make the step; what this rank sends if it comes to a collective that is not among those `agreed` on."""
+        results = iter(agreed)
+
+        def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+            if (result := next(results, None)) is None:
+                raise _Waits(tensor, op)
+            tensor.copy_(result)
+
+        original, dist.all_reduce = dist.all_reduce, all_reduce
         try:
-            self._barrier.wait()
-        except threading.BrokenBarrierError:
-            raise RuntimeError("a simulated rank failed") from (self._errors[0] if self._errors else None)
-
-    def _rank(self, rank: int, store: Any) -> None:
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=self.ranks, store=store)
-            mesh = init_device_mesh("cpu", (self.ranks,))
-            with self._turn:
-                module = Tables(self.tables, mesh)
-                optimizer = self.make(module)
-            self._barrier.wait()
-            while True:
-                self._barrier.wait()
-                if self._stopped:
-                    return
-                with self._turn:
-                    self._step(module, optimizer, mesh)
-                self._barrier.wait()
-        except threading.BrokenBarrierError:
-            return
-        except BaseException as error:
-            self._errors.append(error)
-            self._barrier.abort()
-            threaded.ProcessLocalGroup.exception_handle(error)  # for those that wait in a collective
-
-    def _step(self, module: Tables, optimizer: Optimizer, mesh: Any) -> None:
-        module.take({name: table.grad for name, table in self.tables.items()}, mesh)
-        for group in optimizer.param_groups:
-            group["lr"] = self.param_groups[0]["lr"]
-        optimizer.step()
-
-
-@contextmanager
-def _threaded_groups(turn: threading.Lock) -> Iterator[None]:
-    """Process groups of threads; a thread that waits for the others in an all-reduce gives up its turn."""
-    all_reduce = threaded.ProcessLocalGroup.allreduce
-
-    def handing_over(self: Any, *args: Any, **options: Any) -> Any:
-        turn.release()
-        try:
-            return all_reduce(self, *args, **options)
+            with self._acting():
+                self.optimizer.step()
+        except _Waits as waits:
+            return waits
         finally:
-            turn.acquire()
+            dist.all_reduce = original
+        return None
 
-    threaded._install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    threaded.ProcessLocalGroup.allreduce = handing_over
-    try:
-        yield
-    finally:
-        threaded.ProcessLocalGroup.allreduce = all_reduce
-        threaded.ProcessLocalGroup.reset()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-        threaded._uninstall_threaded_pg()
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """With torch's process groups those of this rank."""
+        before, c10d._world = c10d._world, self.world
+        try:
+            yield
+        finally:
+            c10d._world = before
+
+
+class _Waits(Exception):
+    """A rank has come to a collective before the others."""
+
+    def __init__(self, numbers: Tensor, op: Any) -> None:
+        super().__init__()
+        self.numbers, self.op = numbers, op
