@@ -15,7 +15,6 @@ LONGEST = (
     "test_triton_compiled.py",
     "test_sanitizers.py",
     "test_restore.py",
-    "test_exactness.py",
     "test_examples.py",
     "test_killed_saves.py",
     "test_training.py",

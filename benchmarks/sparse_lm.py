@@ -18,6 +18,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,24 +83,29 @@ def run(setting: Setting) -> Result:
     tables = build(METHODS[setting.method], model, [model.words, model.softmax], lr=setting.lr, eps=setting.eps)
     set_up = time.perf_counter()
 
-    finite = _train(model, tables, batches, setting.lr)
+    finite = train(model, tables, batches, setting.lr)
     trained = time.perf_counter()
 
     return {
-        "valid": _perplexity(model, corpus.valid, VALID_WORDS) if finite else None,
-        "test": _perplexity(model, corpus.test, TEST_WORDS) if finite and setting.test else None,
+        "valid": perplexity_on(model, corpus.valid, VALID_WORDS) if finite else None,
+        "test": perplexity_on(model, corpus.test, TEST_WORDS) if finite and setting.test else None,
         "state_bytes": state_bytes(tables),
         "seconds": {"set_up": set_up - began, "train": trained - set_up, "all": time.perf_counter() - began},
     }
 
 
-def _train(model: Model, tables: torch.optim.Optimizer, batches: Batches, lr: float) -> bool:
-    """All steps; False if the run diverged."""
+def train(model: Model, tables: Any, batches: Batches, lr: float) -> bool:
+    """All steps; False if the run diverged.
+
+    Args:
+        tables: the optimizer of both tables, or what has its `param_groups`, `step` and `zero_grad`.
+    """
+    steps = len(batches.target)
     hidden = torch.optim.Adam(model.hidden.parameters(), lr=HIDDEN_LR)
     with bfloat16_products():
         try:
-            for step in range(STEPS):
-                share = 1 - (1 - LAST_LR) * step / STEPS
+            for step in range(steps):
+                share = 1 - (1 - LAST_LR) * step / steps
                 _set_lr(tables, share * lr)
                 _set_lr(hidden, share * HIDDEN_LR)
                 _loss(model, batches, step).backward()  # type: ignore[no-untyped-call]
@@ -152,16 +158,21 @@ def _corpus() -> gcide.Corpus:
 
 @functools.lru_cache(maxsize=1)
 def _batches(seed: int) -> Batches:
-    corpus, random = _corpus(), np.random.default_rng(seed)
-    context, target = _windows(corpus.train, STEPS * BATCH, random)
+    return draw(_corpus(), seed, STEPS)
+
+
+def draw(corpus: gcide.Corpus, seed: int, steps: int) -> Batches:
+    """The batches of a seed."""
+    random = np.random.default_rng(seed)
+    context, target = _windows(corpus.train, steps * BATCH, random)
     share = corpus.counts.astype(np.float64) ** 0.75
     share /= share.sum()
-    drawn = np.searchsorted(np.cumsum(share), random.random((STEPS, NEGATIVES)))
+    drawn = np.searchsorted(np.cumsum(share), random.random((steps, NEGATIVES)))
     drawn = np.sort(np.minimum(drawn, corpus.vocabulary - 1), axis=1)
     never = np.finfo(np.float32).tiny  # words seen only in held-out blocks
     return Batches(
-        context=context.view(STEPS, BATCH, CONTEXT),
-        target=target.view(STEPS, BATCH),
+        context=context.view(steps, BATCH, CONTEXT),
+        target=target.view(steps, BATCH),
         negatives=torch.from_numpy(drawn),
         log_expected=torch.from_numpy(np.log(np.maximum(NEGATIVES * share, never))).float(),
     )
@@ -177,7 +188,7 @@ def _windows(blocks: gcide.Ids, words: int, random: np.random.Generator) -> tupl
 
 
 @torch.no_grad()
-def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
+def perplexity_on(model: Model, blocks: gcide.Ids, words: int) -> float | None:
     """By the full softmax, over the same held-out words every time; None if it is not finite."""
     context, target = _windows(blocks, words, np.random.default_rng(EVALUATION_SEED))
     table = model.softmax.weight
@@ -198,7 +209,7 @@ def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
     return math.exp(mean) if mean < 50 else None
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def _set_lr(optimizer: Any, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -41,7 +41,7 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
             untuned[method] = {"label": label, "state_bytes": own[0]["state_bytes"], "best": {"test": test}}
         elif method in before.get("untuned", {}):
             untuned[method] = before["untuned"][method]
-    stored = {"environment": _environment(), "methods": rows, "untuned": untuned}
+    stored = {"environment": environment(), "methods": rows, "untuned": untuned}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"{len(rows)} methods, {len(results)} runs -> {path.relative_to(RESULTS.parent.parent)}")
@@ -82,5 +82,5 @@ def _point(result: Result) -> tuple[float, float]:
     return float(f"{setting['lr']:.6g}"), float(f"{setting['eps']:.6g}")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version(), "threads": "1 per run"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,13 @@ class Prescribed(nn.Module):
 
 
 class Model(nn.Module):
-    """Tables and a kept layer."""
+    """Tables, by their names, and a kept layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, tables: Collection[str]) -> None:
         super().__init__()
-        for position, name in enumerate(TABLES):
+        for position, name in enumerate(tables):
             self.add_module(name, Prescribed(position, weight=(ROWS, DIM)))
-        self.head = Prescribed(len(TABLES), weight=(5, DIM), bias=(5,))
+        self.head = Prescribed(len(tables), weight=(5, DIM), bias=(5,))
 
     def forward(self, step: int) -> Tensor:
         return torch.stack([part(step) for part in self.children()]).sum()
@@ -87,9 +88,9 @@ def gradient(shape: Any, step: int, position: int) -> Tensor:
     return torch.randn(shape, generator=generator) * rows
 
 
-def fresh_model() -> Model:
+def fresh_model(tables: Collection[str] = TABLES) -> Model:
     torch.manual_seed(0)
-    return Model()
+    return Model(tables)
 
 
 def optimizer_of(model: nn.Module, policy: Policy | None = POLICY, separate: bool = False) -> AdamW:
@@ -145,9 +146,9 @@ class Run:
             dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
 
 
-def make(kind: str, policy: Policy | None = POLICY, separate: bool = False) -> Run:
+def make(kind: str, policy: Policy | None = POLICY, separate: bool = False, tables: Collection[str] = TABLES) -> Run:
     """A fresh training under an engine; DeepSpeed must have been initialised for "zero1", "zero2" and "zero3"."""
-    model = fresh_model()
+    model = fresh_model(tables)
     if kind in ("rows", "columns"):
         dim = 0 if kind == "rows" else 1
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

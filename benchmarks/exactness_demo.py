@@ -1,4 +1,4 @@
-"""The demo's model and text, small, trained for the demo's 200 first steps under every engine.
+"""The demo's model and text, small, trained under every engine, for :mod:`benchmarks.exactness`.
 
 Every rank takes its share of the same global batches, so that the averaged gradient is one process's but for rounding.
 Unlike prescribed gradients, these react to the parameters: what a codec does to one layer reaches every other.
@@ -24,10 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.exactness_prescribed import CODECS, Parameters, whole
 from lightning_sketch import Policy, Rule, compress
 from tests.deepspeed_tools import engine
-from tests.exactness import parameters
-from tests.tiny import default_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 import corpus
@@ -51,26 +50,6 @@ ENGINES = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-Parameters = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained: codecs for both tables, the dtype of all parameters, and the hash seed.
-
-    Args:
-        codecs: of the two tables by state name; the hidden layers are kept. Without any, everything is kept.
-        dtype: of the parameters. DeepSpeed steps float32 copies whatever it is.
-        seed: of the policy.
-    """
-
-    codecs: dict[str, Any]
-    dtype: torch.dtype = torch.float32
-    seed: int = 0
-
-    @property
-    def policy(self) -> Policy:
-        return Policy([Rule(name=["*input.weight", "*output.weight"], **self.codecs), Rule()], seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -98,54 +77,54 @@ def data() -> Data:
 class Training(nn.Module):
     """The demo's model; what it is called with is a batch, and what it returns the loss, as engines expect it."""
 
-    def __init__(self, sparse: bool, dtype: torch.dtype) -> None:
+    def __init__(self, sparse: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.model = NextToken(SETTINGS, data().counts)
         self.model.input.sparse = self.model.output.sparse = sparse
-        self.to(dtype)
 
     def forward(self, batch: Tensor) -> Tensor:
         features: Tensor = self.model(batch[:, :-1])
         return self.model.sampled_loss(features, self.model.targets(batch))
 
 
-def train(kind: str, case: Case, parts: int = 1) -> Parameters:
+def train(kind: str, codecs: str, *, parts: int = 1, seed: int = 0, steps: int = SETTINGS.steps) -> Parameters:
     """Train on this rank's share of the batches; the whole parameters afterwards.
 
     Args:
         kind: one of `ENGINES`, for which the ranks must have been joined, or "single" or "single sparse".
-        case: what to train.
+        codecs: of the two tables, by their name in `CODECS`; without any ("head") nothing is compressed.
         parts: in how many parts a single process takes each batch, adding their gradients up.
+        seed: of the hashes.
     """
+    rule = Rule(name=["*input.weight", "*output.weight"], **CODECS.get(codecs, {}))
     rank, world_size = (0, 1) if kind.startswith("single") else (dist.get_rank(), dist.get_world_size())
-    module = Training(kind.endswith("sparse"), case.dtype)
+    module = Training(kind.endswith("sparse"))
     if kind in ("rows", "columns"):
         cut = 0 if kind == "rows" else 1
         tables = {id(module.model.input.weight), id(module.model.output.weight)}
         mesh = init_device_mesh("cpu", (world_size,))
         fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: Shard(cut if id(p) in tables else 0))
     optimizers, schedulers = optimizers_of(module.model, kind.endswith("sparse"))
-    compress(optimizers, module, case.policy)
+    compress(optimizers, module, Policy([rule, Rule()], seed=seed))
     trained: Any = DistributedDataParallel(module) if kind.startswith("ddp") else module
     if kind.startswith("zero"):
         (optimizer,), (scheduler,) = optimizers, schedulers
         trained = engine(module, optimizer, int(kind[-1]), lr_scheduler=scheduler, **BUCKETS)
-    with default_dtype(case.dtype):
-        for step in range(SETTINGS.steps):
-            batch = data().train[step][rank::world_size]
-            for part in range(parts):
-                torch.manual_seed(step)  # the same negatives for all
-                loss = trained(batch[part::parts]) / parts
-                trained.backward(loss) if kind.startswith("zero") else loss.backward()
-            if kind.startswith("zero"):
-                trained.step()  # and the scheduler's, and sets gradients to zero
-                continue
-            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-                optimizer.step()
-                optimizer.zero_grad()
-                scheduler.step()
-    return parameters(module.model)
+    for step in range(steps):
+        batch = data().train[step][rank::world_size]
+        for part in range(parts):
+            torch.manual_seed(step)  # the same negatives for all
+            loss = trained(batch[part::parts]) / parts
+            trained.backward(loss) if kind.startswith("zero") else loss.backward()
+        if kind.startswith("zero"):
+            trained.step()  # and the scheduler's, and sets gradients to zero
+            continue
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    return whole(module.model)
 
 
 #: Of DeepSpeed, large enough for all gradients at once.
@@ -171,9 +150,9 @@ def loss_of(trained: Parameters) -> float:
     return sum(losses) / len(losses)
 
 
-def distance(found: Parameters, whole: Parameters) -> float:
+def distance(found: Parameters, expected: Parameters) -> float:
     """How far apart two trainings end, relative to the way from the initial parameters to the second."""
-    start = dict(Training(sparse=False, dtype=torch.float64).model.named_parameters())
-    apart = sum(float((found[k].double() - whole[k].double()).square().sum()) for k in whole)
-    moved = sum(float((whole[k].double() - start[k].detach()).square().sum()) for k in whole)
+    start = dict(Training(sparse=False).model.double().named_parameters())
+    apart = sum(float((found[k].double() - expected[k].double()).square().sum()) for k in expected)
+    moved = sum(float((expected[k].double() - start[k].detach()).square().sum()) for k in expected)
     return (apart / moved) ** 0.5
