@@ -23,8 +23,8 @@ class Block:
         page: the file it is in.
         line: where it begins.
         code: what it says.
-        mark: the comment before it: "shared" (later blocks of the page go on from it), "two processes", or
-            "not run: ..." with the reason.
+        mark: the comment before it: "shared" (later blocks of the page go on from it), "two processes",
+            "from" and a file of which it is a part, or "not run: ..." with the reason.
     """
 
     page: Path
