@@ -22,7 +22,9 @@ _LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".json": "json", 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for each file or folder outside of ``docs/`` that a page links to."""
-    waiting = [target for file in files.documentation_pages() for target in _outwards(file.content_string, _source(file))]
+    waiting = [
+        target for file in files.documentation_pages() for target in _outwards(file.content_string, _source(file))
+    ]
     while waiting:
         path = waiting.pop()
         if files.get_file_from_path(_page_of(path)) is None:
@@ -83,7 +85,9 @@ def _outwards(text: str, source: str) -> list[str]:
 def _content(path: Path) -> str:
     title = path.relative_to(ROOT).as_posix()
     if path.is_dir():
-        names = sorted(child.relative_to(path).as_posix() for child in path.rglob("*") if "__pycache__" not in child.parts)
+        names = sorted(
+            child.relative_to(path).as_posix() for child in path.rglob("*") if "__pycache__" not in child.parts
+        )
         return f"# {title}/\n\n" + "".join(f"- `{name}`\n" for name in names)
     text = path.read_text()
     if path.suffix == ".md":

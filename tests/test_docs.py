@@ -19,7 +19,12 @@ def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(
-        [*command, "--site-dir", tmp_path / "site"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "site/index.html").exists()
