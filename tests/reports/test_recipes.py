@@ -1,4 +1,4 @@
-"""What the documentation says about trainers and models of another form (TRL's DPOTrainer, nn.ModuleList, Muon, pruning)."""
+"""What the documentation says about trainers and models of another form (DPOTrainer, nn.ModuleList, Muon, pruning)."""
 
 from __future__ import annotations
 
