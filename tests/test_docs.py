@@ -67,6 +67,17 @@ def test_the_readme_is_short_and_has_the_table_of_the_home_page():
     assert "make test" in ROOT.joinpath(".ci/run").read_text()
 
 
+def test_the_figures_of_that_table_are_those_of_the_quality_page():
+    quality = DOCS.joinpath("quality.md").read_text()
+    perplexities = [float(found) for found in re.findall(r"\| (\d+\.\d\d) \(", quality)]
+    states = set(re.findall(r"\| (1(?:/[\d.,]+)?) \|", quality))
+    for row in _frontier(ROOT.joinpath("README.md").read_text())[2:]:
+        _, *figures = [cell.strip() for cell in row.strip("|").split("|")]
+        assert {*figures[::2]} <= states | {""}
+        for figure in filter(None, figures[1::2]):  # rounded twice, at most
+            assert min(abs(float(figure) - found) for found in perplexities) < 0.051
+
+
 def _frontier(page: str) -> list[str]:
     """Rows of the table of states and perplexities."""
     return page.split("<!-- frontier -->")[1].strip().splitlines()
