@@ -1,6 +1,7 @@
 # Everything sets itself up in a virtual environment of its own; Python 3.11 or newer is all that is needed.
 #   make demo          train the same model twice, plain and compressed; table and picture in runs/demo/
 #   make test          the whole test suite
+#   make docs          the documentation as a site, in site/
 #   make bench         the speed measurements behind docs/performance.md (ten minutes; leave the machine alone)
 #   make bench-quality the measurements behind docs/quality.md (hours on two cores; continues where it stopped)
 # `make TORCH=torch demo` takes the newest torch with CUDA instead of the CPU build of the tested version.
@@ -10,7 +11,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-quality clean
+.PHONY: demo test docs bench bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/run.py
@@ -18,6 +19,9 @@ demo: $(VENV)/.demo
 # Two workers of one thread each; a file to a worker, because the tests of a file share the processes they spawn.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed
@@ -44,4 +48,4 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(wildcard lightning_sketch/k
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,8 +40,8 @@ class Policy(RuleSet):
         """A policy under a name.
 
         Args:
-            name: "tables" (the default policy), "whole-model", "bf16" or "8bit"; docs/guide.md has what each keeps and
-                how good it was measured to be, and ``lightning-sketch presets`` lists them.
+            name: "tables" (the default policy), "whole-model", "bf16" or "8bit"; docs/policies.md has what each keeps
+                and how good it was measured to be, and ``lightning-sketch presets`` lists them.
 
         Raises:
             ValueError: there is none of this name.

@@ -36,9 +36,11 @@ class Rule:
             ``False`` for every other parameter. A table that a module without the flag shares (a tied head) has dense
             gradients.
         match: any predicate ``(fqn, module, param) -> bool``. Such a policy cannot be written to YAML.
-        exp_avg, exp_avg_sq: codecs for Adam, AdamW, SparseAdam.
+        exp_avg: codec for Adam, AdamW, SparseAdam.
+        exp_avg_sq: codec for the same.
         sum: codec for Adagrad.
-        square_avg, grad_avg: codecs for RMSprop.
+        square_avg: codec for RMSprop.
+        grad_avg: codec for RMSprop.
         momentum_buffer: codec for SGD and RMSprop.
         first_moment: codec for every signed state not named above.
         second_moment: codec for every non-negative state not named above.

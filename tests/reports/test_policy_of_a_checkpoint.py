@@ -15,7 +15,7 @@ from lightning_sketch import OptimizerStateCompression, Policy, RowWise, Rule, c
 from lightning_sketch.integrations.resharding import needs_resharding
 from tests.tiny import CODECS, EVERY, Tiny, assert_same, on_table, snapshot, train
 
-#: The default policy of version 0.1, which docs/guide.md names.
+#: The default policy of version 0.1, which docs/checkpoints.md names.
 FORMER = Policy(
     [
         Rule(

@@ -1,4 +1,4 @@
-"""What the guide says about trainers and models of another form (TRL's DPOTrainer, nn.ModuleList, Muon, pruning)."""
+"""What the documentation says about trainers and models of another form (DPOTrainer, nn.ModuleList, Muon, pruning)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLICY = Policy([Rule(role="embedding", first_moment=BFloat16(), second_moment=R
 
 
 class CompressedTrainer(Trainer):
-    """What the guide shows, for trainers without ``optimizer_cls_and_kwargs``."""
+    """What docs/trainers.md shows, for trainers without ``optimizer_cls_and_kwargs``."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         return compress(super().create_optimizer(model), self.model if model is None else model, TIED)
