@@ -21,6 +21,7 @@ ORDER = (
     "estimate",
     "temporaries",
     "checkpoints",
+    "monitor",
     "optimizer",
     "policy",
     "layers",

@@ -23,7 +23,7 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
     """
     problems: list[str] = []
     decided: list[LayerRecord] = []
-    plain = False
+    plain = False  # or in codecs that a monitor has replaced
     sharded: list[tuple[SavedLayer, LayerPart, int]] = []  # compressed then and now, with the number of shards now
     for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
@@ -33,6 +33,8 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
                 continue
             if found.layer is None:
                 plain = True
+            elif live is not None and found.layer.replaces(live):
+                plain = True  # tables of other sizes, which `restore` takes
             elif live is not None and found.layer == live:
                 sharded.append((found, LayerPart(live, shard_of(param, fqn)), sharding_of(param, fqn)[0]))
             else:

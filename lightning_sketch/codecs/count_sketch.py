@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -121,6 +121,20 @@ class CountSketch(Codec):
         if width >= 1 << 31:
             raise ValueError(f"CountSketch: {rows} rows at compression {self.compression} need a width below 2**31")
         return (1, rows) if width >= rows else (self.depth, width)
+
+    @property
+    def decays_absent_rows(self) -> bool:
+        return super().decays_absent_rows and self.update != "paper"
+
+    def wider(self, shard: Shard) -> CountSketch | None:
+        if not self.shares_buckets(shard):
+            return None
+        rows = shard.global_rows if self._is_shared(shard.cut) else shard.table_rows
+        depth, width = self.table_shape(shard)
+        if 2 * width * depth >= rows:
+            return replace(self, width=shard.global_rows)  # of a shard its share: a bucket for each row
+        # Half a bucket less, which `_table_shape` rounds up, whatever the last bit of the quotient is.
+        return replace(self, width=None, compression=rows / ((2 * width - 0.5) * depth))
 
     @property
     def needs_host(self) -> str | None:

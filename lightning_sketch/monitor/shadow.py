@@ -1,0 +1,235 @@
+"""Some rows of a layer with the states that torch's optimizer would keep of them, stepped beside the compressed ones.
+
+The rules themselves step these rows, over states that are dense, in plain PyTorch. A moment that the policy drops is
+dropped here, too: beta1 is what the policy says, and figures are about what it meant to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.codecs import CodecState, Keep, StateSpec
+from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.layers.record import LayerPart, compute_dtype
+from lightning_sketch.monitor.sample import choose_rows, take_rows
+from lightning_sketch.optimizer.amp import amp_on_device
+from lightning_sketch.optimizer.bound import PendingUpdate
+from lightning_sketch.optimizer.groups import CompressedGroups
+from lightning_sketch.rules import LayerStep, UpdateRule
+from lightning_sketch.sharding import Block, Shard
+from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a layer's step does to the sampled rows, copied before it is made.
+
+    Args:
+        own: the step.
+        gradient: ``[n, *row_shape]`` in the dtype of arithmetic, unscaled, with coupled weight decay, and turned round
+            under ``maximize``; 0 where absent.
+        present: which rows have a gradient, bool ``[n]``; ``None`` for all.
+        leave_out: whether rows or elements that are not finite are left out.
+        steps: the step count before; ``None`` where to read it would be to wait for a device.
+        finite: which elements are not left out, bool, broadcastable to `gradient`; ``None`` for all. From
+            `Shadow.advance` on.
+    """
+
+    own: PendingUpdate
+    gradient: Tensor
+    present: Tensor | None
+    leave_out: bool
+    steps: int | None
+    finite: Tensor | None = None
+
+
+class Shadow:
+    """The sampled rows of one part of a layer.
+
+    Args:
+        part: the part.
+        own: the first step that is watched.
+        gradient: its gradient of that step.
+        count: how many rows, at most.
+
+    Attributes:
+        part: as it is stepped now.
+        rows: local ids, int64 ``[n]``.
+        states: exact states by name, each ``[n, *row_shape]`` in the dtype of arithmetic; a dropped one is absent.
+        steps: how many steps the layer has made.
+        replaced: whether states were replaced since, and are to be taken for exact.
+    """
+
+    def __init__(self, part: LayerPart, own: PendingUpdate, gradient: RowGradient, count: int) -> None:
+        self.part, self.replaced = part, False
+        self.rows = choose_rows(gradient, part.layer.seed, count)
+        self.dtype = compute_dtype(own.param)
+        self.start(own)
+
+    def start(self, own: PendingUpdate) -> None:
+        """Take the states as they are for exact: they are fresh, or were loaded or converted."""
+        self.block = Block(self.part.shard, self.rows, slice(0, len(self.rows)))
+        stored = self.stored(own.param, own.group, own.state, on_device=own.on_device)
+        self.states = {name: state.clone() for name, (state, _) in stored.items()}
+        self.replaced = False
+        self.steps = int(own.state["step"]) if own.state else 0
+
+    def stored(
+        self, param: Tensor, group: Mapping[str, Any], state: dict[str, Any], *, on_device: bool
+    ) -> dict[str, tuple[Tensor, bool]]:
+        """What the compressed states say of these rows, ``[n, *row_shape]``, and whether rows are mixed up in them.
+
+        Args:
+            state: ``optimizer.state[param]``; if it is empty the layer has not been stepped.
+            on_device: whether the numbers of steps stay on the device.
+        """
+        part, shape = self.part, (len(self.rows), *self.part.shard.row_shape)
+        found: dict[str, tuple[Tensor, bool]] = {}
+        for name, codec in part.layer.persistent_codecs().items():
+            spec = part.spec(name, param, group)
+            if not state:
+                found[name] = torch.full(shape, spec.fill, dtype=self.dtype, device=self.rows.device), False
+                continue
+            bound = codec.bind(replace(spec, on_device=on_device), state)
+            found[name] = bound.estimate(self.block).expand(shape), bound.mixes_rows
+        return found
+
+    def take(self, optimizer: CompressedGroups, own: PendingUpdate, gradient: RowGradient) -> Taken:
+        """Copy what the step that is about to be made does to these rows. Waits for no device.
+
+        States that are not of the step that was made here last are taken for exact anew: they were reset, say.
+        """
+        steps = int(own.state["step"]) if own.state and not own.on_device else None
+        if self.replaced or not own.state or steps not in (None, self.steps):
+            self.start(own)
+        part, group, leave_out = self.part, own.group, optimizer.compression.nonfinite != "propagate"
+        values, present = take_rows(gradient, self.rows, lazy=part.layer.lazy)
+        if own.on_device:
+            found_inf, scale = amp_on_device(optimizer, group, values.device)
+            values = values if scale is None else values / scale
+            if found_inf is not None:  # then nothing is stepped, as if nothing were finite
+                values, leave_out = values.where(found_inf != 1, torch.nan), True
+        g = values.to(self.dtype)
+        g = -g if group.get("maximize") else g
+        if decay := optimizer.rule.coupled_weight_decay(group):
+            g = g.add(part.rows(own.param.detach()).index_select(0, self.rows), alpha=decay)
+            g = g if present is None else g.masked_fill_(over_rows(~present, g.ndim), 0.0)
+        return Taken(own, g, present, leave_out, steps)
+
+    def advance(self, rule: UpdateRule, taken: Taken) -> bool:
+        """Make the step that was taken; whether there was one: no rank may have had a gradient. Waits for no device."""
+        own = taken.own
+        if not own.on_device and int(own.state.get("step", 0)) == (taken.steps or 0):
+            return False
+        self.steps += 1
+        if len(self.rows):
+            if taken.leave_out and own.bound:
+                taken.finite = _finite(taken.gradient, by_element=own.bound[0].unit[1])
+            rule.advance(_layer_step(rule, own.group, self.steps, taken, self._bound(taken)))
+        return True
+
+    def _bound(self, taken: Taken) -> dict[str, CodecState]:
+        bound: dict[str, CodecState] = {}
+        for name, values in self.states.items():
+            good = taken.finite
+            if taken.present is not None and not self.part.layer.codecs[name].decays_absent_rows:
+                present = over_rows(taken.present, values.ndim)
+                good = present if good is None else present & good
+            bound[name] = _Exact(name, values, good)
+        return bound
+
+    def updates(
+        self, rule: UpdateRule, taken: Taken, stored: Mapping[str, tuple[Tensor, bool]]
+    ) -> tuple[Tensor, Tensor]:
+        """The update of this step by the compressed states, and by the exact ones; of rows with a gradient.
+
+        Both are ``[m, *row_shape]``, without learning rate and weight decay. Waits for the device.
+        """
+        own, shown = taken.own, taken.present
+        if taken.finite is not None:
+            finite = taken.finite.reshape(len(self.rows), -1).all(dim=1)  # of rows, or of their elements
+            shown = finite if shown is None else shown & finite
+        steps = int(own.state["step"])
+
+        def update(states: Mapping[str, CodecState]) -> Tensor:
+            layer = _layer_step(rule, own.group, steps, taken, states)
+            rule.reference(layer)
+            return layer.param if shown is None else layer.param[shown]
+
+        return (
+            update({name: _Given(values, mixes) for name, (values, mixes) in stored.items()}),
+            update({name: _Given(values, False) for name, values in self.states.items()}),
+        )
+
+
+def _finite(values: Tensor, *, by_element: bool) -> Tensor | None:
+    """Which elements, or whole rows, are finite: broadcastable to `values`; ``None`` for all, where that is known."""
+    if not by_element:
+        rows = finite_rows(values)
+        return None if rows is None else over_rows(rows, values.ndim)
+    return None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
+
+
+def _layer_step(
+    rule: UpdateRule, group: Mapping[str, Any], steps: int, taken: Taken, states: Mapping[str, CodecState]
+) -> LayerStep:
+    """A step of the rows by themselves, whose parameter begins as zeros and moves at a learning rate of 1."""
+    gradient = taken.gradient if taken.finite is None else taken.gradient.where(taken.finite, 0.0)
+    numbers = rule.numbers({**group, "lr": 1.0, "weight_decay": 0.0}, steps)
+    rows = RowGradient(Shard.whole(tuple(gradient.shape)), None, gradient)
+    return LayerStep(torch.zeros_like(gradient), rows, states, None, 0.0, numbers, steps, gradient.dtype)
+
+
+def _spec(name: str, values: Tensor) -> StateSpec:
+    shard = Shard.whole(tuple(values.shape))
+    return StateSpec(name, "the sample", True, shard, 0, values.dtype, values.dtype, values.device)
+
+
+class _Exact(CodecState):
+    """A dense state, of which some rows or elements stay.
+
+    Args:
+        good: False for these, broadcastable to `values`; ``None`` for none.
+    """
+
+    def __init__(self, name: str, values: Tensor, good: Tensor | None) -> None:
+        super().__init__(_spec(name, values), {name: values})
+        self.dense = Keep().bind(self.spec, self.tensors)
+        self.good = good
+
+    def begin(self, **numbers: Any) -> None:
+        self.dense.begin(**numbers)
+
+    def add(self, block: Block, x: Tensor) -> None:
+        good = None if self.good is None else self.good.expand_as(self.tensors[self.spec.name])[block.index]
+        self.dense.add(block if good is None else replace(block, good=good), x)
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.dense.read(block, x)
+
+    def estimate(self, block: Block) -> Tensor:
+        return self.dense.estimate(block)
+
+
+class _Given(CodecState):
+    """A state after its step, of which a rule makes the update."""
+
+    adds_values = False
+
+    def __init__(self, values: Tensor, mixes_rows: bool) -> None:
+        super().__init__(_spec("", values), {})
+        self.values, self.mixes_rows = values, mixes_rows
+
+    def begin(self, **numbers: Any) -> None:
+        """The step was made."""
+
+    def read(self, block: Block, x: Tensor) -> Tensor:
+        return self.values[block.index]
+
+    def estimate(self, block: Block) -> Tensor:
+        return self.values[block.index]

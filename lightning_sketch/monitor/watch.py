@@ -1,0 +1,169 @@
+"""One optimizer under a monitor: told of its steps, it advances the samples, makes figures, and acts on drift."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
+
+from lightning_sketch.codecs import Codec, Keep
+from lightning_sketch.kernels.capture import capturing
+from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.monitor.drift import StateDrift
+from lightning_sketch.monitor.figures import LayerFigures, Sums, measure, over_ranks
+from lightning_sketch.monitor.refused import refuse_part
+from lightning_sketch.monitor.shadow import Shadow, Taken
+from lightning_sketch.optimizer.bound import PendingUpdate
+from lightning_sketch.optimizer.groups import CompressedGroups
+from lightning_sketch.optimizer.nonfinite import Counted, Unit
+from lightning_sketch.optimizer.on_device import stay_on_device
+from lightning_sketch.optimizer.recode import change_codecs, wider_codecs
+from lightning_sketch.sharding.agree import gather_objects, is_rank_zero
+from lightning_sketch.sharding.fake import is_fake
+from lightning_sketch.text import short
+
+if TYPE_CHECKING:
+    from lightning_sketch.monitor.monitor import Monitor
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """The samples of one optimizer's layers. Neither copied nor pickled with it.
+
+    Args:
+        options: the monitor; its options count, and it is given figures.
+        tell: called with figures of all layers, whenever they were made.
+    """
+
+    def __init__(self, options: Monitor, tell: Callable[[Mapping[str, LayerFigures]], None]) -> None:
+        self._options, self._tell = options, tell
+        self._shadows: dict[str, Shadow] = {}
+        self._calls = 0
+        self._left_out: list[tuple[Sequence[Unit], Tensor]] = []
+        self._past: set[str] = set()  # layers that were past the threshold when it was looked last
+
+    @_disable_dynamo
+    def before(self, optimizer: CompressedGroups, ready: Sequence[PendingUpdate]) -> list[Taken]:
+        """Copy what a step is going to do to the sampled rows.
+
+        Raises:
+            RuntimeError: a graph is being captured, or a layer cannot be watched. Nothing was changed then.
+        """
+        if capturing():
+            raise RuntimeError(
+                "a step under a monitor cannot be captured into a graph: replays would not tell it of their steps. "
+                "Call monitor.detach(optimizer) before"
+            )
+        if not ready or is_fake(ready[0].param):
+            return []
+        taken: list[Taken] = []
+        for own in ready:
+            (part, *_) = own.parts
+            gradient = own.gradients[0] if own.gradients else part.gradient(own.grad)  # type: ignore[arg-type]
+            shadow = self._shadows.get(part.layer.fqn)
+            if shadow is None or shadow.part.shard != part.shard or shadow.rows.device != own.param.device:
+                if own.grad is None:
+                    continue  # rows are chosen by a gradient
+                refuse_part(part)
+                shadow = self._shadows[part.layer.fqn] = Shadow(part, own, gradient, self._options.rows)
+            shadow.part = part
+            taken.append(shadow.take(optimizer, own, gradient))
+        return taken
+
+    @_disable_dynamo
+    def after(self, optimizer: CompressedGroups, taken: Sequence[Taken], counted: Counted | None) -> None:
+        """Advance the samples by the step that was made; every so often make figures, which is collective.
+
+        Raises:
+            StateDrift: figures are past the threshold, and ``on_drift="raise"``.
+        """
+        self._calls += 1
+        made = {}
+        for each in taken:
+            shadow = self._shadows[each.own.parts[0].layer.fqn]
+            if shadow.advance(optimizer.rule, each):
+                made[shadow.part.layer.fqn] = each
+        if counted is not None:
+            self._count(counted)
+        if self._calls % self._options.every == 0:
+            self._look(optimizer, made)
+
+    def forget(self, layers: Collection[str] | None = None) -> None:
+        """Take the states of these layers, or of all, for exact in the next step: they were replaced from outside."""
+        for fqn in list(self._shadows) if layers is None else layers:
+            if fqn in self._shadows:
+                self._shadows[fqn].replaced = True
+
+    def _count(self, counted: Counted) -> None:
+        """Add up what was left out, on the device."""
+        counts, units, _ = counted
+        if counts.is_cpu and not bool(counts.any()):
+            return
+        if self._left_out and list(self._left_out[-1][0]) == list(units):
+            self._left_out[-1][1].add_(counts)
+        else:
+            self._left_out.append((units, counts.clone()))
+
+    def _look(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> None:
+        figures = over_ranks(gather_objects(self._sums(optimizer, made)))
+        self._tell(figures)
+        past = {fqn: words for fqn, layer in figures.items() if (words := self._options.threshold.past(layer))}
+        news, self._past = past.keys() - self._past, set(past)
+        if past:
+            self._act(optimizer, past, news)
+
+    def _sums(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> dict[str, Sums]:
+        left_out: Counter[str] = Counter()
+        for units, counts in self._left_out:
+            for (fqn, _), count in zip(units, counts.tolist(), strict=True):
+                left_out[fqn] += count
+        found: dict[str, Sums] = {}
+        for group, param, parts in optimizer.compressed_tensors():
+            part, state = parts[0], optimizer.state.get(param)
+            shadow = self._shadows.get(part.layer.fqn)
+            if shadow is None or not state:
+                continue
+            taken = made.get(part.layer.fqn)
+            stored = shadow.stored(param, group, state, on_device=stay_on_device(group, param, parts))
+            updates = None if taken is None else shadow.updates(optimizer.rule, taken, stored)
+            sums = found[part.layer.fqn] = measure(part, state, stored, shadow.states, updates)
+            sums.left_out = left_out[part.layer.fqn]
+        return found
+
+    def _act(self, optimizer: CompressedGroups, past: Mapping[str, Sequence[str]], news: Collection[str]) -> None:
+        on_drift = self._options.on_drift
+        said = {fqn: ", ".join(words) for fqn, words in past.items()}
+        if on_drift == "raise":
+            raise StateDrift(
+                "compressed states have drifted from exact ones on the sampled rows:\n  "
+                + "\n  ".join(f"{fqn}: {words}" for fqn, words in said.items())
+                + "\nGive these layers a milder codec (a lower compression, BFloat16), or let the monitor change them: "
+                'on_drift="widen" or "keep"'
+            )
+        changed: dict[str, dict[str, Codec]] = {}
+        if on_drift in ("widen", "keep"):
+            parts = [part for _, _, (part, *_) in optimizer.compressed_tensors() if part.layer.fqn in past]
+            every = {part.layer.fqn: wider_codecs(part) if on_drift == "widen" else _dense(part) for part in parts}
+            changed = {fqn: codecs for fqn, codecs in every.items() if codecs}
+            change_codecs(optimizer, changed, wider=on_drift == "widen")
+            self._past -= changed.keys()
+        if not is_rank_zero():
+            return
+        for fqn, words in said.items():
+            if codecs := changed.get(fqn):
+                now = ", ".join(f"{state} in {short(codec)}" for state, codec in codecs.items())
+                logger.warning("%s: %s; from now on %s", fqn, words, now)
+            elif fqn in news:
+                level = logging.INFO if on_drift == "log" else logging.WARNING
+                nothing = "" if on_drift in ("log", "warn") else f'; nothing is left to be done by "{on_drift}"'
+                logger.log(level, "%s: compressed states have drifted: %s%s", fqn, words, nothing)
+
+
+def _dense(part: LayerPart) -> dict[str, Codec]:
+    """Dense states for all that a layer stores; what the policy drops stays dropped."""
+    return {name: Keep() for name, codec in part.layer.persistent_codecs().items() if not codec.exact}
