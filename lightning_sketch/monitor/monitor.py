@@ -105,7 +105,7 @@ class Monitor:
         self.check(layers, inner.param_groups, step_in_backward=inner.compression.step_in_backward)
         if inner.compression.flat is not None or any(map(inner.is_flat, inner.param_groups)):
             raise RuntimeError(NO_MONITOR)
-        inner.compression.watcher = Watch(self, self._tell)
+        inner.compression.watcher = Watch(self.rows, self.every, self.on_drift, self.threshold, self._tell)
 
     def detach(self, optimizer: Any) -> None:
         """Leave a converted optimizer alone; one that no monitor watches stays as it is."""

@@ -35,8 +35,9 @@ class Taken:
             under ``maximize``; 0 where absent.
         present: which rows have a gradient, bool ``[n]``; ``None`` for all.
         leave_out: whether rows or elements that are not finite are left out.
+        stepped: whether there is a step at all, 0-d, as a gradient scaler found on the device; ``None`` for yes.
         steps: the step count before; ``None`` where to read it would be to wait for a device.
-        finite: which elements are not left out, bool, broadcastable to `gradient`; ``None`` for all. From
+        shown: which elements are there and not left out, bool, broadcastable to `gradient`; ``None`` for all. From
             `Shadow.advance` on.
     """
 
@@ -44,8 +45,9 @@ class Taken:
     gradient: Tensor
     present: Tensor | None
     leave_out: bool
+    stepped: Tensor | None
     steps: int | None
-    finite: Tensor | None = None
+    shown: Tensor | None = None
 
 
 class Shadow:
@@ -109,17 +111,17 @@ class Shadow:
             self.start(own)
         part, group, leave_out = self.part, own.group, optimizer.compression.nonfinite != "propagate"
         values, present = take_rows(gradient, self.rows, lazy=part.layer.lazy)
+        stepped = None
         if own.on_device:
             found_inf, scale = amp_on_device(optimizer, group, values.device)
             values = values if scale is None else values / scale
-            if found_inf is not None:  # then nothing is stepped, as if nothing were finite
-                values, leave_out = values.where(found_inf != 1, torch.nan), True
+            stepped = None if found_inf is None else found_inf != 1  # torch's kernels compare with 1, too
         g = values.to(self.dtype)
         g = -g if group.get("maximize") else g
         if decay := optimizer.rule.coupled_weight_decay(group):
             g = g.add(part.rows(own.param.detach()).index_select(0, self.rows), alpha=decay)
             g = g if present is None else g.masked_fill_(over_rows(~present, g.ndim), 0.0)
-        return Taken(own, g, present, leave_out, steps)
+        return Taken(own, g, present, leave_out, stepped, steps)
 
     def advance(self, rule: UpdateRule, taken: Taken) -> bool:
         """Make the step that was taken; whether there was one: no rank may have had a gradient. Waits for no device."""
@@ -128,18 +130,17 @@ class Shadow:
             return False
         self.steps += 1
         if len(self.rows):
-            if taken.leave_out and own.bound:
-                taken.finite = _finite(taken.gradient, by_element=own.bound[0].unit[1])
+            taken.shown = _shown(taken, by_element=bool(own.bound and own.bound[0].unit[1]))
             rule.advance(_layer_step(rule, own.group, self.steps, taken, self._bound(taken)))
         return True
 
     def _bound(self, taken: Taken) -> dict[str, CodecState]:
+        """The exact states. What is left out of a step is to them what rows are that a sparse gradient lacks."""
         bound: dict[str, CodecState] = {}
         for name, values in self.states.items():
-            good = taken.finite
-            if taken.present is not None and not self.part.layer.codecs[name].decays_absent_rows:
-                present = over_rows(taken.present, values.ndim)
-                good = present if good is None else present & good
+            good = None if self.part.layer.codecs[name].decays_absent_rows else taken.shown
+            if taken.stepped is not None:
+                good = taken.stepped.expand(values.shape) if good is None else good & taken.stepped
             bound[name] = _Exact(name, values, good)
         return bound
 
@@ -150,16 +151,13 @@ class Shadow:
 
         Both are ``[m, *row_shape]``, without learning rate and weight decay. Waits for the device.
         """
-        own, shown = taken.own, taken.present
-        if taken.finite is not None:
-            finite = taken.finite.reshape(len(self.rows), -1).all(dim=1)  # of rows, or of their elements
-            shown = finite if shown is None else shown & finite
-        steps = int(own.state["step"])
+        own, shown, steps = taken.own, taken.shown, int(taken.own.state["step"])
+        rows = None if shown is None else shown.reshape(len(self.rows), -1).all(dim=1)  # of rows, or of their elements
 
         def update(states: Mapping[str, CodecState]) -> Tensor:
             layer = _layer_step(rule, own.group, steps, taken, states)
             rule.reference(layer)
-            return layer.param if shown is None else layer.param[shown]
+            return layer.param if rows is None else layer.param[rows]
 
         return (
             update({name: _Given(values, mixes) for name, (values, mixes) in stored.items()}),
@@ -167,19 +165,24 @@ class Shadow:
         )
 
 
-def _finite(values: Tensor, *, by_element: bool) -> Tensor | None:
-    """Which elements, or whole rows, are finite: broadcastable to `values`; ``None`` for all, where that is known."""
-    if not by_element:
-        rows = finite_rows(values)
-        return None if rows is None else over_rows(rows, values.ndim)
-    return None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
+def _shown(taken: Taken, *, by_element: bool) -> Tensor | None:
+    """`Taken.shown`: by row, or by element where all states are element-wise."""
+    values, shown = taken.gradient, None
+    if taken.leave_out and by_element:
+        shown = None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
+    elif taken.leave_out and (finite := finite_rows(values)) is not None:
+        shown = over_rows(finite, values.ndim)
+    if taken.present is None:
+        return shown
+    present = over_rows(taken.present, values.ndim)
+    return present if shown is None else present & shown
 
 
 def _layer_step(
     rule: UpdateRule, group: Mapping[str, Any], steps: int, taken: Taken, states: Mapping[str, CodecState]
 ) -> LayerStep:
     """A step of the rows by themselves, whose parameter begins as zeros and moves at a learning rate of 1."""
-    gradient = taken.gradient if taken.finite is None else taken.gradient.where(taken.finite, 0.0)
+    gradient = taken.gradient if taken.shown is None else taken.gradient.where(taken.shown, 0.0)
     numbers = rule.numbers({**group, "lr": 1.0, "weight_decay": 0.0}, steps)
     rows = RowGradient(Shard.whole(tuple(gradient.shape)), None, gradient)
     return LayerStep(torch.zeros_like(gradient), rows, states, None, 0.0, numbers, steps, gradient.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
@@ -13,7 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.layers.record import LayerPart
-from lightning_sketch.monitor.drift import StateDrift
+from lightning_sketch.monitor.drift import OnDrift, StateDrift, Threshold
 from lightning_sketch.monitor.figures import LayerFigures, Sums, measure, over_ranks
 from lightning_sketch.monitor.refused import refuse_part
 from lightning_sketch.monitor.shadow import Shadow, Taken
@@ -26,9 +25,6 @@ from lightning_sketch.sharding.agree import gather_objects, is_rank_zero
 from lightning_sketch.sharding.fake import is_fake
 from lightning_sketch.text import short
 
-if TYPE_CHECKING:
-    from lightning_sketch.monitor.monitor import Monitor
-
 logger = logging.getLogger(__name__)
 
 
@@ -36,12 +32,19 @@ class Watch:
     """The samples of one optimizer's layers. Neither copied nor pickled with it.
 
     Args:
-        options: the monitor; its options count, and it is given figures.
+        rows, every, on_drift, threshold: see `Monitor`.
         tell: called with figures of all layers, whenever they were made.
     """
 
-    def __init__(self, options: Monitor, tell: Callable[[Mapping[str, LayerFigures]], None]) -> None:
-        self._options, self._tell = options, tell
+    def __init__(
+        self,
+        rows: int,
+        every: int,
+        on_drift: OnDrift,
+        threshold: Threshold,
+        tell: Callable[[Mapping[str, LayerFigures]], None],
+    ) -> None:
+        self._rows, self._every, self._on_drift, self._threshold, self._tell = rows, every, on_drift, threshold, tell
         self._shadows: dict[str, Shadow] = {}
         self._calls = 0
         self._left_out: list[tuple[Sequence[Unit], Tensor]] = []
@@ -70,7 +73,7 @@ class Watch:
                 if own.grad is None:
                     continue  # rows are chosen by a gradient
                 refuse_part(part)
-                shadow = self._shadows[part.layer.fqn] = Shadow(part, own, gradient, self._options.rows)
+                shadow = self._shadows[part.layer.fqn] = Shadow(part, own, gradient, self._rows)
             shadow.part = part
             taken.append(shadow.take(optimizer, own, gradient))
         return taken
@@ -90,7 +93,7 @@ class Watch:
                 made[shadow.part.layer.fqn] = each
         if counted is not None:
             self._count(counted)
-        if self._calls % self._options.every == 0:
+        if self._calls % self._every == 0:
             self._look(optimizer, made)
 
     def forget(self, layers: Collection[str] | None = None) -> None:
@@ -112,7 +115,7 @@ class Watch:
     def _look(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> None:
         figures = over_ranks(gather_objects(self._sums(optimizer, made)))
         self._tell(figures)
-        past = {fqn: words for fqn, layer in figures.items() if (words := self._options.threshold.past(layer))}
+        past = {fqn: words for fqn, layer in figures.items() if (words := self._threshold.past(layer))}
         news, self._past = past.keys() - self._past, set(past)
         if past:
             self._act(optimizer, past, news)
@@ -136,7 +139,7 @@ class Watch:
         return found
 
     def _act(self, optimizer: CompressedGroups, past: Mapping[str, Sequence[str]], news: Collection[str]) -> None:
-        on_drift = self._options.on_drift
+        on_drift = self._on_drift
         said = {fqn: ", ".join(words) for fqn, words in past.items()}
         if on_drift == "raise":
             raise StateDrift(
