@@ -105,7 +105,8 @@ class CountSketch(Codec):
         return self.sync and cut in ("rows", "anywhere")
 
     def shares_buckets(self, shard: Shard) -> bool:
-        return self.table_shape(shard)[1] < (shard.global_rows if self._is_shared(shard.cut) else shard.table_rows)
+        rows = shard.global_rows if self._is_shared(shard.cut) else shard.table_rows
+        return self._table_shape(shard, rows)[1] < rows
 
     def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
         whole = Shard.whole(shape)
