@@ -134,8 +134,7 @@ class CountSketch(Codec):
         depth, width = self.table_shape(shard)
         if 2 * width * depth >= rows:
             return replace(self, width=shard.global_rows)  # of a shard its share: a bucket for each row
-        # Half a bucket less, which `_table_shape` rounds up, whatever the last bit of the quotient is.
-        return replace(self, width=None, compression=rows / ((2 * width - 0.5) * depth))
+        return replace(self, width=None, compression=_compression(rows, depth, 2 * width))
 
     @property
     def needs_host(self) -> str | None:
@@ -158,6 +157,13 @@ class CountSketch(Codec):
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_PaperSketch if self.update == "paper" else LinearSketch)(self, spec, tensors)
+
+
+def _compression(rows: int, depth: int, width: int) -> float:
+    """The shortest number at which a table of `depth` for `rows` is of that width."""
+    middle = rows / ((width - 0.5) * depth)  # half a bucket less is rounded up, whatever the last bit of a quotient is
+    found = (float(f"{middle:.{digits}g}") for digits in range(2, 18))
+    return next(x for x in found if math.ceil(rows / (x * depth)) == width)
 
 
 def _columns_of(table: Tensor, shard: Shard) -> Tensor:

@@ -32,7 +32,7 @@ class Taken:
     Args:
         own: the step.
         gradient: ``[n, *row_shape]`` in the dtype of arithmetic, unscaled, with coupled weight decay, and turned round
-            under ``maximize``; 0 where absent.
+            under ``maximize``; 0 where absent, and from `Shadow.advance` on where it is left out.
         present: which rows have a gradient, bool ``[n]``; ``None`` for all.
         leave_out: whether rows or elements that are not finite are left out.
         stepped: whether there is a step at all, 0-d, as a gradient scaler found on the device; ``None`` for yes.
@@ -130,8 +130,9 @@ class Shadow:
             return False
         self.steps += 1
         if len(self.rows):
-            taken.shown = _shown(taken, by_element=bool(own.bound and own.bound[0].unit[1]))
-            rule.advance(_layer_step(rule, own.group, self.steps, taken, self._bound(taken)))
+            _leave_out(taken, by_element=bool(own.bound and own.bound[0].unit[1]))
+            anything = torch.empty_like(taken.gradient)
+            rule.advance(_layer_step(rule, own.group, self.steps, anything, taken.gradient, self._bound(taken)))
         return True
 
     def _bound(self, taken: Taken) -> dict[str, CodecState]:
@@ -155,7 +156,8 @@ class Shadow:
         rows = None if shown is None else shown.reshape(len(self.rows), -1).all(dim=1)  # of rows, or of their elements
 
         def update(states: Mapping[str, CodecState]) -> Tensor:
-            layer = _layer_step(rule, own.group, steps, taken, states)
+            zeros = torch.zeros_like(taken.gradient)
+            layer = _layer_step(rule, own.group, steps, zeros, taken.gradient, states)
             rule.reference(layer)
             return layer.param if rows is None else layer.param[rows]
 
@@ -165,27 +167,31 @@ class Shadow:
         )
 
 
-def _shown(taken: Taken, *, by_element: bool) -> Tensor | None:
-    """`Taken.shown`: by row, or by element where all states are element-wise."""
-    values, shown = taken.gradient, None
+def _leave_out(taken: Taken, *, by_element: bool) -> None:
+    """Find what is absent or not finite, by row, or by element where all states are element-wise; it becomes 0."""
+    values, finite = taken.gradient, None
     if taken.leave_out and by_element:
-        shown = None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
-    elif taken.leave_out and (finite := finite_rows(values)) is not None:
-        shown = over_rows(finite, values.ndim)
-    if taken.present is None:
-        return shown
-    present = over_rows(taken.present, values.ndim)
-    return present if shown is None else present & shown
+        finite = None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
+    elif taken.leave_out and (rows := finite_rows(values)) is not None:
+        finite = over_rows(rows, values.ndim)
+    present = None if taken.present is None else over_rows(taken.present, values.ndim)
+    taken.shown = present if finite is None else finite if present is None else present & finite
+    if finite is not None:
+        taken.gradient = values.where(finite, 0.0)
 
 
 def _layer_step(
-    rule: UpdateRule, group: Mapping[str, Any], steps: int, taken: Taken, states: Mapping[str, CodecState]
+    rule: UpdateRule,
+    group: Mapping[str, Any],
+    steps: int,
+    param: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, CodecState],
 ) -> LayerStep:
-    """A step of the rows by themselves, whose parameter begins as zeros and moves at a learning rate of 1."""
-    gradient = taken.gradient if taken.shown is None else taken.gradient.where(taken.shown, 0.0)
+    """A step of the rows by themselves, at a learning rate of 1 (param and states are modified in place)."""
     numbers = rule.numbers({**group, "lr": 1.0, "weight_decay": 0.0}, steps)
     rows = RowGradient(Shard.whole(tuple(gradient.shape)), None, gradient)
-    return LayerStep(torch.zeros_like(gradient), rows, states, None, 0.0, numbers, steps, gradient.dtype)
+    return LayerStep(param, rows, states, None, 0.0, numbers, steps, gradient.dtype)
 
 
 def _spec(name: str, values: Tensor) -> StateSpec:

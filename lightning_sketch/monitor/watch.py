@@ -34,6 +34,9 @@ class Watch:
     Args:
         rows, every, on_drift, threshold: see `Monitor`.
         tell: called with figures of all layers, whenever they were made.
+
+    Attributes:
+        shadows: the sampled rows of each layer that was stepped, by name.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Watch:
         tell: Callable[[Mapping[str, LayerFigures]], None],
     ) -> None:
         self._rows, self._every, self._on_drift, self._threshold, self._tell = rows, every, on_drift, threshold, tell
-        self._shadows: dict[str, Shadow] = {}
+        self.shadows: dict[str, Shadow] = {}
         self._calls = 0
         self._left_out: list[tuple[Sequence[Unit], Tensor]] = []
         self._past: set[str] = set()  # layers that were past the threshold when it was looked last
@@ -68,12 +71,12 @@ class Watch:
         for own in ready:
             (part, *_) = own.parts
             gradient = own.gradients[0] if own.gradients else part.gradient(own.grad)  # type: ignore[arg-type]
-            shadow = self._shadows.get(part.layer.fqn)
+            shadow = self.shadows.get(part.layer.fqn)
             if shadow is None or shadow.part.shard != part.shard or shadow.rows.device != own.param.device:
                 if own.grad is None:
                     continue  # rows are chosen by a gradient
                 refuse_part(part)
-                shadow = self._shadows[part.layer.fqn] = Shadow(part, own, gradient, self._rows)
+                shadow = self.shadows[part.layer.fqn] = Shadow(part, own, gradient, self._rows)
             shadow.part = part
             taken.append(shadow.take(optimizer, own, gradient))
         return taken
@@ -88,7 +91,7 @@ class Watch:
         self._calls += 1
         made = {}
         for each in taken:
-            shadow = self._shadows[each.own.parts[0].layer.fqn]
+            shadow = self.shadows[each.own.parts[0].layer.fqn]
             if shadow.advance(optimizer.rule, each):
                 made[shadow.part.layer.fqn] = each
         if counted is not None:
@@ -98,9 +101,9 @@ class Watch:
 
     def forget(self, layers: Collection[str] | None = None) -> None:
         """Take the states of these layers, or of all, for exact in the next step: they were replaced from outside."""
-        for fqn in list(self._shadows) if layers is None else layers:
-            if fqn in self._shadows:
-                self._shadows[fqn].replaced = True
+        for fqn in list(self.shadows) if layers is None else layers:
+            if fqn in self.shadows:
+                self.shadows[fqn].replaced = True
 
     def _count(self, counted: Counted) -> None:
         """Add up what was left out, on the device."""
@@ -128,7 +131,7 @@ class Watch:
         found: dict[str, Sums] = {}
         for group, param, parts in optimizer.compressed_tensors():
             part, state = parts[0], optimizer.state.get(param)
-            shadow = self._shadows.get(part.layer.fqn)
+            shadow = self.shadows.get(part.layer.fqn)
             if shadow is None or not state:
                 continue
             taken = made.get(part.layer.fqn)
