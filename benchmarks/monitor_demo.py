@@ -42,7 +42,7 @@ class Settings:
     width: int = 32
     successors: int = 4  # of each word
     batch: int = 256  # words
-    steps: int = 1_500
+    steps: int = 2_000
     every: int = 50  # steps between figures
     compression: float = 400.0
     lr: float = 0.01
@@ -95,7 +95,7 @@ def train(run: str, settings: Settings) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(round(loss.item(), 4))
         if run != "exact" and (step + 1) % settings.every == 0:
             figures.append({"step": step + 1, "bytes": report(optimizer).state, **monitor.figures()})
     return {"losses": losses, "figures": figures, "bytes": report(optimizer).state}
@@ -125,9 +125,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
         key = "optimizer_state/words.weight/exp_avg_sq_error"
         middle.plot(steps, [x.get(key, float("nan")) for x in runs[run]["figures"]])
         bottom.plot(steps, [x["bytes"] / 2**10 for x in runs[run]["figures"]])
-    middle.axhline(Threshold().error, color="grey", linestyle=":")
+    middle.axhline(Threshold().second_moment, color="grey", linestyle=":")
     top.set_ylabel("loss")
-    top.legend()
+    top.set_ylim(top=8)  # room for the legend
+    top.legend(loc="upper right", fontsize=8, ncols=2)
     middle.set_ylabel("error of exp_avg_sq")
     middle.set_yscale("log")
     bottom.set_ylabel("states, KiB")

@@ -26,6 +26,7 @@ class LayerFigures:
         buckets_used: of each sketched moment, the share of buckets that are not 0.
         left_out: how many rows (elements, where all states are element-wise) steps left out so far, because their
             gradients were not finite.
+        signed: whether each of these moments may be negative.
     """
 
     errors: Mapping[str, float]
@@ -33,6 +34,7 @@ class LayerFigures:
     norm_ratio: float | None
     buckets_used: Mapping[str, float]
     left_out: int
+    signed: Mapping[str, bool]
 
     def to_dict(self, fqn: str) -> dict[str, float]:
         """The figures for a logger, under ``optimizer_state/<layer>/...``."""
@@ -60,6 +62,7 @@ class Sums:
         buckets: of each sketch how many buckets are not 0, and how many there are.
         left_out: rows or elements.
         divided: whether other ranks have other rows.
+        signed: whether each moment may be negative.
     """
 
     moments: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Sums:
     buckets: dict[str, tuple[int, int]] = field(default_factory=dict)
     left_out: int = 0
     divided: bool = False
+    signed: Mapping[str, bool] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
         """Add what another rank has of the same layer. Of replicas everything counts as often, and ratios stay."""
@@ -84,6 +88,7 @@ class Sums:
             norm_ratio=math.sqrt(stored / exact) if compared else None,
             buckets_used={name: used / count for name, (used, count) in self.buckets.items()},
             left_out=self.left_out,
+            signed=self.signed,
         )
 
 
@@ -132,6 +137,7 @@ def measure(
         update=(0.0, 0.0, 0.0) if updates is None else (next(read), next(read), next(read)),
         buckets={name: (int(next(read)), count) for name, count in tables.items()},
         divided=part.shard.local_rows != part.shard.global_rows,
+        signed=dict(part.layer.signed),
     )
 
 

@@ -36,9 +36,9 @@ class Monitor:
         every: steps between figures.
         on_drift: what to do about a layer whose figures are past the threshold. "log" and "warn" say so when it begins;
             "raise" raises `StateDrift` after the step was made. "widen" gives all sketches of the layer twice as many
-            buckets, at every figures until it is no longer past: `CountSketch` and ``RowWise(compression=)``. Rows that
-            shared a bucket stay mixed up in what is stored until it has decayed, so let `every` be no less than the
-            moments remember. "keep" makes its states dense, as they are estimated then; a dropped moment stays dropped.
+            buckets, whenever figures are past it, in the end one for each row: `CountSketch` and
+            ``RowWise(compression=)``. Rows that shared a bucket stay mixed up in what is stored until it has decayed.
+            "keep" makes its states dense, as they are estimated then; a dropped moment stays dropped.
             Where nothing can be widened or kept, these warn.
         threshold: see `Threshold`.
 

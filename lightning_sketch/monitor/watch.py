@@ -51,7 +51,9 @@ class Watch:
         self.shadows: dict[str, Shadow] = {}
         self._calls = 0
         self._left_out: list[tuple[Sequence[Unit], Tensor]] = []
-        self._past: set[str] = set()  # layers that were past the threshold when it was looked last
+        # Layers whose update, and which altogether, were past the threshold when figures were made last.
+        self._update_past: set[str] = set()
+        self._past: set[str] = set()
 
     @_disable_dynamo
     def before(self, optimizer: CompressedGroups, ready: Sequence[PendingUpdate]) -> list[Taken]:
@@ -118,7 +120,13 @@ class Watch:
     def _look(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> None:
         figures = over_ranks(gather_objects(self._sums(optimizer, made)))
         self._tell(figures)
-        past = {fqn: words for fqn, layer in figures.items() if (words := self._threshold.past(layer))}
+        updates = {fqn: words for fqn, layer in figures.items() if (words := self._threshold.update_past(layer))}
+        past: dict[str, list[str]] = {}
+        for fqn, layer in figures.items():
+            twice = updates.get(fqn, []) if fqn in self._update_past else []
+            if words := self._threshold.moments_past(layer) + twice:
+                past[fqn] = words
+        self._update_past = set(updates)
         news, self._past = past.keys() - self._past, set(past)
         if past:
             self._act(optimizer, past, news)

@@ -25,7 +25,7 @@ from tests.integrations.test_transformers import POLICY as OF_LLAMA
 from tests.integrations.test_transformers import arguments, data, llama
 
 SKETCH = Policy([Rule(role="embedding", exp_avg=CountSketch(compression=8), exp_avg_sq=CountSketch(compression=8))])
-ALWAYS = Threshold(error=1e-9)
+ALWAYS = Threshold(1e-9, 1e-9)
 COSINE = "optimizer_state/table.weight/update_cosine"
 
 

@@ -30,7 +30,7 @@ POLICIES = {
     "sketch": on_table(first_moment=CountSketch(compression=5), second_moment=CountSketch(compression=5)),
     "row means": on_table(first_moment=Drop(), second_moment=RowWise(compression=5)),
 }
-ALWAYS = Threshold(error=1e-9)
+ALWAYS = Threshold(1e-9, 1e-9)
 
 
 def changed(policy, on_drift, steps=2):

@@ -15,7 +15,7 @@ from lightning_sketch.monitor import LayerFigures, StateDrift, Threshold
 
 SMALL = CountSketch(compression=40)
 #: Which a sketch of 40 rows to a bucket is past.
-STRICT = Threshold(error=1.0)
+STRICT = Threshold(1.0, 1.0)
 
 
 def make(monitor=None, **codecs):
@@ -101,26 +101,38 @@ def test_keep_decodes_the_states_into_dense_ones_and_training_goes_on():
 
 
 def test_where_nothing_can_be_widened_it_says_so(caplog):
-    model, optimizer = make(Monitor(every=1, on_drift="widen", threshold=Threshold(error=1e-6)), exp_avg_sq=RowWise())
+    model, optimizer = make(
+        Monitor(every=1, on_drift="widen", threshold=Threshold(second_moment=1e-6)), exp_avg_sq=RowWise()
+    )
     train(model, optimizer, 3)
     (said,) = caplog.records
     assert 'nothing is left to be done by "widen"' in said.getMessage()
 
 
+def figures(errors=None, cosine=1.0, norm_ratio=1.0):
+    signed = {"exp_avg": True, "exp_avg_sq": False}
+    return LayerFigures(errors or {}, cosine, norm_ratio, buckets_used={}, left_out=0, signed=signed)
+
+
 def test_what_is_past_a_threshold():
-    figures = LayerFigures({"exp_avg": 0.1}, cosine=0.9, norm_ratio=1.0, buckets_used={}, left_out=0)
-    assert not Threshold().past(figures)
-    past = {
-        "exp_avg error 0.1 (at most 0.05)": Threshold(error=0.05),
-        "update cosine 0.9 (at least 0.95)": Threshold(cosine=0.95),
-    }
-    for words, threshold in past.items():
-        assert threshold.past(figures) == [words]
+    both = figures({"exp_avg": 0.1, "exp_avg_sq": 0.1}, cosine=0.9)
+    assert not Threshold().moments_past(both) + Threshold().update_past(both)
+    assert Threshold(first_moment=0.05).moments_past(both) == ["exp_avg error 0.1 (at most 0.05)"]
+    assert Threshold(second_moment=0.05).moments_past(both) == ["exp_avg_sq error 0.1 (at most 0.05)"]
+    assert Threshold(cosine=0.95).update_past(both) == ["update cosine 0.9 (at least 0.95)"]
     for ratio in (0.2, 5.0):
-        turned = LayerFigures({}, cosine=1.0, norm_ratio=ratio, buckets_used={}, left_out=0)
-        assert Threshold(norm_ratio=4).past(turned) == [f"update norm ratio {ratio:g} (0.25 to 4)"]
-    broken = LayerFigures({"exp_avg": float("nan")}, cosine=None, norm_ratio=None, buckets_used={}, left_out=0)
-    assert Threshold().past(broken)
+        assert Threshold().update_past(figures(norm_ratio=ratio)) == [f"update norm ratio {ratio:g} (0.25 to 4)"]
+    assert Threshold().moments_past(figures({"exp_avg": float("nan")}))
+    assert not Threshold().update_past(figures(cosine=None, norm_ratio=None))
+
+
+def test_one_update_that_is_past_it_is_nothing_and_two_in_a_row_are(caplog):
+    threshold = Threshold(first_moment=1e9, second_moment=1e9, cosine=0.999)
+    model, optimizer = make(Monitor(every=1, on_drift="warn", threshold=threshold))
+    train(model, optimizer, 1)
+    assert not caplog.records
+    train(model, optimizer, 1)
+    assert "update cosine" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -136,7 +148,7 @@ def test_options_out_of_range_are_refused(options, message):
         Monitor(**options)
 
 
-@pytest.mark.parametrize("options", [{"error": 0}, {"cosine": 2}, {"norm_ratio": 0.5}])
+@pytest.mark.parametrize("options", [{"first_moment": 0}, {"second_moment": -1}, {"cosine": 2}, {"norm_ratio": 0.5}])
 def test_thresholds_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"Threshold\("):
         Threshold(**options)

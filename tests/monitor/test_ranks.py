@@ -31,7 +31,7 @@ POLICY = Policy(
         Rule(name="narrow.*", first_moment="BFloat16", second_moment=RowWise()),
     ]
 )
-STRICT = Threshold(error=1.0)
+STRICT = Threshold(1.0, 1.0)
 
 
 class Tables(nn.Module):
