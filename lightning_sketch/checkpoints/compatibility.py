@@ -28,7 +28,7 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
     for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
             found, live = saved.layers.get(fqn), None if record is None else LayerRecord.from_record(record)
-            decided += [] if live is None else [live]
+            decided += [] if live is None else [live.as_decided()]
             if found is None or found.layer is live is None:
                 continue
             if found.layer is None:
@@ -42,7 +42,7 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
                 problems.append(f"{fqn}: {kept if live is None else found.layer.difference(live)}")
     if problems:
         policy = optimizer.compression.policy
-        was = [x.layer for x in saved.layers.values() if x.layer is not None]
+        was = [x.layer.as_decided() for x in saved.layers.values() if x.layer is not None]
         raise ValueError(
             "this checkpoint was written under another policy; nothing was changed.\n  "
             + "\n  ".join(problems)

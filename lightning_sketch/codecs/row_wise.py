@@ -72,8 +72,9 @@ class RowWise(Codec):
     def wider(self, shard: Shard) -> RowWise | None:
         if self.compression == 1:
             return None
-        sketch = self.sketch().wider(_scalars(shard))
-        if sketch is None or sketch.width is not None:  # a number for each row
+        if (sketch := self.sketch().wider(_scalars(shard))) is None:
+            return None
+        if sketch.width is not None:  # a number for each row
             return replace(self, compression=1.0, depth=3)
         return replace(self, compression=sketch.compression)
 

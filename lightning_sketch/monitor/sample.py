@@ -58,9 +58,14 @@ def take_rows(gradient: RowGradient, rows: Tensor, *, lazy: bool) -> tuple[Tenso
     given = gradient.values
     if gradient.rows is None:
         values = given.index_select(0, rows)
-        return values, (values != 0).reshape(len(rows), -1).any(dim=1) if lazy else None
+        return values, all_of_rows(values == 0).logical_not() if lazy else None
     if gradient.rows.numel() == 0:
         return given.new_zeros(len(rows), *given.shape[1:]), torch.zeros_like(rows, dtype=torch.bool)
     at = torch.searchsorted(gradient.rows.contiguous(), rows).clamp_(max=gradient.rows.numel() - 1)
     present = gradient.rows[at] == rows
     return given.index_select(0, at).masked_fill_(over_rows(~present, given.ndim), 0.0), present
+
+
+def all_of_rows(true: Tensor) -> Tensor:
+    """Of which rows all elements are True, bool ``[n]``; also where there are no rows."""
+    return true if true.ndim == 1 else true.flatten(1).all(dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState, Keep, StateSpec
 from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.layers.record import LayerPart, compute_dtype
-from lightning_sketch.monitor.sample import choose_rows, take_rows
+from lightning_sketch.monitor.sample import all_of_rows, choose_rows, take_rows
 from lightning_sketch.optimizer.amp import amp_on_device
 from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.groups import CompressedGroups
@@ -153,7 +153,7 @@ class Shadow:
         Both are ``[m, *row_shape]``, without learning rate and weight decay. Waits for the device.
         """
         own, shown, steps = taken.own, taken.shown, int(taken.own.state["step"])
-        rows = None if shown is None else shown.reshape(len(self.rows), -1).all(dim=1)  # of rows, or of their elements
+        rows = None if shown is None else all_of_rows(shown)
 
         def update(states: Mapping[str, CodecState]) -> Tensor:
             zeros = torch.zeros_like(taken.gradient)

@@ -55,3 +55,5 @@ def test_rows_of_zeros_are_absent_for_lazy_layers_alone():
     rows = torch.tensor([0, 150])
     assert take_rows(dense(), rows, lazy=False)[1] is None
     assert take_rows(dense(), rows, lazy=True)[1].tolist() == [False, True]
+    nothing = RowGradient(Shard((1000, 4), 1000, 0), None, torch.zeros(0, 4))
+    assert take_rows(nothing, rows[:0], lazy=True)[1].shape == (0,)
