@@ -50,7 +50,8 @@ class Watch:
         self._rows, self._every, self._on_drift, self._threshold, self._tell = rows, every, on_drift, threshold, tell
         self.shadows: dict[str, Shadow] = {}
         self._calls = 0
-        self._left_out: list[tuple[Sequence[Unit], Tensor]] = []
+        self._left_out: Counter[str] = Counter()  # by layer
+        self._counts: list[tuple[Sequence[Unit], Tensor]] = []  # what is to be added to it
         # Layers whose update, and which altogether, were past the threshold when figures were made last.
         self._update_past: set[str] = set()
         self._past: set[str] = set()
@@ -108,14 +109,14 @@ class Watch:
                 self.shadows[fqn].replaced = True
 
     def _count(self, counted: Counted) -> None:
-        """Add up what was left out, on the device."""
+        """Keep what was left out until figures are made, on the device."""
         counts, units, _ = counted
         if counts.is_cpu and not bool(counts.any()):
             return
-        if self._left_out and list(self._left_out[-1][0]) == list(units):
-            self._left_out[-1][1].add_(counts)
+        if self._counts and list(self._counts[-1][0]) == list(units):
+            self._counts[-1][1].add_(counts)
         else:
-            self._left_out.append((units, counts.clone()))
+            self._counts.append((units, counts.clone()))
 
     def _look(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> None:
         figures = over_ranks(gather_objects(self._sums(optimizer, made)))
@@ -132,10 +133,10 @@ class Watch:
             self._act(optimizer, past, news)
 
     def _sums(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> dict[str, Sums]:
-        left_out: Counter[str] = Counter()
-        for units, counts in self._left_out:
+        for units, counts in self._counts:
             for (fqn, _), count in zip(units, counts.tolist(), strict=True):
-                left_out[fqn] += count
+                self._left_out[fqn] += count
+        self._counts.clear()
         found: dict[str, Sums] = {}
         for group, param, parts in optimizer.compressed_tensors():
             part, state = parts[0], optimizer.state.get(param)
@@ -146,7 +147,7 @@ class Watch:
             stored = shadow.stored(param, group, state, on_device=stay_on_device(group, param, parts))
             updates = None if taken is None else shadow.updates(optimizer.rule, taken, stored)
             sums = found[part.layer.fqn] = measure(part, state, stored, shadow.states, updates)
-            sums.left_out = left_out[part.layer.fqn]
+            sums.left_out = self._left_out[part.layer.fqn]
         return found
 
     def _act(self, optimizer: CompressedGroups, past: Mapping[str, Sequence[str]], news: Collection[str]) -> None:
