@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.capture import capturing
 from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.layers.roles import matches_name
 from lightning_sketch.monitor.drift import OnDrift, StateDrift, Threshold
 from lightning_sketch.monitor.figures import LayerFigures, Sums, measure, over_ranks
 from lightning_sketch.monitor.refused import refuse_part
@@ -32,7 +33,7 @@ class Watch:
     """The samples of one optimizer's layers. Neither copied nor pickled with it.
 
     Args:
-        rows, every, on_drift, threshold: see `Monitor`.
+        rows, every, on_drift, threshold, layers: see `Monitor`.
         tell: called with figures of all layers, whenever they were made.
 
     Attributes:
@@ -45,9 +46,11 @@ class Watch:
         every: int,
         on_drift: OnDrift,
         threshold: Threshold,
+        layers: Sequence[str] | None,
         tell: Callable[[Mapping[str, LayerFigures]], None],
     ) -> None:
         self._rows, self._every, self._on_drift, self._threshold, self._tell = rows, every, on_drift, threshold, tell
+        self._layers, self._watched = layers, dict[str, bool]()
         self.shadows: dict[str, Shadow] = {}
         self._calls = 0
         self._left_out: Counter[str] = Counter()  # by layer
@@ -73,8 +76,10 @@ class Watch:
         taken: list[Taken] = []
         for own in ready:
             (part, *_) = own.parts
-            gradient = own.gradients[0] if own.gradients else part.gradient(own.grad)  # type: ignore[arg-type]
             shadow = self.shadows.get(part.layer.fqn)
+            if shadow is None and not self._is_watched(part.layer.fqn):
+                continue
+            gradient = own.gradients[0] if own.gradients else part.gradient(own.grad)  # type: ignore[arg-type]
             if shadow is None or shadow.part.shard != part.shard or shadow.rows.device != own.param.device:
                 if own.grad is None:
                     continue  # rows are chosen by a gradient
@@ -83,6 +88,13 @@ class Watch:
             shadow.part = part
             taken.append(shadow.take(optimizer, own, gradient))
         return taken
+
+    def _is_watched(self, fqn: str) -> bool:
+        if self._layers is None:
+            return True
+        if fqn not in self._watched:  # asked in every step
+            self._watched[fqn] = any(fqn == pattern or matches_name(pattern, fqn) for pattern in self._layers)
+        return self._watched[fqn]
 
     @_disable_dynamo
     def after(self, optimizer: CompressedGroups, taken: Sequence[Taken], counted: Counted | None) -> None:

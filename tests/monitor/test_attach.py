@@ -38,7 +38,18 @@ def test_several_optimizers_may_have_one_monitor():
     compress(optimizers, model, policy, monitor=monitor)
     for part, optimizer in zip(model.values(), optimizers, strict=True):
         train(part, optimizer, range(1))
-    assert set(monitor.layers()) == {"a.table.weight", "b.table.weight"}
+    assert set(monitor.by_layer()) == {"a.table.weight", "b.table.weight"}
+
+
+def test_some_layers_may_be_watched_by_name_or_pattern():
+    model = nn.ModuleDict({"a": Tiny(), "b": Tiny()})
+    for layers in ("a.table.weight", ["a.*"], "re:^a"):
+        monitor = Monitor(every=1, layers=layers)
+        optimizer = compress(AdamW(model.parameters()), model, POLICY, monitor=monitor)
+        train(model, optimizer, range(1))
+        assert list(monitor.by_layer()) == ["a.table.weight"]
+    with pytest.raises(ValueError, match="re:"):
+        Monitor(layers="re:(")
 
 
 def test_copies_pickles_and_decompressed_optimizers_are_not_watched():

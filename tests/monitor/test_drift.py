@@ -74,7 +74,7 @@ def test_widen_doubles_the_sketches_until_the_figures_are_within_it(caplog):
     assert sizes[-1] == (1, 400)
     assert "from now on exp_avg in CountSketch(compression=" in caplog.records[0].getMessage()
     train(model, optimizer, 100)  # what was mixed up decays
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     assert all(error < 0.1 for error in figures.errors.values())
 
 
@@ -95,7 +95,7 @@ def test_keep_decodes_the_states_into_dense_ones_and_training_goes_on():
     assert codecs_of(optimizer) == {"exp_avg": Drop(), "exp_avg_sq": Keep()}
     assert report(optimizer).state_by_codec["Keep"] >= 400 * 4 * 4
     train(model, optimizer, 100)
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     assert figures.errors["exp_avg_sq"] < 0.1
     assert not figures.buckets_used
 

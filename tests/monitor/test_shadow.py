@@ -43,7 +43,7 @@ def step_table(model, optimizer, step, *, sparse=False):
 
 
 def assert_exact(monitor, tolerance=1e-6):
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     assert figures.errors
     assert all(error < tolerance for error in figures.errors.values()), str(figures)
     if figures.cosine is not None:
@@ -84,7 +84,7 @@ def test_errors_are_against_the_states_of_torch(name):
         train(model, optimizer, [step])
     dense = copy.deepcopy((model, optimizer))[1].state_dict()
     stored, exact = decompress_state_dict(dense)["state"][0], reference.state[plain.table.weight]
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     for state, error in figures.errors.items():
         expected = (stored[state] - exact[state]).norm() / exact[state].norm()
         assert error == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
@@ -103,7 +103,7 @@ def test_updates_are_compared_as_the_parameter_moves(name):
         train(plain, reference, [step])
         train(model, optimizer, [step])
     ours, exact = model.table.weight.detach() - before, plain.table.weight.detach() - before
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     assert figures.norm_ratio == pytest.approx(float(ours.norm() / exact.norm()), rel=1e-3)
     cosine = torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
     assert figures.cosine == pytest.approx(float(cosine), abs=1e-3)
@@ -124,7 +124,7 @@ def test_what_is_left_out_as_not_finite_stays_and_is_counted(codec, sparse):
             (grad.values() if sparse else grad)[1, 2] = torch.nan
         with pytest.warns() if step == 2 else contextlib.nullcontext():
             optimizer.step()
-    (figures,) = monitor.layers().values()
+    (figures,) = monitor.by_layer().values()
     assert figures.left_out == 1
     assert figures.errors["exp_avg_sq"] < 1e-6
     assert figures.errors["exp_avg"] < 2**-8
@@ -148,11 +148,11 @@ def test_a_step_that_a_grad_scaler_skips_changes_nothing():
 def test_states_that_are_loaded_or_reset_are_taken_for_exact():
     model, optimizer, monitor = watched(ADAMW, CODECS["sketch"])
     train(model, optimizer, range(3))
-    (before,) = monitor.layers().values()
+    (before,) = monitor.by_layer().values()
     assert before.errors["exp_avg"] > 0.1
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, [3])
-    (loaded,) = monitor.layers().values()
+    (loaded,) = monitor.by_layer().values()
     assert loaded.errors["exp_avg"] < before.errors["exp_avg"]
     reset_states(optimizer, "table.weight")
     train(model, optimizer, [4])
@@ -185,7 +185,7 @@ def test_a_layer_without_a_gradient_has_no_figures():
     optimizer = compress(AdamW(model.parameters()), model, on_table(**CODECS["sketch"]), monitor=monitor)
     model["a"](torch.tensor([1, 2])).sum().backward()
     optimizer.step()
-    assert list(monitor.layers()) == ["a.weight"]
+    assert list(monitor.by_layer()) == ["a.weight"]
 
 
 def test_of_sgd_every_codec_has_figures():
@@ -193,4 +193,4 @@ def test_of_sgd_every_codec_has_figures():
     for name in FOR_SGD:
         model, optimizer, monitor = watched(case, {"first_moment": CODECS[name]["first_moment"]})
         train(model, optimizer, range(3))
-        assert len(monitor.layers()) == 1
+        assert len(monitor.by_layer()) == 1
