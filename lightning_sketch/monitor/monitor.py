@@ -43,7 +43,7 @@ class Monitor:
             Where nothing can be widened or kept, these warn.
         threshold: see `Threshold`.
         layers: names of the compressed parameters to watch, or patterns as in `Rule`; ``None`` for all. Each
-            takes some 20 small operations more in a step.
+            takes 10 to 20 small operations more in a step.
 
     Attributes:
         made: how often figures were made.

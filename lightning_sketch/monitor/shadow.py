@@ -78,6 +78,7 @@ class Shadow:
         self.block = Block(self.part.shard, self.rows, slice(0, len(self.rows)))
         stored = self.stored(own.param, own.group, own.state, on_device=own.on_device)
         self.states = {name: state.clone() for name, (state, _) in stored.items()}
+        self._exact = {name: _Exact(name, state) for name, state in self.states.items()}
         self.replaced = False
         self.steps = int(own.state["step"]) if own.state else 0
 
@@ -123,27 +124,31 @@ class Shadow:
             g = g if present is None else g.masked_fill_(over_rows(~present, g.ndim), 0.0)
         return Taken(own, g, present, leave_out, stepped, steps)
 
-    def advance(self, rule: UpdateRule, taken: Taken) -> bool:
-        """Make the step that was taken; whether there was one: no rank may have had a gradient. Waits for no device."""
+    def advance(self, rule: UpdateRule, taken: Taken, *, leave_out: bool) -> bool:
+        """Make the step that was taken; whether there was one: no rank may have had a gradient. Waits for no device.
+
+        Args:
+            leave_out: whether the step may have left out anything.
+        """
         own = taken.own
         if not own.on_device and int(own.state.get("step", 0)) == (taken.steps or 0):
             return False
         self.steps += 1
         if len(self.rows):
+            taken.leave_out = taken.leave_out and leave_out
             _leave_out(taken, by_element=bool(own.bound and own.bound[0].unit[1]))
             anything = torch.empty_like(taken.gradient)
             rule.advance(_layer_step(rule, own.group, self.steps, anything, taken.gradient, self._bound(taken)))
         return True
 
-    def _bound(self, taken: Taken) -> dict[str, CodecState]:
+    def _bound(self, taken: Taken) -> Mapping[str, CodecState]:
         """The exact states. What is left out of a step is to them what rows are that a sparse gradient lacks."""
-        bound: dict[str, CodecState] = {}
-        for name, values in self.states.items():
+        for name, exact in self._exact.items():
             good = None if self.part.layer.codecs[name].decays_absent_rows else taken.shown
             if taken.stepped is not None:
-                good = taken.stepped.expand(values.shape) if good is None else good & taken.stepped
-            bound[name] = _Exact(name, values, good)
-        return bound
+                good = taken.stepped if good is None else good & taken.stepped
+            exact.good = None if good is None else good.expand_as(self.states[name])
+        return self._exact
 
     def updates(
         self, rule: UpdateRule, taken: Taken, stored: Mapping[str, tuple[Tensor, bool]]
@@ -200,23 +205,23 @@ def _spec(name: str, values: Tensor) -> StateSpec:
 
 
 class _Exact(CodecState):
-    """A dense state, of which some rows or elements stay.
+    """A dense state.
 
-    Args:
-        good: False for these, broadcastable to `values`; ``None`` for none.
+    Attributes:
+        good: False for elements that stay in this step, shaped like the state; ``None`` for none.
     """
 
-    def __init__(self, name: str, values: Tensor, good: Tensor | None) -> None:
+    good: Tensor | None = None
+
+    def __init__(self, name: str, values: Tensor) -> None:
         super().__init__(_spec(name, values), {name: values})
         self.dense = Keep().bind(self.spec, self.tensors)
-        self.good = good
 
     def begin(self, **numbers: Any) -> None:
         self.dense.begin(**numbers)
 
     def add(self, block: Block, x: Tensor) -> None:
-        good = None if self.good is None else self.good.expand_as(self.tensors[self.spec.name])[block.index]
-        self.dense.add(block if good is None else replace(block, good=good), x)
+        self.dense.add(block if self.good is None else replace(block, good=self.good[block.index]), x)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
         return self.dense.read(block, x)

@@ -104,12 +104,13 @@ class Watch:
             StateDrift: figures are past the threshold, and ``on_drift="raise"``.
         """
         self._calls += 1
+        left_out = counted is not None and (not counted.counts.is_cpu or bool(counted.counts.any()))
         made = {}
         for each in taken:
             shadow = self.shadows[each.own.parts[0].layer.fqn]
-            if shadow.advance(optimizer.rule, each):
+            if shadow.advance(optimizer.rule, each, leave_out=left_out):
                 made[shadow.part.layer.fqn] = each
-        if counted is not None:
+        if counted is not None and left_out:
             self._count(counted)
         if self._calls % self._every == 0:
             self._look(optimizer, made)
@@ -123,8 +124,6 @@ class Watch:
     def _count(self, counted: Counted) -> None:
         """Keep what was left out until figures are made, on the device."""
         counts, units, _ = counted
-        if counts.is_cpu and not bool(counts.any()):
-            return
         if self._counts and list(self._counts[-1][0]) == list(units):
             self._counts[-1][1].add_(counts)
         else:
