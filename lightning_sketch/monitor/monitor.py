@@ -21,8 +21,9 @@ class Monitor:
 
     Give it to ``compress(..., monitor=monitor)`` or to Lightning's callback, or attach it to a converted optimizer.
     From then on the states that torch's optimizer would keep of the sampled rows are advanced in every step by the same
-    gradients, as the optimizer sees them: unscaled, clipped. Rows that a step leaves out stay, and a step that a
-    GradScaler skips is none. Every `every` steps the stored states are compared with them: `figures`.
+    gradients, as the optimizer sees them: unscaled, clipped. What a step leaves out is to them what rows are that a
+    sparse gradient lacks, and a step that a GradScaler skips is none. Every `every` steps the stored states are
+    compared with them: `figures`.
 
     Half of the rows are drawn from those of the layer's first gradient, half from all rows that this rank holds, by the
     layer's seed; they are the same from then on. States that exist then, or are loaded later, are taken for exact: what

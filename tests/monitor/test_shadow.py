@@ -16,6 +16,8 @@ from lightning_sketch import (
     Drop,
     Keep,
     Monitor,
+    Policy,
+    Rule,
     compress,
     decompress_state_dict,
     report,
@@ -70,6 +72,22 @@ def test_maximize_a_new_learning_rate_and_float64_are_followed(cls):
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         train(model, optimizer, [step])
         assert_exact(monitor, 1e-12)
+
+
+def test_parameters_of_any_dtype_and_number_of_dimensions_are_watched():
+    shapes = ((), (7,), (5, 3, 2), (100, 2, 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
+        policy = Policy([Rule(first_moment=DECAYS, second_moment=DECAYS)])
+        monitor = Monitor(rows=8, every=1)
+        optimizer = compress(ADAM.make(model.parameters()), model, policy, monitor=monitor)
+        for step in range(3):
+            give_gradients(model, step)
+            optimizer.step()
+        assert len(monitor.by_layer()) == len(shapes)
+        for figures in monitor.by_layer().values():
+            assert max(figures.errors.values()) < 1e-5
+            assert figures.cosine == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", CODECS)
