@@ -33,6 +33,7 @@ from lightning_sketch.policy.rule import Rule
 
 if TYPE_CHECKING:
     from lightning_sketch.integrations.lightning import OptimizerStateCompression as OptimizerStateCompression
+    from lightning_sketch.monitor import Monitor as Monitor
 
 __version__ = "0.1.0"
 
@@ -68,4 +69,8 @@ def __getattr__(name: str) -> Any:
         from lightning_sketch.integrations.lightning import OptimizerStateCompression
 
         return OptimizerStateCompression
+    if name == "Monitor":  # lazily: few want one
+        from lightning_sketch.monitor import Monitor
+
+        return Monitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

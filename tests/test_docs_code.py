@@ -109,6 +109,7 @@ KNOWN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "CompressedOptimizerFactory": lambda _: CompressedOptimizerFactory,
     "compressed_optimizer": lambda _: compressed_optimizer,
     "SAM": lambda _: SAM,
+    "monitor": lambda _: lightning_sketch.Monitor(),
     "model": lambda _: Model(),
     "encoder": lambda _: Model(),
     "decoder": lambda _: Model(),

@@ -20,6 +20,7 @@ ORDER = (
     "memory",
     "estimate",
     "checkpoints",
+    "monitor",
     "optimizer",
     "policy",
     "layers",

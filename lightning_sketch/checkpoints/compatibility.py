@@ -23,16 +23,18 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
     """
     problems: list[str] = []
     decided: list[LayerRecord] = []
-    plain = False
+    plain = False  # or in codecs that a monitor has replaced
     sharded: list[tuple[SavedLayer, LayerPart, int]] = []  # compressed then and now, with the number of shards now
     for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
         for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
             found, live = saved.layers.get(fqn), None if record is None else LayerRecord.from_record(record)
-            decided += [] if live is None else [live]
+            decided += [] if live is None else [live.as_decided()]
             if found is None or found.layer is live is None:
                 continue
             if found.layer is None:
                 plain = True
+            elif live is not None and found.layer.replaces(live):
+                plain = True  # tables of other sizes, which `restore` takes
             elif live is not None and found.layer == live:
                 sharded.append((found, LayerPart(live, shard_of(param, fqn)), sharding_of(param, fqn)[0]))
             else:
@@ -40,7 +42,7 @@ def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> b
                 problems.append(f"{fqn}: {kept if live is None else found.layer.difference(live)}")
     if problems:
         policy = optimizer.compression.policy
-        was = [x.layer for x in saved.layers.values() if x.layer is not None]
+        was = [x.layer.as_decided() for x in saved.layers.values() if x.layer is not None]
         raise ValueError(
             "this checkpoint was written under another policy; nothing was changed.\n  "
             + "\n  ".join(problems)

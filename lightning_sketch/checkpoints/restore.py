@@ -99,6 +99,8 @@ class _Restored:
         self.encoded: Errors = {}
         self._last: tuple[SavedLayer, dict[str, list[Source]]] | None = None
         self.states: list[tuple[Tensor, dict[str, Any]]] = []
+        #: Group, position and record of layers whose codecs a monitor had replaced, in the checkpoint or here.
+        self.replaced: list[tuple[dict[str, Any], int, str]] = []
         names = {fqn for group in optimizer.compression.names for fqn in group}
         if unknown := sorted(set(saved.layers) - names):
             raise ValueError(f"the checkpoint holds states of {', '.join(unknown)}, which the optimizer does not train")
@@ -112,6 +114,8 @@ class _Restored:
 
     def commit(self, wrapper: Any | None) -> None:
         """Put everything in place."""
+        for group, index, record in self.replaced:
+            self.optimizer.compression.replace_record(group, index, record)
         for tensor, state in self.states:
             if state:
                 self.optimizer.state[tensor] = state
@@ -122,12 +126,14 @@ class _Restored:
             options = next((group for group in self.saved.groups if set(group["params"]) & set(names)), {})
             live.update({k: v for k, v in options.items() if k in live and k not in _HERE})
         self.optimizer.compression.errors.update(self.errors)
+        self.optimizer.compression.states_replaced()
         warn_of_lossy(self.optimizer, self.encoded)
 
     def _parameters(self) -> None:
         optimizer = self.optimizer
         for group, names in zip(optimizer.param_groups, optimizer.compression.names, strict=True):
-            for param, fqn, record in zip(group["params"], names, optimizer.records(group), strict=True):
+            named = zip(group["params"], names, optimizer.records(group), strict=True)
+            for index, (param, fqn, record) in enumerate(named):
                 found = self.saved.layers.get(fqn)
                 if found is None:
                     self.states.append((param, {}))
@@ -136,7 +142,11 @@ class _Restored:
                 if record is None:
                     self.states.append((param, self._kept(found, param, group)))
                 else:
-                    part = LayerPart(LayerRecord.from_record(record), shard_of(param, fqn))
+                    layer = LayerRecord.from_record(record)
+                    if found.layer is not None and found.layer.replaces(layer):
+                        layer = found.layer
+                        self.replaced.append((group, index, layer.to_record()))
+                    part = LayerPart(layer, shard_of(param, fqn))
                     part.check_shape()
                     state = {"step": as_float_tensor(found.step)} | self._part(found, part, param, group)
                     self.states.append((param, state))

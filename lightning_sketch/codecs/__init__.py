@@ -11,7 +11,16 @@ from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import scale_tensor
 from lightning_sketch.codecs.drop import Drop
 from lightning_sketch.codecs.elementwise import ElementwiseCodec
-from lightning_sketch.codecs.encoding import Encoding, Rows, decode, encode, relative_error, rows_of
+from lightning_sketch.codecs.encoding import (
+    Encoding,
+    Rows,
+    decode,
+    encode,
+    relative_error,
+    rows_of,
+    transcode,
+    widened,
+)
 from lightning_sketch.codecs.factored import Factored
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.quantized import Quantized
@@ -42,6 +51,8 @@ __all__ = [
     "relative_error",
     "rows_of",
     "scale_tensor",
+    "transcode",
+    "widened",
 ]
 
 

@@ -355,6 +355,18 @@ class Codec(ABC):
         shape = self.table_shape(shard) or self.row_table_shape(shard)
         return shape is not None and shape[1] < shard.table_rows
 
+    @property
+    def decays_absent_rows(self) -> bool:
+        """Whether rows that a sparse gradient lacks decay as under a dense one; torch's own states do not."""
+        return not (self.elementwise or self.lazy)
+
+    def wider(self, shard: Shard) -> Codec | None:
+        """This codec with twice the buckets, or one for each row where that is smaller; ``None`` if rows share none.
+
+        Twice exactly: then each bucket's rows go into two, and `widened` copies it to both.
+        """
+        return None
+
     def bind_momentum(self, spec: StateSpec, tensors: Tensors) -> CodecState | None:
         """The momentum of the update that is kept beside this state, if `momentum`."""
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -105,7 +105,8 @@ class CountSketch(Codec):
         return self.sync and cut in ("rows", "anywhere")
 
     def shares_buckets(self, shard: Shard) -> bool:
-        return self.table_shape(shard)[1] < (shard.global_rows if self._is_shared(shard.cut) else shard.table_rows)
+        rows = shard.global_rows if self._is_shared(shard.cut) else shard.table_rows
+        return self._table_shape(shard, rows)[1] < rows
 
     def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
         whole = Shard.whole(shape)
@@ -121,6 +122,19 @@ class CountSketch(Codec):
         if width >= 1 << 31:
             raise ValueError(f"CountSketch: {rows} rows at compression {self.compression} need a width below 2**31")
         return (1, rows) if width >= rows else (self.depth, width)
+
+    @property
+    def decays_absent_rows(self) -> bool:
+        return super().decays_absent_rows and self.update != "paper"
+
+    def wider(self, shard: Shard) -> CountSketch | None:
+        if not self.shares_buckets(shard):
+            return None
+        rows = shard.global_rows if self._is_shared(shard.cut) else shard.table_rows
+        depth, width = self.table_shape(shard)
+        if 2 * width * depth >= rows:
+            return replace(self, width=shard.global_rows)  # of a shard its share: a bucket for each row
+        return replace(self, width=None, compression=_compression(rows, depth, 2 * width))
 
     @property
     def needs_host(self) -> str | None:
@@ -143,6 +157,13 @@ class CountSketch(Codec):
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
         return (_PaperSketch if self.update == "paper" else LinearSketch)(self, spec, tensors)
+
+
+def _compression(rows: int, depth: int, width: int) -> float:
+    """The shortest number at which a table of `depth` for `rows` is of that width."""
+    middle = rows / ((width - 0.5) * depth)  # half a bucket less is rounded up, whatever the last bit of a quotient is
+    found = (float(f"{middle:.{digits}g}") for digits in range(2, 18))
+    return next(x for x in found if math.ceil(rows / (x * depth)) == width)
 
 
 def _columns_of(table: Tensor, shard: Shard) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate
+from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate, key_of
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.fake import is_fake
 
@@ -91,6 +91,33 @@ def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
     for block, values in _estimates(codec, spec, tensors):
         dense[block.index] = values.to(dense.dtype)
     return dense
+
+
+def widened(old: Codec, new: Codec, spec: StateSpec, tensors: Tensors) -> dict[str, Any]:
+    """A state in more buckets, of which every row is estimated as before.
+
+    What the old buckets mixed up stays mixed up until it has decayed; what is added from now on has the new ones.
+    Encoding the estimates anew would be worse: in a bucket they add up, and each holds the sum of one already.
+
+    Args:
+        old: how `tensors` are stored.
+        new: ``old.wider(spec.shard)``.
+
+    Returns:
+        tensors under their keys in ``optimizer.state[param]``.
+    """
+    before, after = (codec.table_shape(spec.shard) or codec.row_table_shape(spec.shard) for codec in (old, new))
+    if before is not None and after == (before[0], 2 * before[1]):
+        # Buckets are the high bits of a hash times the width, so the rows of bucket b go into 2 b and 2 b + 1.
+        table, scale = key_of(spec.name, "table"), key_of(spec.name, "scale")
+        return {table: tensors[table].repeat_interleave(2, dim=1), scale: tensors[scale]}
+    return transcode(old, new, spec, tensors)
+
+
+def transcode(old: Codec, new: Codec, spec: StateSpec, tensors: Tensors) -> dict[str, Any]:
+    """What a state says of every row, stored by another codec, block by block; tensors as of `encode`."""
+    state = old.bind(spec, tensors)
+    return encode(new, spec, lambda block: state.estimate(block).expand(block.size, *spec.shard.row_shape))
 
 
 def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor | Rows) -> float:

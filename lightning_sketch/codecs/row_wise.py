@@ -69,6 +69,15 @@ class RowWise(Codec):
     def row_table_shape(self, shard: Shard) -> tuple[int, int] | None:
         return self.sketch().table_shape(_scalars(shard)) if self.compression > 1 else None
 
+    def wider(self, shard: Shard) -> RowWise | None:
+        if self.compression == 1:
+            return None
+        if (sketch := self.sketch().wider(_scalars(shard))) is None:
+            return None
+        if sketch.width is not None:  # a number for each row
+            return replace(self, compression=1.0, depth=3)
+        return replace(self, compression=sketch.compression)
+
     def sharing(self, shape: tuple[int, ...], cut: Cut) -> Sharing | None:
         rows, whole = cut != "rows", 0
         if self.compression > 1 and (found := self.sketch().sharing(shape[:1], cut)) is not None:

@@ -18,9 +18,11 @@ from lightning_sketch.integrations.lightning_load import ReshardingLoad
 from lightning_sketch.layers.record import LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.memory import report
+from lightning_sketch.monitor import Monitor
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import COMPRESSED
 from lightning_sketch.optimizer.convert import compress_all
+from lightning_sketch.optimizer.groups import NO_MONITOR
 from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.policy.plan import LayerPlan
@@ -81,6 +83,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             such things, and log ``optimizer_state/...`` bytes once to the trainer's loggers.
         step_in_backward: see `lightning_sketch.compress`. A trainer that clips or accumulates gradients, scales the
             loss, or trains under DDP or DeepSpeed is refused.
+        monitor: a `Monitor` of how well the states do, whose figures are logged to the trainer's loggers whenever they
+            were made. Not under DeepSpeed.
 
     Raises:
         TypeError, ValueError: from ``trainer.fit``, if the optimizer or the policy does not fit.
@@ -94,6 +98,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         log_memory: bool = True,
         allow_empty: bool = False,
         step_in_backward: bool = False,
+        monitor: Monitor | None = None,
     ) -> None:
         super().__init__()
         self._explicit = policy is not None
@@ -102,6 +107,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
         self.log_memory = log_memory
         self.allow_empty = allow_empty
         self.step_in_backward = step_in_backward
+        self.monitor = monitor
+        self._logged = 0  # figures of the monitor
         self._patch: _Patch | None = None
         self._load_patch: ReshardingLoad | None = None
         self._left_alone: list[Optimizer] = []
@@ -116,6 +123,8 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 raise ValueError(f"OptimizerStateCompression does not work with {refused}: {reason}")
         if self.step_in_backward:
             _refuse_step_in_backward(trainer)
+        if self.monitor is not None and _is_strategy(trainer, "DeepSpeedStrategy"):
+            raise ValueError(f"OptimizerStateCompression(monitor=...): {NO_MONITOR}")
         classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
         self._layers_are_added = "BaseFinetuning" in classes
         self._patch = _Patch(pl_module, self._convert)
@@ -156,7 +165,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
                 pairs = zip(planned, records, strict=True)
                 wrong += [x.layer.fqn for x, record in pairs if not _is_as_planned(x, record)]
                 decided += [x.layer for x in planned if x.layer.compressed]
-                found += [LayerRecord.from_record(record) for record in records if record is not None]
+                found += [LayerRecord.from_record(record).as_decided() for record in records if record is not None]
         if wrong:
             raise ValueError(
                 f"the checkpoint's parameter groups were written under another policy: {', '.join(wrong)}; "
@@ -164,7 +173,11 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Log memory once, when the states exist."""
+        """Log memory once, when the states exist, and what the monitor has measured."""
+        if self.monitor is not None and self.monitor.made != self._logged:
+            self._logged = self.monitor.made
+            for trainer_logger in trainer.loggers:
+                trainer_logger.log_metrics(self.monitor.figures(), step=trainer.global_step)
         if not self._to_log or not any(optimizer.state for optimizer in map(unwrap, trainer.optimizers)):
             return
         self._to_log = False
@@ -224,6 +237,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
             nonfinite=self.nonfinite,
             allow_empty=self.allow_empty or self._layers_are_added,
             step_in_backward=self.step_in_backward,
+            monitor=self.monitor,
         )
         for optimizer in ours:
             made = plan(pl_module, optimizer, self.policy)  # not later: DeepSpeed will replace the parameters
@@ -262,7 +276,7 @@ def _is_as_planned(planned: LayerPlan, record: str | None) -> bool:
     """Whether a parameter's record is what the policy says; under another name it has another seed, too."""
     if record is None or planned.record is None:
         return record is planned.record
-    found = LayerRecord.from_record(record)
+    found = LayerRecord.from_record(record).as_decided()
     if found.fqn != planned.layer.fqn:  # converted by hand with a part of the module, and stepped
         found = dataclasses.replace(found, fqn=planned.layer.fqn, seed=planned.layer.seed)
     return found == planned.layer

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sketch.integrations.resharding import accelerate_place, move, needs_resharding
+from lightning_sketch.monitor import Monitor
 from lightning_sketch.optimizer.convert import compress
 from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
@@ -45,6 +46,7 @@ class CompressedOptimizerFactory:
         nonfinite: NonFinite = "raise",
         allow_empty: bool = False,
         step_in_backward: bool = False,
+        monitor: Monitor | None = None,
         **kwargs: Any,
     ) -> Optimizer:
         """The compressed optimizer over the trainable parameters of `model`, in the Trainer's own two groups.
@@ -58,6 +60,7 @@ class CompressedOptimizerFactory:
             allow_empty: see `lightning_sketch.compress`.
             step_in_backward: see `lightning_sketch.compress`; `compressed_optimizer` looks at the arguments for what
                 does not go with it.
+            monitor: see `lightning_sketch.compress`, and `transformers_monitor` for the Trainer's log.
             kwargs: for `optimizer_cls`. Its ``weight_decay`` spares biases and norms.
 
         Raises:
@@ -74,6 +77,7 @@ class CompressedOptimizerFactory:
             nonfinite=nonfinite,
             allow_empty=allow_empty,
             step_in_backward=step_in_backward,
+            monitor=monitor,
         )
 
 
@@ -84,6 +88,7 @@ def compressed_optimizer(
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
     step_in_backward: bool = False,
+    monitor: Monitor | None = None,
 ) -> tuple[type[CompressedOptimizerFactory], dict[str, Any]]:
     """The optimizer that the Trainer would make from its arguments, compressed.
 
@@ -100,6 +105,7 @@ def compressed_optimizer(
         allow_empty: see `lightning_sketch.compress`.
         step_in_backward: see `lightning_sketch.compress`. Needs ``max_grad_norm=0`` (the default clips), no
             accumulation, no fp16 and no DeepSpeed.
+        monitor: see `lightning_sketch.compress`. For the Trainer's log see `transformers_monitor`.
 
     Returns:
         the value of the Trainer's ``optimizer_cls_and_kwargs``.
@@ -120,7 +126,7 @@ def compressed_optimizer(
         )
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     ours = {"optimizer_cls": optimizer_cls, "policy": policy, "nonfinite": nonfinite, "allow_empty": allow_empty}
-    ours["step_in_backward"] = step_in_backward
+    ours |= {"step_in_backward": step_in_backward, "monitor": monitor}
     return CompressedOptimizerFactory, {**kwargs, "weight_decay": args.weight_decay, **ours}
 
 

@@ -48,6 +48,7 @@ class LayerRecord:
         stock_count: where the optimizer's own step updates the layer (there is no rule for its class): how it keeps
             ``step``. Its entry in ``optimizer.state`` then holds states beside those of `codecs`, as that step left
             them. ``None`` where one of our rules updates it.
+        decided: the codecs that the policy decided, where a monitor has put others in their place.
     """
 
     fqn: str
@@ -56,6 +57,7 @@ class LayerRecord:
     signed: Mapping[str, bool]
     codecs: Mapping[str, Codec]
     stock_count: Count | None = None
+    decided: Mapping[str, Codec] | None = None
 
     @classmethod
     def make(
@@ -86,6 +88,18 @@ class LayerRecord:
     def persistent_codecs(self) -> dict[str, Codec]:
         """The codecs that store anything: all but `Drop`."""
         return {state: codec for state, codec in self.codecs.items() if not codec.drops}
+
+    def with_codecs(self, codecs: Mapping[str, Codec]) -> LayerRecord:
+        """This layer with other codecs of some of its states, in the middle of training."""
+        return dataclasses.replace(self, codecs={**self.codecs, **codecs}, decided=self.decided or self.codecs)
+
+    def as_decided(self) -> LayerRecord:
+        """This layer as the policy decided it."""
+        return self if self.decided is None else dataclasses.replace(self, codecs=self.decided, decided=None)
+
+    def replaces(self, live: LayerRecord) -> bool:
+        """Whether a checkpoint's layer, this one, is the live one but for codecs that a monitor has replaced."""
+        return self != live and self.as_decided() == live.as_decided()
 
     def sharing(self, cut: Cut) -> dict[str, Sharing]:
         """What ranks over which the layer is divided agree on in every step, by state."""
@@ -118,7 +132,11 @@ class LayerRecord:
             "signed": dict(self.signed),
             "codecs": {state: codec.to_dict() for state, codec in self.codecs.items()},
         }
-        return json.dumps(fields if self.stock_count is None else {**fields, "stock_count": self.stock_count})
+        if self.stock_count is not None:
+            fields["stock_count"] = self.stock_count
+        if self.decided is not None:
+            fields["decided"] = {state: codec.to_dict() for state, codec in self.decided.items()}
+        return json.dumps(fields)
 
     @staticmethod
     def from_record(record: str) -> LayerRecord:
@@ -145,11 +163,16 @@ def _parse(record: str) -> LayerRecord:
             seed=int(fields["seed"]),
             shape=tuple(map(int, fields["shape"])),
             signed={str(state): bool(signed) for state, signed in fields["signed"].items()},
-            codecs={str(state): codec_from(value) for state, value in fields["codecs"].items()},
+            codecs=_codecs_from(fields["codecs"]),
             stock_count=_count_from(fields.get("stock_count")),
+            decided=None if fields.get("decided") is None else _codecs_from(fields["decided"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record of {fields.get('fqn')} is damaged: {error}") from error
+
+
+def _codecs_from(fields: Mapping[str, Any]) -> dict[str, Codec]:
+    return {str(state): codec_from(value) for state, value in fields.items()}
 
 
 def _count_from(value: Any) -> Count | None:

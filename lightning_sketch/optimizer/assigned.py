@@ -55,6 +55,7 @@ def commit(optimizer: CompressedGroups, found: Iterable[Encoded]) -> None:
     known = optimizer.compression.errors
     for fqn, by_state in errors.items():
         known[fqn] = {**known.get(fqn, {}), **by_state}
+    optimizer.compression.states_replaced(errors)
     warn_of_lossy(optimizer, errors)
 
 

@@ -81,6 +81,8 @@ class CompressedOptimizer(CompressedGroups):
             ours = pending_updates(self, compiling=torch.compiler.is_compiling())
             all_done = in_backward is not None and in_backward.any_stepped and all(own.grad is None for own in ours)
             ready = ours if all_done else to_be_stepped(self, ours)
+            watcher = self.compression.watcher
+            taken = None if watcher is None else watcher.before(self, ready)
             try:
                 for own in ours:
                     own.param.grad = None
@@ -92,6 +94,8 @@ class CompressedOptimizer(CompressedGroups):
                 for own in ours:
                     own.param.grad = own.grad
             counted = step_compressed(self, ready)
+            if watcher is not None:
+                watcher.after(self, taken, counted)
             if in_backward is not None:
                 counted = in_backward.finish(counted)
             if counted is not None:
@@ -188,6 +192,7 @@ class CompressedOptimizer(CompressedGroups):
         for param, tensors in restored:
             self.state[param] = tensors
         self.compression.bindings.clear()  # let go of the states of before
+        self.compression.states_replaced()
         if self.in_backward is not None:
             self.in_backward.forget()
         for post_hook in after.values():

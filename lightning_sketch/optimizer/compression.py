@@ -5,17 +5,53 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lightning_sketch.layers.flat import FlatTensors
+from lightning_sketch.layers.record import RECORDS, LayerRecord
 from lightning_sketch.optimizer.bindings import Bindings
+from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.nonfinite import Counted, LeftOut, NonFinite
 from lightning_sketch.policy.plan import Plan
 from lightning_sketch.policy.policy import Policy
+
+
+class StepMonitor(Protocol):
+    """What gives converted optimizers a `StepWatcher`; see `lightning_sketch.monitor`."""
+
+    def check(
+        self, layers: Iterable[LayerRecord], groups: Iterable[Mapping[str, Any]], *, step_in_backward: bool
+    ) -> None:
+        """Raise ValueError if these layers of an optimizer cannot be watched."""
+
+    def attach(self, optimizer: Any) -> None:
+        """Watch a converted optimizer."""
+
+
+class StepWatcher(Protocol):
+    """What is told of every step of compressed layers; see `lightning_sketch.monitor`."""
+
+    def before(self, optimizer: Any, ready: Sequence[PendingUpdate]) -> Any:
+        """Take from gradients and states what the step will change.
+
+        Raises:
+            RuntimeError: such a step cannot be watched. Nothing was changed then.
+        """
+
+    def after(self, optimizer: Any, taken: Any, counted: Counted | None) -> None:
+        """The step was made. Collective in some steps, the same on all ranks.
+
+        Args:
+            taken: what `before` returned.
+            counted: what the step left out.
+        """
+
+    def forget(self, layers: Collection[str] | None = None) -> None:
+        """States of these layers, or of all, were replaced from outside."""
 
 
 @dataclass
@@ -40,6 +76,7 @@ class Compression:
         bindings: parameters and states, ready to be stepped.
         left_out: what steps left out and was not judged yet.
         stepping: whether ``step`` is running.
+        watcher: what is told of steps; ``None`` for nothing.
     """
 
     policy: Policy | None
@@ -56,6 +93,7 @@ class Compression:
     bindings: Bindings = field(default_factory=Bindings, init=False, repr=False)
     left_out: LeftOut = field(default_factory=LeftOut, init=False, repr=False)
     stepping: bool = field(default=False, init=False, repr=False)
+    watcher: StepWatcher | None = field(default=None, init=False, repr=False)
 
     def describe(self, made: Plan) -> None:
         """Take records and names from the plan of all groups."""
@@ -65,6 +103,16 @@ class Compression:
     def remember_plain(self, groups: list[dict[str, Any]]) -> None:
         """Take the plain tensors in `groups` for the user's own."""
         self.plain += [param for group in groups for param in group["params"] if not isinstance(param, nn.Parameter)]
+
+    def replace_record(self, group: dict[str, Any], index: int, new: str) -> None:
+        """Put another record in the place of a group's at `index`, and among `records`."""
+        old, group[RECORDS][index] = group[RECORDS][index], new
+        self.records = [new if record == old else record for record in self.records]
+
+    def states_replaced(self, layers: Collection[str] | None = None) -> None:
+        """Tell whoever watches that states of these layers, or of all, were replaced."""
+        if self.watcher is not None:
+            self.watcher.forget(layers)
 
     def take_left_out(self, step: Counted) -> None:
         """Raise, or warn and count, for what the step that was just made left out; see `LeftOut.take`."""

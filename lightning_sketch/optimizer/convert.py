@@ -11,12 +11,12 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.layers.record import RECORDS, LayerPart
+from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.step_count import read_step
 from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import compressed_class
-from lightning_sketch.optimizer.compression import Compression
+from lightning_sketch.optimizer.compression import Compression, StepMonitor
 from lightning_sketch.optimizer.coverage import check_coverage
 from lightning_sketch.optimizer.guard import refuse_zero_redundancy
 from lightning_sketch.optimizer.in_backward import refuse_step_in_backward
@@ -50,6 +50,7 @@ def compress(
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
     step_in_backward: bool = False,
+    monitor: StepMonitor | None = None,
 ) -> list[Any]: ...
 
 
@@ -62,6 +63,7 @@ def compress(
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
     step_in_backward: bool = False,
+    monitor: StepMonitor | None = None,
 ) -> OptimizerT: ...
 
 
@@ -73,6 +75,7 @@ def compress(
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
     step_in_backward: bool = False,
+    monitor: StepMonitor | None = None,
 ) -> Any:
     """Compress the states of an optimizer, in place: the same object comes back, so schedulers and handles stay valid.
 
@@ -105,8 +108,8 @@ def compress(
 
     Raises:
         TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.
-        ValueError: the policy does not fit, or compresses nothing, or layers cannot be stepped in backward; nothing was
-            changed.
+        ValueError: the policy does not fit, or compresses nothing, or layers cannot be stepped in backward or watched
+            by a monitor; nothing was changed.
 
     >>> import torch
     >>> from lightning_sketch import Policy, Rule, compress
@@ -129,6 +132,7 @@ def compress(
         nonfinite=nonfinite,
         allow_empty=allow_empty,
         step_in_backward=step_in_backward,
+        monitor=monitor,
     )
     return optimizers if several else optimizer
 
@@ -142,6 +146,7 @@ def compress_all(
     nonfinite: NonFinite,
     allow_empty: bool,
     step_in_backward: bool = False,
+    monitor: StepMonitor | None = None,
 ) -> None:
     """`compress` several optimizers of one model; what the policy compresses is judged over all of them.
 
@@ -160,12 +165,24 @@ def compress_all(
     for optimizer, made in zip(optimizers, plans, strict=True):
         if step_in_backward:
             refuse_step_in_backward(optimizer, made, model)
+        if monitor is not None:
+            monitor.check(_decided(made), unwrap(optimizer).param_groups, step_in_backward=step_in_backward)
     for made in plans:
         if isinstance(made, CompressedOptimizer):
             _reattach(made, model, None if policy is None else chosen, nonfinite, step_in_backward)
     for optimizer, made in zip(optimizers, plans, strict=True):
         if isinstance(made, Plan):
             _convert(optimizer, made, model, chosen, nonfinite, step_in_backward)
+        inner = unwrap(optimizer)
+        if monitor is not None and isinstance(inner, CompressedOptimizer) and inner.compression.records:
+            monitor.attach(inner)
+
+
+def _decided(made: Plan | CompressedOptimizer) -> list[LayerRecord]:
+    """The compressed layers of an optimizer, or of one that will be converted."""
+    if isinstance(made, Plan):
+        return [planned.layer for planned in made.layers if planned.layer.compressed]
+    return [LayerRecord.from_record(record) for record in made.compression.records]
 
 
 def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | CompressedOptimizer:

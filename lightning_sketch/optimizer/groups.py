@@ -20,6 +20,12 @@ from lightning_sketch.sharding.deepspeed import read_layout
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.wrapper import find_wrapper
 
+#: Why a monitor is refused where an engine has made flat tensors.
+NO_MONITOR = (
+    "a monitor does not work under DeepSpeed's ZeRO, whose flat tensors cut rows anywhere. Use FSDP2 (fully_shard) or "
+    "DDP, or train without it"
+)
+
 
 class CompressedGroups(Converted):
     """What converted optimizers know of their parameter groups: which layers we step, and where they lie.
@@ -122,6 +128,8 @@ class CompressedGroups(Converted):
                 "step_in_backward=True: under DeepSpeed gradients are complete after backward only, when it has "
                 "averaged them among processes. Use FSDP2 (fully_shard), or leave step_in_backward=False"
             )
+        if self.compression.watcher is not None:
+            raise RuntimeError(NO_MONITOR)
         model, policy = self._model_and_policy()
         layers = [LayerRecord.from_record(record) for record in self.compression.records]
         named = named_layers(model, policy.role_hints)

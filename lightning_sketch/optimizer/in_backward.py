@@ -294,6 +294,11 @@ def refuse_step_in_backward(optimizer: Any, made: Plan | CompressedGroups, model
         layers = [planned.layer for planned in made.layers if planned.layer.compressed]
     else:
         layers = [LayerRecord.from_record(record) for record in made.compression.records]
+        if made.compression.watcher is not None:
+            raise ValueError(
+                "step_in_backward=True: this optimizer has a monitor, which wants gradients when optimizer.step() is "
+                "called; call monitor.detach(optimizer) before"
+            )
     if not layers:
         return
     if stock := [layer.fqn for layer in layers if layer.stock_count is not None]:

@@ -63,6 +63,7 @@ def reset_states(optimizer: Any, layers: str | Sequence[str] | None = None) -> l
             for param, fqn, record in zip(group["params"], group_names, inner.records(group), strict=True):
                 if fqn in chosen:
                     _forget(inner, group, param, record)
+    inner.compression.states_replaced(chosen)
     return [fqn for fqn in names if fqn in chosen]
 
 

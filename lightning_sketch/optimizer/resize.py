@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch.codecs import Codec, Rows, StateSpec, encode, key_of, relative_error
-from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -79,12 +79,11 @@ def resize_states(optimizer: OptimizerT, model: nn.Module) -> OptimizerT:
         if state:
             inner.state[change.new] = state
         if change.layer is not None:
-            old, new = change.group[RECORDS][change.index], change.resized().to_record()
-            change.group[RECORDS][change.index] = new
-            compression.records = [new if record == old else record for record in compression.records]
+            compression.replace_record(change.group, change.index, change.resized().to_record())
             errors[change.fqn] = error
     compression.errors.update(errors)
     inner.compression.bindings.clear()
+    compression.states_replaced([change.fqn for change in changes])
     warn_of_lossy(inner, errors)
     return optimizer
 
@@ -164,7 +163,7 @@ def _check_decisions(optimizer: CompressedOptimizer, model: nn.Module, changes: 
     for change in changes:
         planned = make_plan(model, [change.group | {"params": [change.new]}], optimizer.rule, policy).layers[0]
         decided = planned.layer.codecs if planned.layer.compressed else None
-        if decided != (None if change.layer is None else change.layer.codecs):
+        if decided != (None if change.layer is None else change.layer.as_decided().codecs):
             now = "leaves it uncompressed" if decided is None else f"gives it {dict(decided)}"
             raise ValueError(
                 f"{change.fqn}: at {change.new.shape[0]:,} rows instead of {change.old_shape[0]:,} the policy {now}; "

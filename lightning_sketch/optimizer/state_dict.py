@@ -84,6 +84,8 @@ def prepare_load(
     optimizer.compression.errors.update(load.errors)
     warn_of_lossy(optimizer, load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
+    for live, index, record in load.replaced:
+        optimizer.compression.replace_record(live, index, record)
     groups = [
         {**saved, RECORDS: live[RECORDS]} if RECORDS in live else saved
         for saved, live in zip(saved_groups, live_groups, strict=True)
@@ -100,14 +102,19 @@ class _Load:
         self.restored: list[tuple[Tensor, dict[str, Any]]] = []
         self.problems: list[str] = []
         self.errors: dict[str, dict[str, float]] = {}
+        #: Group, position and record of layers whose codecs a monitor had replaced, in the checkpoint or here.
+        self.replaced: list[tuple[dict[str, Any], int, str]] = []
 
     def group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
         """A group of parameters, whole or DTensors."""
         records = saved.get(RECORDS) or [None] * len(saved["params"])
-        for key, record, live_record, param in zip(
-            saved["params"], records, self.optimizer.records(live), live["params"], strict=True
+        for index, (key, record, live_record, param) in enumerate(
+            zip(saved["params"], records, self.optimizer.records(live), live["params"], strict=True)
         ):
             state = self.stock_state.get(key)
+            if _replaces(record, live_record):
+                self.replaced.append((live, index, record))
+                live_record = record
             if live_record is None:
                 if record is not None:
                     self.problems.append(f"{_fqn_of(record)}: compressed in the checkpoint, kept by the policy")
@@ -294,9 +301,19 @@ def _recorded_layers(groups: Iterable[Mapping[str, Any]]) -> Iterator[LayerRecor
         for record in group.get(RECORDS) or ():
             try:
                 if record is not None:
-                    yield LayerRecord.from_record(record)
+                    yield LayerRecord.from_record(record).as_decided()
             except ValueError:  # another format version: named among the problems
                 continue
+
+
+def _replaces(saved: str | None, live: str | None) -> bool:
+    """Whether a checkpoint's layer has other codecs than the live one because of a monitor; see `LayerRecord`."""
+    if saved is None or live is None or saved == live:
+        return False
+    try:
+        return LayerRecord.from_record(saved).replaces(LayerRecord.from_record(live))
+    except ValueError:  # named among the problems
+        return False
 
 
 def _mismatch(saved: str | None, live: str) -> str | None:

@@ -55,6 +55,9 @@ class AdagradRule(UpdateRule):
         total.commit()
         return left_out
 
+    def advance(self, layer: LayerStep) -> None:
+        add_moments(layer, self._begin(layer), None, layer.numbers[2])
+
     def fuse(self, layer: LayerStep) -> FusedStep:
         lr, eps, weight_decay = layer.numbers
         self._begin(layer)

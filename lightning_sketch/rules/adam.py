@@ -69,6 +69,10 @@ class AdamRule(UpdateRule):
         exp_avg_sq.commit()
         return left_out
 
+    def advance(self, layer: LayerStep) -> None:
+        exp_avg, exp_avg_sq = self._begin(layer)
+        add_moments(layer, exp_avg_sq, exp_avg, layer.numbers.weight_decay)
+
     def fuse(self, layer: LayerStep) -> FusedStep:
         numbers: _Hyperparameters = layer.numbers
         exp_avg, _ = self._begin(layer)

@@ -98,6 +98,13 @@ class UpdateRule(ABC):
             what `LayerStep.observe` says of what was left out.
         """
 
+    def advance(self, layer: LayerStep) -> None:
+        """One step of the states alone, in plain PyTorch (layer.states modified in place).
+
+        The parameter is anything afterwards. Rules override it where it takes less than `reference`.
+        """
+        self.reference(layer)
+
     def fusable(self, states: Collection[str]) -> bool:
         """Whether `fuse` can say a step with these states, by name."""
         return True

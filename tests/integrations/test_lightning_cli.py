@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_sketch import SM3, BFloat16, Policy, Rule
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
+from lightning_sketch.monitor import Threshold
 from tests.integrations.lightning_tools import Tiny, adamw, batches
 
 RULES = [
@@ -58,6 +59,14 @@ def test_the_other_arguments():
     write_config(policy={"rules": RULES}, nonfinite="skip", log_memory=False)
     callback, _ = fit()
     assert (callback.nonfinite, callback.log_memory) == ("skip", False)
+
+
+def test_a_monitor_in_the_configuration():
+    options = {"every": 2, "on_drift": "warn", "threshold": {"cosine": 0.7}}
+    monitor = {"class_path": "lightning_sketch.Monitor", "init_args": options}
+    write_config(policy={"rules": RULES}, monitor=monitor)
+    callback, _ = fit()
+    assert (callback.monitor.made, callback.monitor.threshold) == (1, Threshold(cosine=0.7))
 
 
 def test_the_default_policy(caplog):
