@@ -101,7 +101,7 @@ def run(setting: Setting) -> Result:
     began = time.perf_counter()
     optimizer: Any
     if shards == 1:
-        optimizer = make(nn.ParameterDict(tables))
+        optimizer = make(nn.ModuleDict({name: _module_of(table) for name, table in tables.items()}))
     elif agree:
         optimizer = SimulatedRanks(tables, shards, make)
     else:
@@ -112,6 +112,13 @@ def run(setting: Setting) -> Result:
         "test": sparse_lm.perplexity_on(model, corpus.test, sparse_lm.TEST_WORDS) if finite else None,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _module_of(table: nn.Parameter) -> nn.Module:
+    """Gives the table the name that simulated ranks know it by: hash seeds follow from names."""
+    module = nn.Module()
+    module.weight = table
+    return module
 
 
 def settings() -> list[Setting]:
