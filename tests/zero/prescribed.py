@@ -23,6 +23,7 @@ from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.deepspeed import Segment, read_layout
 from lightning_sketch.sharding.gradient import RowGradient
 from lightning_sketch.sharding.wrapper import wrapper_of
+from tests.deepspeed_tools import engine, init_deepspeed
 from tests.tiny import ADAMW, CODECS, Case, assert_same
 
 #: One table for every kind of codec: wide and narrow, more dimensions than two, rows that borders cut.
@@ -313,3 +314,20 @@ def assert_kept(found: Mapping[str, Tensor], single: tuple[Any, Any], atol: floa
 def compressed(optimizer: Any) -> set[str]:
     """The tables that an optimizer compresses: SGD has no second moment, so some are kept."""
     return {short(layer.fqn) for _, layer, _ in optimizer.compressed_layers()}
+
+
+def refused(
+    rank: int, world_size: int, stages: Sequence[int], options: Mapping[str, Any]
+) -> dict[int, tuple[str, bool]]:
+    """By stage what the first step raises under options of `compress`, and whether any state was made."""
+    init_deepspeed(rank, world_size)
+    said = {}
+    for stage in stages:
+        model = Cells()
+        optimizer: Any = compress(ADAMW.make(model.parameters()), model, policy(), **options)
+        made = engine(model, optimizer, stage)
+        try:
+            train(made, [0], rank, world_size)
+        except RuntimeError as error:
+            said[stage] = str(error), any(optimizer.state.values())
+    return said

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from lightning_sketch import compress
-from tests import tiny
-from tests.deepspeed_tools import engine, init_deepspeed
 from tests.ranks import run_ranks
-from tests.zero.prescribed import Cells, policy, train
+from tests.zero.prescribed import refused
 
 STAGES = (0, 1, 3)
 
 
-def refused(rank: int, world_size: int) -> dict[int, tuple[str, bool]]:
-    """By stage what it raises, and whether any state was made."""
-    init_deepspeed(rank, world_size)
-    said = {}
-    for stage in STAGES:
-        model = Cells()
-        optimizer: Any = compress(tiny.ADAMW.make(model.parameters()), model, policy(), step_in_backward=True)
-        made = engine(model, optimizer, stage)
-        try:
-            train(made, [0], rank, world_size)
-        except RuntimeError as error:
-            said[stage] = str(error), any(optimizer.state.values())
-    return said
-
-
 @pytest.mark.distributed
 def test_every_stage_raises_on_every_rank() -> None:
-    for found in run_ranks(refused, 2):
+    for found in run_ranks(refused, 2, STAGES, {"step_in_backward": True}):
         assert tuple(found) == STAGES
         for message, stepped in found.values():
             assert "step_in_backward=False" in message
