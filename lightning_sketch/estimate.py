@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -152,11 +152,15 @@ def estimate_memory(
     made = plan(model, optimizer, policy)
     sparse = {key for key, layer in named_layers(model).items() if layer.sparse}
     count = _count_zero if engine.startswith("zero") else _count_shards
-    ranks = []
+    ranks: list[RankBytes] = []
+    alike: dict[Hashable, RankBytes] = {}  # by how much of each parameter is held; ZeRO cuts rows, too
     for rank in range(world_size):
-        found = RankBytes()
-        for param in model.parameters():
-            found.parameters += _held(param, engine, world_size, rank) * param.element_size()
+        held = tuple(_held(param, engine, world_size, rank) for param in model.parameters())
+        if not engine.startswith("zero") and held in alike:
+            ranks.append(alike[held])
+            continue
+        alike[held] = found = RankBytes()
+        found.parameters = sum(n * p.element_size() for n, p in zip(held, model.parameters(), strict=True))
         for layers, group in zip(made.groups, optimizer.param_groups, strict=True):
             layers_of_group = list(zip(layers, group["params"], strict=True))
             dense = [param for param in group["params"] if param.requires_grad and id(param) not in sparse]
