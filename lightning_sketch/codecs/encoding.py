@@ -88,8 +88,9 @@ class Encoding:
 def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
     """The dense state, ``[local_rows, *row_shape]`` in the parameter's dtype, as torch.optim would keep it."""
     dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)
-    for block, values in _estimates(codec, spec, tensors):
-        dense[block.index] = values.to(dense.dtype)
+    rows = _estimates(codec, spec, tensors)
+    for block in spec.shard.blocks(device=spec.device):
+        dense[block.index] = rows(block).to(dense.dtype)
     return dense
 
 
@@ -116,8 +117,7 @@ def widened(old: Codec, new: Codec, spec: StateSpec, tensors: Tensors) -> dict[s
 
 def transcode(old: Codec, new: Codec, spec: StateSpec, tensors: Tensors) -> dict[str, Any]:
     """What a state says of every row, stored by another codec, block by block; tensors as of `encode`."""
-    state = old.bind(spec, tensors)
-    return encode(new, spec, lambda block: state.estimate(block).expand(block.size, *spec.shard.row_shape))
+    return encode(new, spec, _estimates(old, spec, tensors))
 
 
 def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tensor | Rows) -> float:
@@ -125,20 +125,25 @@ def relative_error(codec: Codec, spec: StateSpec, tensors: Tensors, dense: Tenso
 
     NaN of fake tensors, which have no values.
     """
-    rows = rows_of(dense, spec.shard)
+    rows, stored = rows_of(dense, spec.shard), _estimates(codec, spec, tensors)
     error = norm = 0.0
-    for block, values in _estimates(codec, spec, tensors):
+    for block in spec.shard.blocks(device=spec.device):
         true = rows(block).to(spec.dtype)
         if is_fake(true):
             return math.nan
-        error += float((values - true).square().sum(dtype=torch.float64))
+        error += float((stored(block) - true).square().sum(dtype=torch.float64))
         norm += float(true.square().sum(dtype=torch.float64))
+    return relative_norm(error, norm)
+
+
+def relative_norm(error: float, norm: float) -> float:
+    """The ratio of two norms, of their squares: 0 if both are 0, infinite if the second is."""
     if norm == 0.0:
-        return 0.0 if error == 0.0 else float("inf")
-    return float((error / norm) ** 0.5)
+        return 0.0 if error == 0.0 else math.inf
+    return math.sqrt(error / norm)
 
 
-def _estimates(codec: Codec, spec: StateSpec, tensors: Tensors) -> Iterator[tuple[Block, Tensor]]:
+def _estimates(codec: Codec, spec: StateSpec, tensors: Tensors) -> Rows:
+    """What a stored state says of every row."""
     state = codec.bind(spec, tensors)
-    for block in spec.shard.blocks(device=spec.device):
-        yield block, state.estimate(block).expand(block.size, *spec.shard.row_shape)
+    return lambda block: state.estimate(block).expand(block.size, *spec.shard.row_shape)

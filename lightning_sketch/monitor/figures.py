@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import key_of
+from lightning_sketch.codecs import key_of, relative_norm
 from lightning_sketch.layers.record import LayerPart
 
 
@@ -83,7 +83,7 @@ class Sums:
         product, stored, exact = self.update
         compared = exact > 0
         return LayerFigures(
-            errors={name: _ratio(error, norm) for name, (error, norm) in self.moments.items()},
+            errors={name: relative_norm(error, norm) for name, (error, norm) in self.moments.items()},
             cosine=(product / math.sqrt(stored * exact) if stored > 0 else 0.0) if compared else None,
             norm_ratio=math.sqrt(stored / exact) if compared else None,
             buckets_used={name: used / count for name, (used, count) in self.buckets.items()},
@@ -147,12 +147,6 @@ def _squares(x: Tensor) -> Tensor:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(torch.float64) * y.to(torch.float64)).sum()
-
-
-def _ratio(error: float, norm: float) -> float:
-    if norm == 0.0:
-        return 0.0 if error == 0.0 else math.inf
-    return math.sqrt(error / norm)
 
 
 def _sum(these: Any, those: Any) -> Any:
