@@ -44,40 +44,49 @@ def softmax_loss(features: Tensor, table: Tensor, target: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
-    """A few rows of scores at a time, so that they stay in cache; only exponentials are kept, ready for products."""
+    """Some words' scores at a time, so that they stay in cache; only exponentials are kept, ready for products.
+
+    Exponentials are relative to the largest score of the target and the first (commonest) words: a score 88 above that
+    makes the loss infinite.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, table: Tensor, target: Tensor) -> Tensor:
-        batch, vocabulary = len(features), len(table)
-        exponentials = features.new_empty(batch, vocabulary, dtype=product_dtype(features.device))
-        total = features.new_empty(batch, 1)
-        buffer = features.new_empty(_ROWS, vocabulary)
-        loss = features.new_zeros(())
-        for first in range(0, batch, _ROWS):
-            some = slice(first, min(first + _ROWS, batch))
-            scores = torch.mm(features[some], table.T, out=buffer[: some.stop - first])
-            own = scores.gather(1, target[some, None])
-            largest = scores.amax(1, keepdim=True)
-            scores.sub_(largest).exp_()
-            torch.sum(scores, 1, keepdim=True, out=total[some])
-            loss += (total[some].log() + largest - own).sum()
-            # The gradient's rows, times total: exponentials, less the total at the target.
-            scores.scatter_add_(1, target[some, None], -total[some])
-            exponentials[some] = scores
+        batch = len(features)
+        chunks = torch.split(table, _CHUNK)
+        exponentials = features.new_zeros(len(chunks), batch, _CHUNK, dtype=product_dtype(features.device))
+        own = (features * table[target]).sum(1, keepdim=True)
+        shift = torch.maximum(own, torch.mm(features, chunks[0].T).amax(1, keepdim=True))
+        total = torch.zeros_like(own)
+        buffer = features.new_empty(batch, _CHUNK)
+        for words, kept in zip(chunks, exponentials, strict=True):
+            scores = torch.mm(features, words.T, out=buffer[:, : len(words)])
+            scores.sub_(shift).exp_()
+            total += scores.sum(1, keepdim=True)
+            kept[:, : len(words)] = scores
+        # The gradient's rows, times total: exponentials, less the total at the target.
+        at_target = target // _CHUNK, torch.arange(batch, device=target.device), target % _CHUNK
+        exponentials[at_target] = ((own - shift).exp() - total).squeeze(1).to(exponentials.dtype)
         ctx.save_for_backward(features, table, exponentials, total)
-        return loss / batch
+        return (total.log() + shift - own).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, table, exponentials, total = ctx.saved_tensors
-        scale = grad / (len(total) * total)  # [batch, 1]
         dtype = exponentials.dtype
-        d_features = (exponentials @ table.to(dtype)).float() * scale
-        d_table = (exponentials.T @ (features * scale).to(dtype)).float()
-        return d_features, d_table, None
+        scale = grad / (len(total) * total)  # [batch, 1]
+        scaled = (features * scale).to(dtype).T.contiguous()
+        d_features, d_table = torch.zeros_like(features), torch.empty_like(table)
+        for words, kept, d_words in zip(
+            torch.split(table, _CHUNK), exponentials, torch.split(d_table, _CHUNK), strict=True
+        ):
+            some = kept[:, : len(words)]
+            d_features += some @ words.to(dtype)
+            d_words.copy_((scaled @ some).T)
+        return d_features * scale, d_table, None
 
 
-_ROWS = 64  # of scores computed at a time
+_CHUNK = 512  # words scored at a time
 
 
 class _SampledSoftmax(torch.autograd.Function):
