@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, CodecState, CountSketch, StateSpec, Tensors
+from lightning_sketch.codecs.base import Count, Number
 from lightning_sketch.codecs.decay import decayed
 from lightning_sketch.sharding import Block
 
@@ -52,8 +53,8 @@ class _HotRows(CodecState):
         self.hot: Tensor = self["hot"]
         self.tail = tail
 
-    def begin(self, *, decay: float, weight: float, step: int, rows: Tensor | None) -> None:
-        self["hot_scale"] = decayed(self["hot_scale"], decay, (self.hot,))
+    def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
+        self["hot_scale"] = decayed(self["hot_scale"], float(decay), (self.hot,))
         self.weight = weight
         self.tail.begin(decay=decay, weight=weight, step=step, rows=rows)
 

@@ -18,13 +18,13 @@ import argparse
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks import gcide
@@ -144,23 +144,9 @@ METHODS: dict[str, Method] = {
 def run(setting: Setting) -> Result:
     """Train once; perplexities (None if it diverged), state bytes and seconds."""
     began = time.perf_counter()
-    method, corpus = METHODS[setting.method], _corpus()
-    torch.manual_seed(setting.seed)
-    model = CausalLM(corpus.vocabulary, width=WIDTH, heads=HEADS, layers=LAYERS, context=CONTEXT, tied=method.tied)
-    optimizer = method.optimizer(model, setting.lr, setting.eps)
-    batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
-    finite = True
-    with bfloat16_products():
-        for step, ids in enumerate(torch.split(batches, BATCH)):
-            for group in optimizer.param_groups:
-                group["lr"] = warm_up_and_cosine(step) * setting.lr
-            loss_of(model, ids).backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-            if not norm.isfinite():
-                finite = False
-                break
-            optimizer.step()
-            optimizer.zero_grad()
+    corpus = _corpus()
+    model, optimizer = make(setting)
+    finite = all(norm.isfinite() for norm in train(model, optimizer, setting))
     trained = time.perf_counter()
     return {
         "valid": _perplexity(model, corpus.valid) if finite else None,
@@ -168,6 +154,29 @@ def run(setting: Setting) -> Result:
         "state_bytes": state_bytes(optimizer),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
+
+
+def make(setting: Setting) -> tuple[CausalLM, Optimizer]:
+    """The model with the seed's first weights, and the method's optimizer."""
+    method = METHODS[setting.method]
+    torch.manual_seed(setting.seed)
+    model = CausalLM(_corpus().vocabulary, width=WIDTH, heads=HEADS, layers=LAYERS, context=CONTEXT, tied=method.tied)
+    return model, method.optimizer(model, setting.lr, setting.eps)
+
+
+def train(model: CausalLM, optimizer: Optimizer, setting: Setting) -> Iterator[Tensor]:
+    """The gradient's norm before it is clipped, after every step; a step with a norm that is not finite is not done."""
+    batches = draw_sequences(_corpus().train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
+    for step, ids in enumerate(torch.split(batches, BATCH)):
+        for group in optimizer.param_groups:
+            group["lr"] = warm_up_and_cosine(step) * setting.lr
+        with bfloat16_products():
+            loss_of(model, ids).backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+        if norm.isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+        yield norm
 
 
 def warm_up_and_cosine(step: int) -> float:
