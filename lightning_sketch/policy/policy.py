@@ -59,9 +59,10 @@ class Policy(RuleSet):
     ) -> Policy:
         """The mildest policy whose optimizer states fit a number of bytes.
 
-        Tables are compressed first, from bfloat16 down to no first moment and a tenth of a number per row (sparse
-        gradients) or row and column means (dense ones); hidden layers only if that does not suffice. What is frozen or
-        not in `optimizer` takes no bytes.
+        Everything is kept where that fits. Tables are compressed first, from bfloat16 down to no first moment and a
+        tenth of a number per row (sparse gradients) or row and column means (dense ones); hidden layers only if that
+        does not suffice, from bfloat16 down to row and column means without a first moment. What is frozen or not in
+        `optimizer` takes no bytes.
 
         Args:
             budget: bytes, as a number or like ``"1.5GiB"``; for all states of `optimizer` together.

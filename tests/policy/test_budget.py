@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sketch import Policy, compress, plan, report
+from lightning_sketch import Keep, Policy, compress, plan, report
 
 
 def _model() -> nn.Module:
@@ -35,6 +35,26 @@ def test_a_smaller_budget_never_gives_a_larger_plan():
         for f in (1.0, 0.5, 0.2, 0.1, 0.02)
     ]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_fits_is_kept_exactly():
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    dense = 8 * sum(p.numel() for p in model.parameters())
+    policy = Policy.for_budget(model, optimizer, dense)
+    assert {(rule.first_moment, rule.second_moment) for rule in policy.rules} == {(Keep(), Keep())}
+    compress(optimizer, model, policy)
+    assert plan(model, optimizer, policy).bytes_after == dense
+
+
+def test_a_first_moment_goes_to_8_bits_before_it_is_dropped():
+    model = nn.Sequential(nn.Embedding(5_000, 16), nn.Linear(16, 4_000))
+    optimizer = torch.optim.AdamW(model.parameters())
+    firsts = [
+        [type(rule.first_moment).__name__ for rule in Policy.for_budget(model, optimizer, size).rules]
+        for size in (680_000, 250_000, 150_000)
+    ]
+    assert firsts == [["Quantized"], ["Drop", "BFloat16"], ["Drop", "Quantized"]]
 
 
 @pytest.mark.parametrize(("sparse", "codec"), [(False, "Factored"), (True, "RowWise")])
