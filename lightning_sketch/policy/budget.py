@@ -19,10 +19,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
-#: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is within
-#: a per cent of the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which is
-#: nearly exact there. CountSketch is no step of it: it takes more than RowWise and is worse. Nor are 8 or 4 bits of both
-#: moments: a first moment in as many bits beside a second one in rows and columns takes half of theirs, and is as good.
+#: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is
+#: within a per cent of the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which
+#: is nearly exact there. CountSketch is no step of it: it takes more than RowWise and is worse. Nor are 8 or 4 bits of
+#: both moments: a first moment in as many bits beside a second one in rows and columns takes half, and is as good.
 TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
     (Keep(), Keep(), Keep()),
     (BFloat16(), BFloat16(), BFloat16()),
