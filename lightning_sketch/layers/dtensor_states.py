@@ -99,8 +99,8 @@ def sharded_like(param: Any, value: Any) -> Any:
         return value
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    # Every rank has the whole and takes its part; nothing is sent. Not by distribute_tensor, which takes the whole to the
-    # mesh's device, where offloaded parameters are not.
+    # Every rank has the whole and takes its part; nothing is sent. Not by distribute_tensor, which takes the whole to
+    # the mesh's device, where offloaded parameters are not.
     sizes, starts = compute_local_shape_and_global_offset(value.shape, param.device_mesh, param.placements)
     held = value[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
     return dense_like(param, held.to(param.device, copy=True))
