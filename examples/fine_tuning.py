@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lightning_sketch import report
 from lightning_sketch.integrations.transformers import compressed_optimizer
 
-LENGTH, STEPS = 64, 40
+LENGTH, STEPS = 64, 20
 TEXT = " ".join(topics.values())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_sketch import Drop, Policy, RowWise, Rule, compress, report
 
 FOLDERS = ("ao", "distributed", "fx", "nn", "_dynamo", "_inductor")  # of PyTorch's own source
-DIM, BATCH, STEPS = 32, 4096, 500
+DIM, BATCH, STEPS = 32, 4096, 300
 POLICY = Policy(
     [
         Rule(name="names.weight", exp_avg=Drop(), exp_avg_sq=RowWise(compression=10)),

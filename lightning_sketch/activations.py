@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def batch_memory(model: nn.Module, batch: Batch) -> BatchBytes:
 
     # What a model has made elsewhere, such as a mask in a closure, is taken for fake, too.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it writes a traceback before some errors are raised
+    disabled, log.disabled = log.disabled, True
     try:
         with mode:
             fakes = {id(tensor): _fake(tensor) for tensor in _tensors(model)}
@@ -64,6 +67,8 @@ def batch_memory(model: nn.Module, batch: Batch) -> BatchBytes:
             f"activations cannot be counted: the model does not run on fake tensors, which have shapes and no values "
             f"({reason}). Leave the batch out, or give a callable that computes the loss without looking at values"
         ) from error
+    finally:
+        log.disabled = disabled
 
 
 def track(model: nn.Module, compute_loss: Callable[[], Tensor]) -> BatchBytes:

@@ -124,7 +124,7 @@ def _rows(rank: RankBytes) -> Iterator[tuple[str, ...] | None]:
     for codec, count in sorted(rank.state_by_codec.items()):
         yield f"  {codec}", human_bytes(count), ""
     if rank.activations:
-        then = f"when most; beside gradients of {human_bytes(rank.gradients_then)}"
+        then = f"at their peak, when there are {human_bytes(rank.gradients_then)} of gradients"
         yield "activations", human_bytes(rank.activations), then
     yield None
     without = "without temporaries of the step" if rank.activations else "without activations and temporaries"
