@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import roofline, speed_cases
+from benchmarks import roofline, speed_cases, speed_offload
 from benchmarks.speed_cases import FULL, QUICK, Sizes
 from benchmarks.speed_measure import Contestant, Row, race
 from benchmarks.summary import RESULTS
@@ -51,15 +51,6 @@ def _peers(sizes: Sizes) -> list[Contestant]:
     return peers(sizes)
 
 
-def _offload(name: str) -> Race:
-    def race_of(sizes: Sizes) -> list[Contestant]:
-        from benchmarks import speed_offload
-
-        return {"table": speed_offload.table, "decoder": speed_offload.decoder}[name](sizes)
-
-    return race_of
-
-
 #: Each group's contestants, and whose number of rounds it has.
 RACES: dict[str, tuple[Race, str]] = {
     "dense": (speed_cases.dense, "dense"),
@@ -72,8 +63,8 @@ RACES: dict[str, tuple[Race, str]] = {
     "sharded": (_sharded, "dense"),
     "tables": (speed_cases.tables, "sparse"),
     "peers": (_peers, "peers"),
-    "offload_table": (_offload("table"), "dense"),
-    "offload_decoder": (_offload("decoder"), "dense"),
+    "offload_table": (speed_offload.table, "dense"),
+    "offload_decoder": (speed_offload.decoder, "dense"),
 }
 GROUPS = ("bandwidth", *RACES, "cold")
 THREADS = (1, 2, 4)
