@@ -25,6 +25,8 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.speed --groups bandwidth,offload_table,offload_decoder --threads 1,2 \
+		--out benchmarks/results/speed_offload.json
 	$(BIN)/python -m benchmarks.speed_tables
 
 bench-quality: $(VENV)/.benchmark

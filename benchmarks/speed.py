@@ -1,8 +1,10 @@
 """How long a step takes on the CPU, beside torch and other libraries, and beside what memory allows.
 
-    python -m benchmarks.speed                       # everything: results/speed.json, about ten minutes
+    python -m benchmarks.speed                       # results/speed.json, about ten minutes
     python -m benchmarks.speed --groups dense        # one group of rows again, into the same file
     python -m benchmarks.speed --quick               # small sizes, to see that it runs: runs/speed_quick.json
+    python -m benchmarks.speed --groups bandwidth,offload_table,offload_decoder --threads 1,2 \
+        --out benchmarks/results/speed_offload.json  # beside DeepSpeedCPUAdam, which takes minutes to compile
 
 Wall time. Each group of rows at each number of threads is measured in a process of its own, where all optimizers step
 the same parameters in turn (:mod:`benchmarks.speed_measure`).
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import roofline, speed_cases
+from benchmarks import roofline, speed_cases, speed_offload
 from benchmarks.speed_cases import FULL, QUICK, Sizes
 from benchmarks.speed_measure import Contestant, Row, race
 from benchmarks.summary import RESULTS
@@ -61,9 +63,12 @@ RACES: dict[str, tuple[Race, str]] = {
     "sharded": (_sharded, "dense"),
     "tables": (speed_cases.tables, "sparse"),
     "peers": (_peers, "peers"),
+    "offload_table": (speed_offload.table, "dense"),
+    "offload_decoder": (speed_offload.decoder, "dense"),
 }
 GROUPS = ("bandwidth", *RACES, "cold")
 THREADS = (1, 2, 4)
+OFFLOAD = ("offload_table", "offload_decoder")  # not among those that are measured if none is named
 OVERSUBSCRIBED = ("bandwidth", "dense")  # the groups measured with more threads than there are processors
 #: What must be as it was for new rows to stand beside old ones.
 SAME = ("quick", "processor", "processors", "torch", "kernels")
@@ -71,7 +76,8 @@ SAME = ("quick", "processor", "processors", "torch", "kernels")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--groups", default=",".join(GROUPS), help="names, comma-separated; default: all")
+    usual = ",".join(group for group in GROUPS if group not in OFFLOAD)
+    parser.add_argument("--groups", default=usual, help=f"comma-separated, of {', '.join(GROUPS)}; default: {usual}")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="comma-separated; default: 1,2,4")
     parser.add_argument("--quick", action="store_true", help="small sizes; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="where to write; what is there and not measured again stays")

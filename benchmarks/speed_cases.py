@@ -33,6 +33,7 @@ class Sizes:
     touched: int = 20_000
     small_layers: tuple[int, int] = (200, 256)
     sharded: tuple[int, int, int] = (16_384, 1_024, 16)  # rows of a table, columns, further square layers
+    offloaded: tuple[int, int, int] = (131_072, 640, 12)  # rows and columns of a table, decoder blocks
     tables: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 100_000_000)
     table_columns: int = 16
     bandwidth: int = 1 << 26
@@ -48,6 +49,7 @@ QUICK = Sizes(  # to see that everything runs; the figures mean nothing
     touched=500,
     small_layers=(20, 64),
     sharded=(512, 64, 2),
+    offloaded=(10_240, 64, 2),
     tables=(10_000, 100_000),
     bandwidth=1 << 20,
     cold_repeats=1,

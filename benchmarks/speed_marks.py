@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,21 +53,28 @@ MARKS = (
     Mark("per touched row, RowWise", "the smallest table", 1.3, "tables", ("rw_",)),
     Mark("per touched row, CountSketch 20x", "the smallest table", 1.3, "tables", ("cs20_",)),
 )
+#: Of parameters that are offloaded; `results/speed_offload.json`.
+OFFLOAD_MARKS = (
+    Mark("offloaded table, default policy", "DeepSpeedCPUAdam", 0.60, "offload_table", ("default",)),
+    Mark("offloaded decoder, default policy", "DeepSpeedCPUAdam", 0.60, "offload_decoder", ("default",)),
+    Mark('offloaded decoder, preset "whole-model"', "DeepSpeedCPUAdam", 0.60, "offload_decoder", ("whole_model",)),
+)
 
 
 def marks_table(stored: KernelState) -> str:
     """Every mark, with the ratio at one and two threads, without and with the check of the gradient."""
-    lines = [
-        "| step | against | at most | no check, 1 thread | 2 threads | with the check, 1 thread | 2 threads "
-        "| bound | met |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_ratio_line(stored, mark) for mark in MARKS]
+    lines = ratio_lines(stored, MARKS)
     lines.append(_temporaries(stored, "step temporaries, dense", DENSE_GROUPS, "0 B/param", NO_TEMPORARIES))
     text = "step temporaries, sparse"
     lines.append(_temporaries(stored, text, SPARSE_GROUPS, f"{SPARSE_TEMPORARIES:g}x gradient", SPARSE_TEMPORARIES))
     lines.append(_cold(stored))
     return "\n".join(lines)
+
+
+def ratio_lines(stored: KernelState, marks: Sequence[Mark]) -> list[str]:
+    """A table of ratios at one and two threads, with its heading."""
+    head = "| step | against | at most | no check, 1 thread | 2 threads | with the check, 1 thread | 2 threads "
+    return [f"{head}| bound | met |", "|---|---|---|---|---|---|---|---|---|", *(_ratio_line(stored, m) for m in marks)]
 
 
 def worst(stored: KernelState, mark: Mark, count: str, nonfinite: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/performance.md, from ``results/speed.json``.
+"""The tables and the picture of docs/performance.md, from ``results/speed.json`` and ``results/speed_offload.json``.
 
     python -m benchmarks.speed_tables
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.make_tables import DOCS, replace_between
-from benchmarks.speed_marks import marks_table
+from benchmarks.speed_marks import OFFLOAD_MARKS, marks_table, ratio_lines
 from benchmarks.speed_plot import plot
 from benchmarks.summary import RESULTS
 
@@ -36,12 +36,15 @@ RACES = {
     "tables": "itself in the smallest",
     "peers": "fused AdamW",
 }
+#: The same of parameters that are offloaded, from a file of their own.
+OFFLOAD_RACES = {"offload_table": "DeepSpeedCPUAdam", "offload_decoder": "DeepSpeedCPUAdam"}
 CHECKS = {None: "", "propagate": ", no check", "raise": ""}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--results", type=Path, default=RESULTS / "speed.json")
+    parser.add_argument("--offload", type=Path, default=RESULTS / "speed_offload.json")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
@@ -52,9 +55,14 @@ def main() -> None:
         "speed_cold": cold_table,
     }
     makers |= {f"speed_{group}": partial(race_table, group=group) for group in RACES}
+    tables = {name: make(stored) for name, make in makers.items()}
+    if arguments.offload.exists():
+        found: KernelState = json.loads(arguments.offload.read_text())
+        tables |= {f"speed_{group}": race_table(found, group) for group in OFFLOAD_RACES}
+        tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_MARKS))}
     text = arguments.page.read_text()
-    for name, make in makers.items():
-        text = replace_between(text, name, make(stored), arguments.page.name)
+    for name, table in tables.items():
+        text = replace_between(text, name, table, arguments.page.name)
     arguments.page.write_text(text)
     plot(stored, arguments.picture)
 
@@ -87,7 +95,8 @@ def race_table(stored: KernelState, group: str) -> str:
     heads = [_threads(count, crowded) for count in counts]
     sparse = group.startswith("sparse") or group == "tables"
     temporary = "temporaries / gradient" if sparse else "temporaries, B/param"
-    columns = [f"ms, {head} (quartiles) | bound | against {RACES[group]}" for head in heads]
+    against = (RACES | OFFLOAD_RACES)[group]
+    columns = [f"ms, {head} (quartiles) | bound | against {against}" for head in heads]
     lines = [f"| | {' | '.join(columns)} | state, B/param | {temporary} |"]
     lines.append("|---" * (3 * len(counts) + 3) + "|")
     by_name = [{row["name"]: row for row in stored["threads"][count][group]} for count in counts]

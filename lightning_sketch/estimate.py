@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.activations import Batch, batch_memory
 from lightning_sketch.codecs import Keep
 from lightning_sketch.layers.flat import NamedSegment, flat_parts
 from lightning_sketch.layers.record import LayerPart
@@ -39,6 +40,9 @@ class RankBytes:
         dense_state: the optimizer's states as torch keeps them, step counts aside.
         state_by_codec: the states under the policy, by codec.
         state_by_layer: the same, by the layer's name.
+        activations: of a batch, at the moment when forward and backward hold most: what backward needs, temporaries,
+            the batch itself. 0 if there is none.
+        gradients_then: the gradients that exist at that moment.
     """
 
     parameters: int = 0
@@ -47,6 +51,8 @@ class RankBytes:
     dense_state: int = 0
     state_by_codec: dict[str, int] = field(default_factory=dict)
     state_by_layer: dict[str, int] = field(default_factory=dict)
+    activations: int = 0
+    gradients_then: int = 0
 
     @property
     def state(self) -> int:
@@ -57,6 +63,11 @@ class RankBytes:
     def total(self) -> int:
         """Parameters, their copies, gradients and states."""
         return self.parameters + self.copies + self.gradients + self.state
+
+    @property
+    def peak(self) -> int:
+        """Parameters, their copies and states, and the larger of all gradients and what a batch holds at its peak."""
+        return self.total - self.gradients + max(self.gradients, self.activations + self.gradients_then)
 
     def add_state(self, fqn: str, codec: object, count: int) -> None:
         """Count bytes of a layer's state."""
@@ -112,8 +123,12 @@ def _rows(rank: RankBytes) -> Iterator[tuple[str, ...] | None]:
     yield "optimizer state", human_bytes(rank.state), ratio
     for codec, count in sorted(rank.state_by_codec.items()):
         yield f"  {codec}", human_bytes(count), ""
+    if rank.activations:
+        then = f"at their peak, when there are {human_bytes(rank.gradients_then)} of gradients"
+        yield "activations", human_bytes(rank.activations), then
     yield None
-    yield "together", human_bytes(rank.total), "without activations and temporaries"
+    without = "without temporaries of the step" if rank.activations else "without activations and temporaries"
+    yield "together", human_bytes(rank.peak), without
 
 
 def estimate_memory(
@@ -123,10 +138,13 @@ def estimate_memory(
     *,
     engine: Engine = "ddp",
     world_size: int = 1,
+    batch: Batch | None = None,
 ) -> Estimate:
     """What each rank would hold under ``compress(optimizer, model, policy)``. Allocates nothing.
 
     State bytes are those of the live optimizer to the byte, but for step counts (4 bytes for each parameter).
+    Activations are what torch allocates on the CPU for the same batch; on an accelerator other kernels keep other
+    things, and engines add buffers of their own and, under FSDP2 and ZeRO-3, parameters that are gathered.
 
     Args:
         model: on any device, the meta device included, and not divided yet; its dtype counts.
@@ -135,9 +153,13 @@ def estimate_memory(
         engine: "ddp", every rank holds everything; "fsdp2", ``fully_shard`` by rows; "zero1", "zero2" and "zero3",
             DeepSpeed's, with its defaults.
         world_size: number of ranks.
+        batch: of one rank, to count activations: named inputs in a mapping or positional ones in a sequence, where only
+            shapes and dtypes of tensors count, and the loss is ``output["loss"]`` or the sum of a tensor; or a callable
+            that gets a copy of the model, on fake tensors, and returns the loss. What the callable makes is fake, too;
+            it may use autocast or checkpointing. ``None``: activations are not counted.
 
     Raises:
-        ValueError: `engine` or `world_size` is none, or as `plan` does.
+        ValueError: `engine` or `world_size` is none, the model cannot run on fake tensors, or as `plan` does.
 
     >>> with torch.device("meta"):
     ...     model = nn.Embedding(1_000_000_000, 64)
@@ -150,8 +172,10 @@ def estimate_memory(
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: must be at least 1")
     made = plan(model, optimizer, policy)
+    held_by_batch = None if batch is None else batch_memory(model, batch)
     sparse = {key for key, layer in named_layers(model).items() if layer.sparse}
     count = _count_zero if engine.startswith("zero") else _count_shards
+    divided = "zero3" if engine == "zero2" else engine  # which divides gradients, too
     ranks: list[RankBytes] = []
     alike: dict[Hashable, RankBytes] = {}  # by how much of each parameter is held; ZeRO cuts rows, too
     for rank in range(world_size):
@@ -164,9 +188,13 @@ def estimate_memory(
         for layers, group in zip(made.groups, optimizer.param_groups, strict=True):
             layers_of_group = list(zip(layers, group["params"], strict=True))
             dense = [param for param in group["params"] if param.requires_grad and id(param) not in sparse]
-            divided = "zero3" if engine == "zero2" else engine  # which divides gradients, too
             found.gradients += sum(_held(p, divided, world_size, rank) * p.element_size() for p in dense)
             count(found, layers_of_group, group, engine, world_size, rank)
+        if held_by_batch is not None:
+            found.activations = held_by_batch.activations
+            trained = [param for param in model.parameters() if param.requires_grad]
+            share = sum(_held(p, divided, world_size, rank) for p in trained) / sum(p.numel() for p in trained)
+            found.gradients_then = round(share * held_by_batch.gradients)
         ranks.append(found)
     return Estimate(made, engine, tuple(ranks))
 

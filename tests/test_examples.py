@@ -72,6 +72,20 @@ def test_under_deepspeed_two_processes_hold_half_of_each_table_and_resume_exactl
     assert before[0] > before[1] > float(found[1])
 
 
+@pytest.mark.parametrize(("name", "figure"), [("recommender", "hit rate"), ("extreme_classification", "P@1")])
+def test_what_is_held_out_is_found_more_often(name, figure):
+    (path,) = [path for path in EXAMPLES if path.stem == name]
+    found = [float(number) for number in re.findall(rf"{figure} ([\d.]+)", printed_by(path))]
+    assert found[-1] > max(found[0], 0.3)
+
+
+def test_fine_tuning_resumes_exactly_with_less_than_the_dense_states_of_a_tied_table():
+    (path,) = [path for path in EXAMPLES if path.stem == "fine_tuning"]
+    printed = printed_by(path)
+    assert re.search(r"Factored +│ ", printed)
+    assert "weights differ by at most 0 in the end" in printed
+
+
 def test_the_demo_compares_two_trainings(tmp_path):
     script = Path(__file__).parents[1] / "examples/demo/run.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

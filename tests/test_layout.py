@@ -19,6 +19,7 @@ ORDER = (
     "integrations",
     "memory",
     "estimate",
+    "activations",
     "checkpoints",
     "monitor",
     "optimizer",

@@ -1,4 +1,4 @@
-"""Models, optimizers, policies and dtypes as they are written on the command line."""
+"""Models, optimizers, policies, batches and dtypes as they are written on the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.policy.policy import Policy
@@ -89,6 +89,19 @@ def policy_of(text: str, model: nn.Module, optimizer: Optimizer) -> Policy:
     if text.endswith((".yaml", ".yml")):
         return Policy.from_yaml(text)
     raise ValueError(f"--policy {text}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file nor budget:SIZE")
+
+
+def batch_of(text: str) -> dict[str, Tensor]:
+    """Input ids and labels of ``"8x2048"``: sequences and their length. On the meta device.
+
+    Raises:
+        ValueError: it is no such pair of numbers.
+    """
+    sizes = text.lower().split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--batch {text}: write sequences and their length, like 8x2048")
+    ids = torch.empty([int(size) for size in sizes], dtype=torch.int64, device="meta")
+    return {"input_ids": ids, "labels": ids}
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import get_args
 
-from lightning_sketch.cli.arguments import dtype_of, model_of, optimizer_of, policy_of
+from lightning_sketch.cli.arguments import batch_of, dtype_of, model_of, optimizer_of, policy_of
 from lightning_sketch.estimate import Engine, estimate_memory
 
 
@@ -30,6 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=get_args(Engine), default="ddp", help="divides the model (default ddp)")
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default 1)")
     parser.add_argument("--dtype", default="float32", help="of the parameters: float32, bf16, ... (default float32)")
+    parser.add_argument(
+        "--batch", help="of each rank, to count activations too: 8x2048 is 8 sequences of 2,048 input ids and labels"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every layer and every rank")
 
 
@@ -38,5 +41,6 @@ def run(options: argparse.Namespace) -> str:
     model = model_of(options.model).to(dtype_of(options.dtype))
     optimizer = optimizer_of(options.optimizer, model)
     policy = policy_of(options.policy, model, optimizer)
-    found = estimate_memory(model, optimizer, policy, engine=options.engine, world_size=options.world_size)
+    batch = None if options.batch is None else batch_of(options.batch)
+    found = estimate_memory(model, optimizer, policy, engine=options.engine, world_size=options.world_size, batch=batch)
     return json.dumps(found.to_dict(), indent=1) if options.json else str(found)

@@ -97,10 +97,13 @@ def sharded_like(param: Any, value: Any) -> Any:
     """A kept DTensor parameter's state from a gathered checkpoint, cut like the parameter; anything else as it is."""
     if not isinstance(value, Tensor) or is_dtensor(value) or value.shape != param.shape or value.ndim == 0:
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    # src_data_rank=None: every rank has the whole and takes its part; nothing is sent
-    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+    # Every rank has the whole and takes its part; nothing is sent. Not by distribute_tensor, which takes the whole to
+    # the mesh's device, where offloaded parameters are not.
+    sizes, starts = compute_local_shape_and_global_offset(value.shape, param.device_mesh, param.placements)
+    held = value[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+    return dense_like(param, held.to(param.device, copy=True))
 
 
 def held_rows(dense: Tensor, shard: Shard) -> Tensor:
@@ -239,9 +242,14 @@ def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int, sa
 
 
 def _from_local(held: Tensor, param: Any, placements: list[Any], shape: tuple[int, ...]) -> Tensor:
+    """A DTensor over the mesh of `param` whose local part is `held`, on the device where it is.
+
+    Not by ``DTensor.from_local``, which moves it to the mesh's device: parameters that FSDP2 offloads are on the CPU.
+    """
     from torch.distributed.tensor import DTensor  # here: slow to import, and only DTensor parameters come this way
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        held.contiguous(), param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    meta = TensorMeta(torch.Size(shape), stride, held.dtype)
+    spec = DTensorSpec(param.device_mesh, tuple(placements), tensor_meta=meta)
+    return DTensor(held.detach().contiguous(), spec, requires_grad=False)  # type: ignore[no-untyped-call]

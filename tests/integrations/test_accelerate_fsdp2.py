@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn import functional as F
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress, report
@@ -163,12 +164,13 @@ def from_plain(kind: str) -> dict[str, Any]:
 
 
 def prepared_both_ways() -> dict[str, Any]:
-    """Converted before and after ``prepare``; and with the model sharded on the meta device."""
+    """Converted before and after ``prepare``; with the model sharded on the meta device, and offloaded."""
     found: dict[str, Any] = {}
     for when, run in (
         ("before", start(POLICY)),
         ("after", start(None)),
         ("meta", start(POLICY, cpu_ram_efficient_loading=True)),
+        ("offloaded", start(POLICY, cpu_offload=CPUOffloadPolicy(pin_memory=False))),
     ):
         if when == "after":
             compress(run.optimizer, run.model, POLICY)
@@ -255,7 +257,7 @@ def test_sharded_training_is_that_of_one_process(any_ranks):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("when", ["before", "after", "meta"])
+@pytest.mark.parametrize("when", ["before", "after", "meta", "offloaded"])
 def test_the_prepared_optimizer_holds_dtensors_and_its_policy_by_position(ranks, when):
     compressed = [*(f"tables.{i}.weight" for i in range(4)), "hidden.weight", "kind.weight"]
     for rank in ranks:
