@@ -124,12 +124,11 @@ class Exact:
     def step(self, rows: Tensor, x: Tensor) -> Tensor:
         """The values of these rows after the step, ``[k, 16]``."""
         weight = 1 - self.decay if self.decay < 1 else 1.0
-        old = self.values[rows]
         if self.lazy:
-            new = old * self.decay + x * weight
+            new = self.values[rows] * self.decay + x * weight
         else:
             self.scale = decayed(self.scale, self.decay, (self.values,))
-            new = old + x * (weight / self.scale)
+            new = self.values[rows] + x * (weight / self.scale)
         self.values[rows] = new
         return new * self.scale
 
@@ -294,6 +293,7 @@ def summarised(compared: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[st
         "rms_error": math.sqrt(difference / size),
         "step_factor": float(2 ** off.abs().mean()),
         "step_bias": float(2 ** -off.mean()),  # of the step's length: below 1 where the moment is too large
+        "step_spread": float(2 ** (off - off.mean()).abs().mean()),  # what another learning rate cannot make up for
         "rows": len(error),
     }
 
