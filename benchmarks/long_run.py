@@ -1,13 +1,13 @@
 """How far second moments of compressed states are from exact ones, up to step 100,000 and beyond.
 
-A small language model (20,001 words, width 16, four words of context, sampled softmax) is trained once; the gradients of
-its embedding in the last 3,000 of 4,000 steps are recorded: about 300 rows each, with their ids and values. This record
-is then replayed, in another order each time, into the states alone, all of them side by side. At steps 1, 10, 100, ...
-what each would have divided the step by is compared with the exact number: over the rows of that step and of the next
-ones (a tenth as many as were made, 50 at most), so that rows weigh by how often they are touched.
+A small language model (20,001 words, width 16, four words of context, sampled softmax) is trained once; the gradients
+of its embedding in the last 3,000 of 4,000 steps are recorded: about 300 rows each, with their ids and values. This
+record is then replayed, in another order each time, into the states alone, all of them side by side. At steps 1, 10,
+100, ... what each would have divided the step by is compared with the exact number: over the rows of that step and of
+the ones before (a tenth as many as were made, 50 at most), so that rows weigh by how often they are touched.
 
     python -m benchmarks.long_run                      # 100,000 steps -> results/long_run.json
-    python -m benchmarks.long_run --steps 1000000      # results/long_run.json as well, with a step more
+    python -m benchmarks.long_run --steps 1000000      # ten times as long, and another column
 
 Exact are the means of dense optimizers, which decay in every step (beta2 = 0.999), and Adagrad's sums. The paper's rule
 decays touched rows alone, so it is compared with a mean that does so, too (`touched`).
@@ -40,7 +40,7 @@ from lightning_sketch.sharding import Block, Shard
 WORDS = 20_000
 WIDTH = 16
 CONTEXT = 4
-BATCH = 128  # words to be foretold; their contexts have about 300 distinct words
+BATCH = 200  # words to be foretold; their contexts have about 300 distinct words
 TRAINED, RECORDED = 4_000, 3_000  # steps
 LR = 8e-3
 DECAY = {"first": 0.9, "second": 0.999, "sum": 1.0}

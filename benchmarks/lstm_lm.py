@@ -78,9 +78,7 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding.weight, std=TABLE_STD)
         nn.init.normal_(self.softmax.weight, std=TABLE_STD)
 
-    def forward(
-        self, ids: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, ids: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         features, state = self.lstm(self.embedding(ids), state)
         assert state is not None
         return features, (state[0].detach(), state[1].detach())
@@ -95,9 +93,7 @@ def run(setting: Setting) -> Result:
     sampled = method.softmax == "sampled"
     model = Model(corpus.vocabulary, sizes.hidden, sampled=sampled, sparse=not method.dense)
     tables = [model.embedding.weight, model.softmax.weight] if sampled else [model.embedding.weight]
-    optimizers = build(
-        method, model, tables, lr=setting.lr, eps=setting.eps, rest_lr=LSTM_LR if sampled else None
-    )
+    optimizers = build(method, model, tables, lr=setting.lr, eps=setting.eps, rest_lr=LSTM_LR if sampled else None)
     finite = _train(method, model, optimizers, corpus, np.random.default_rng(setting.seed))
     trained = time.perf_counter()
     return {

@@ -29,7 +29,7 @@ class Method:
     """A stock class and how the states of the sparse tables are stored.
 
     Args:
-        paper: the figure of the paper's table that it repeats, in table order of `benchmarks.papers_tables`.
+        paper: the row of the paper's table that it repeats, see `benchmarks.papers_tables`.
         first: codec of the first moment, or of the momentum; ``None``: exact.
         second: codec of the second moment; ``None``: exact.
         default: the default policy, in place of both.
@@ -126,43 +126,43 @@ def _sketched(
     }
 
 
-#: The most telling first. Where the paper has a figure for a method, `paper` names its row.
+#: In the order of the tables; each family begins with exact states.
 METHODS: dict[str, Method] = {
     # Tables 9 (Adam), 6 (Adagrad) and 7 (RMSprop): a sampled softmax, both tables sparse.
-    "sampled_adam": Method("Adam, exact", "sampled", "adam", "9:Adam"),
-    **_sketched("sampled", "5x", "paper", _paper(compression=5), ("9:CS-MV", "9:CS-V")),
-    **_sketched("sampled", "5x", "linear", _linear(compression=5), ("9:CS-MV", "9:CS-V")),
-    "sampled_adam_low_rank": Method("Adam, second moment low-rank", "sampled", "adam", "9:LR-NMF-V", second=_factored),
+    "sampled_adam": Method("Adam, exact", "sampled", "adam", "Adam"),
+    **_sketched("sampled", "5x", "paper", _paper(compression=5), ("CS-MV", "CS-V")),
+    **_sketched("sampled", "5x", "linear", _linear(compression=5), ("CS-MV", "CS-V")),
+    "sampled_adam_low_rank": Method("Adam, second moment low-rank", "sampled", "adam", "LR-NMF-V", second=_factored),
     "sampled_adam_default": Method("Adam, default policy", "sampled", "adam", default=True),
-    "sampled_adagrad": Method("Adagrad, exact", "sampled", "adagrad", "6:Adagrad"),
+    "sampled_adagrad": Method("Adagrad, exact", "sampled", "adagrad", "Adagrad"),
     "sampled_adagrad_5x": Method(
-        "Adagrad, 5x (both rules are one: sums do not decay)", "sampled", "adagrad", "6:CS", second=_linear(compression=5)
+        "Adagrad, 5x (both rules are one: sums do not decay)", "sampled", "adagrad", "CS", second=_linear(compression=5)
     ),
-    "sampled_adagrad_low_rank": Method("Adagrad, low-rank", "sampled", "adagrad", "6:LR-NMF", second=_factored),
+    "sampled_adagrad_low_rank": Method("Adagrad, low-rank", "sampled", "adagrad", "LR-NMF", second=_factored),
     "sampled_adagrad_default": Method("Adagrad, default policy", "sampled", "adagrad", default=True),
-    "sampled_rmsprop": Method("RMSprop, exact", "sampled", "rmsprop", "7:RMSprop", second=_touched),
+    "sampled_rmsprop": Method("RMSprop, exact", "sampled", "rmsprop", "RMSprop", second=_touched),
     "sampled_rmsprop_paper5x": Method(
-        "RMSprop, 5x, the paper's rule", "sampled", "rmsprop", "7:CMS", second=_paper(compression=5)
+        "RMSprop, 5x, the paper's rule", "sampled", "rmsprop", "CMS", second=_paper(compression=5)
     ),
     "sampled_rmsprop_linear5x": Method(
-        "RMSprop, 5x, the package's rule", "sampled", "rmsprop", "7:CMS", second=_linear(compression=5)
+        "RMSprop, 5x, the package's rule", "sampled", "rmsprop", "CMS", second=_linear(compression=5)
     ),
-    "sampled_rmsprop_low_rank": Method("RMSprop, low-rank", "sampled", "rmsprop", "7:LR-NMF", second=_factored),
+    "sampled_rmsprop_low_rank": Method("RMSprop, low-rank", "sampled", "rmsprop", "LR-NMF", second=_factored),
     "sampled_rmsprop_default": Method("RMSprop, default policy", "sampled", "rmsprop", default=True),
     "sampled_adam_b0": Method("Adam, exact, beta1 = 0", "sampled", "adam", beta1=False),
     # Tables 3 (momentum) and 4 (Adam): a full softmax, only the embedding is sparse; a sketch of [3, 16, dim].
-    "full_momentum": Method("Momentum, exact", "full", "momentum", "3:Momentum", dense=True),
+    "full_momentum": Method("Momentum, exact", "full", "momentum", "Momentum", dense=True),
     "full_momentum_paper16": Method(
-        "Momentum, [3, 16, 64], the paper's rule", "full", "momentum", "3:CS", _paper(width=16)
+        "Momentum, [3, 16, 64], the paper's rule", "full", "momentum", "CS", _paper(width=16)
     ),
     "full_momentum_linear16": Method(
-        "Momentum, [3, 16, 64], the package's rule", "full", "momentum", "3:CS", _linear(width=16)
+        "Momentum, [3, 16, 64], the package's rule", "full", "momentum", "CS", _linear(width=16)
     ),
     "full_momentum_default": Method("Momentum, default policy", "full", "momentum", default=True),
-    "full_adam": Method("Adam, exact", "full", "adam", "4:Adam"),
-    **_sketched("full", "16 buckets", "paper", _paper(width=16), ("4:CS-MV", "4:CS-V")),
-    **_sketched("full", "16 buckets", "linear", _linear(width=16), ("4:CS-MV", "4:CS-V")),
-    "full_adam_low_rank": Method("Adam, second moment low-rank", "full", "adam", "4:LR-NMF-V", second=_factored),
+    "full_adam": Method("Adam, exact", "full", "adam", "Adam"),
+    **_sketched("full", "16 buckets", "paper", _paper(width=16), ("CS-MV", "CS-V")),
+    **_sketched("full", "16 buckets", "linear", _linear(width=16), ("CS-MV", "CS-V")),
+    "full_adam_low_rank": Method("Adam, second moment low-rank", "full", "adam", "LR-NMF-V", second=_factored),
     "full_adam_default": Method("Adam, default policy", "full", "adam", default=True),
     **_sketched("full", "5x", "paper", _paper(compression=5), ("", "")),
     **_sketched("full", "5x", "linear", _linear(compression=5), ("", "")),

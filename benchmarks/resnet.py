@@ -1,4 +1,4 @@
-"""All layers compressed: a ResNet-18 on Fashion-MNIST by RMSprop and Adam (the count-sketch paper's table 5, made small).
+"""All layers compressed: a ResNet-18 on Fashion-MNIST, the count-sketch paper's table 5 made small.
 
 ResNet-18 for one channel, at half of its width (32 to 256 channels, 2.8 M parameters), with the first convolution and
 the max-pool of the original; two epochs of 55,000 pictures in batches of 128, no augmentation; warm-up over 5 % of the

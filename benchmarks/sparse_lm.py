@@ -175,9 +175,7 @@ def draw(corpus: gcide.Corpus, seed: int, steps: int) -> Batches:
     )
 
 
-def draw_negatives(
-    counts: npt.NDArray[np.int64], steps: int, random: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_negatives(counts: npt.NDArray[np.int64], steps: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Words from unigram^0.75, ascending, ``[steps, 1024]``; log of how often each is expected, ``[vocabulary]``."""
     share = counts.astype(np.float64) ** 0.75
     share /= share.sum()

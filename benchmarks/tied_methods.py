@@ -167,9 +167,7 @@ METHODS: dict[str, Method] = {
     "sm3_1_linear": Method(
         "SM3-I with momentum 0.9 everywhere, AdamW's schedule", "adagrad", _sm3_alone("I"), start_lr=0.05
     ),
-    "adagrad_linear": Method(
-        "Adagrad with momentum 0.9, exact, AdamW's schedule", "adagrad_momentum", start_lr=0.025
-    ),
+    "adagrad_linear": Method("Adagrad with momentum 0.9, exact, AdamW's schedule", "adagrad_momentum", start_lr=0.025),
     "adagrad_recipe": Method(
         "Adagrad with momentum 0.9, exact, SM3's schedule", "adagrad_momentum", schedule="quadratic", start_lr=0.025
     ),

@@ -1,10 +1,10 @@
 """A small causal Transformer whose softmax is tied to the embedding: dense gradients.
 
 The 20,000 commonest words, full softmax, 2 layers, width 128, 4 heads, context 64; 800 steps of 512
-words, warm-up over 10 % and a linear fall to 2 % (SM3's own recipe: a quadratic warm-up over 10 %,
-then constant; Adafactor's: a linear one, then the inverse root of the step), the gradient's norm clipped to 1. AdamW's fused class at its defaults but the learning
-rate, which is tuned by factors of two on validation blocks with seed 0 and shared by the table and
-the hidden layers.
+words, warm-up over 10 % and a linear fall to 2 % (SM3's own schedule: a quadratic warm-up over 10 %,
+then constant; Adafactor's: a linear one, then the inverse root of the step), the gradient's norm
+clipped to 1. AdamW's fused class at its defaults but the learning rate, which is tuned by factors of
+two on validation blocks with seed 0 and shared by the table and the hidden layers.
 
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
