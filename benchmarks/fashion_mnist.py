@@ -39,7 +39,7 @@ def load() -> tuple[Pictures, Pictures, Pictures]:
     path = cache_folder() / "fashion_mnist.npz"
     if not path.exists():
         partial = path.with_suffix(f".{os.getpid()}.npz")  # two processes may build it at once
-        np.savez(partial, **_download(cache_folder()))
+        np.savez(partial, **_download(cache_folder()))  # type: ignore[arg-type]
         partial.replace(path)
     with np.load(path) as stored:
         arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}

@@ -61,7 +61,8 @@ class _InRowSketch(CodecState):
         rows = self.table[block.index] * self.decay
         found = rows[:, self.bucket] + added
         self.table[block.index] = rows.index_add_(1, self.bucket, added)
-        return found.view(x.shape)
+        return found.view_as(x)
 
     def estimate(self, block: Block) -> Tensor:
-        return self.table[block.index][:, self.bucket].view(-1, *self.spec.shard.row_shape)
+        found: Tensor = self.table[block.index][:, self.bucket]
+        return found.view(-1, *self.spec.shard.row_shape)

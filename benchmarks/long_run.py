@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SparseAdam
+from torch.optim import Adam, Optimizer, SparseAdam
 
 from benchmarks import gcide
 from benchmarks.losses import sampled_softmax_loss
@@ -74,7 +74,7 @@ def _cases() -> dict[str, Case]:
         for exact in ("dense", "touched"):
             end = "" if exact == "dense" else ", beside a mean of touched rows alone"
             tag = "" if exact == "dense" else "_touched"
-            cases[f"paper{size}{tag}"] = Case(f"{sketch}, the paper's rule{end}", "second", paper, exact)  # type: ignore[arg-type]
+            cases[f"paper{size}{tag}"] = Case(f"{sketch}, the paper's rule{end}", "second", paper, exact)
         cases[f"paper{size}_clean"] = Case(
             f"{sketch}, the paper's rule, cleaned (0.2 every 125)", "second", CountSketch(**cleaned, update="paper")
         )
@@ -183,8 +183,8 @@ def record() -> Record:
     mix = nn.Linear(CONTEXT * WIDTH, WIDTH)
     nn.init.normal_(words.weight, std=0.1)
     nn.init.normal_(scored.weight, std=0.1)
-    tables = SparseAdam([words.weight, scored.weight], lr=LR)
-    hidden = torch.optim.Adam(mix.parameters(), lr=1e-3)
+    tables: Optimizer = SparseAdam([words.weight, scored.weight], lr=LR)
+    hidden: Optimizer = Adam(mix.parameters(), lr=1e-3)
     negatives, log_expected = draw_negatives(corpus.counts, TRAINED, random)
     text = torch.from_numpy(corpus.train.reshape(-1).astype(np.int64))
     found: Record = []

@@ -179,7 +179,7 @@ def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
     return math.exp(mean) if mean < 50 else None
 
 
-def _state_bytes(optimizers: list[Optimizer], tables: list[nn.Parameter]) -> int:
+def _state_bytes(optimizers: list[Optimizer], tables: list[Tensor]) -> int:
     return sum(
         value.numel() * value.element_size()
         for optimizer in optimizers

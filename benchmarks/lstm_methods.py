@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop, SparseAdam
 
 Family = Literal["momentum", "adam", "adagrad", "rmsprop"]
@@ -53,7 +53,7 @@ class Method:
 
 
 def build(
-    method: Method, model: nn.Module, tables: list[nn.Parameter], *, lr: float, eps: float, rest_lr: float | None
+    method: Method, model: nn.Module, tables: list[Tensor], *, lr: float, eps: float, rest_lr: float | None
 ) -> list[Optimizer]:
     """The optimizer of the tables, then that of all other parameters.
 

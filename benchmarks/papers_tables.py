@@ -62,7 +62,7 @@ def lstm_table(rows: Rows, softmax: str, family: str) -> str | None:
         row, theirs = rows[name], figures.get(method.paper)
         chosen = row["best"]
         columns = [method.label, "" if theirs is None else f"{theirs:.2f}"]
-        columns += ["" if theirs in (None, base) else f"{100 * (theirs / base - 1):+.1f} %"]  # type: ignore[operator]
+        columns += ["" if theirs in (None, base) else f"{100 * (theirs / base - 1):+.1f} %"]
         columns += [perplexity(chosen), against(chosen, rows[exact]["best"]), share(row, rows[exact])]
         columns += [f"{chosen['lr']:g}", f"{chosen['eps']:.0e}" if chosen["eps"] else ""]
         lines.append(f"| {' | '.join(columns)} |")

@@ -3,10 +3,10 @@
 ResNet-18 for one channel, at half of its width (32 to 256 channels, 2.8 M parameters), with the first convolution and
 the max-pool of the original; two epochs of 55,000 pictures in batches of 128, no augmentation; warm-up over 5 % of the
 steps and a linear fall to 2 %. The learning rate of every method is tuned by factors of two on 5,000 pictures with
-seed 0. Figures are errors in percent, of 10,000 test pictures: two runs of one method differ by 0.3 by chance.
+seed 0. Figures are errors in percent, of 10,000 test pictures: 10 % is known to 0.3 either way (one deviation).
 
-Compressed are the states of all convolutions and of the last layer. Scales and shifts of the normalisations, a third
-of a percent of the parameters, are kept exactly, as in the paper. A kernel ``[out, in, height, width]`` has its output
+Compressed are the states of all convolutions and of the last layer. Scales and shifts of the normalisations, a fifth
+of a percent of the parameters, are kept exactly, as by the released code. A kernel ``[out, in, height, width]`` has its output
 channels for rows.
 
     python -m benchmarks.resnet --methods rmsprop,rmsprop_code5    # results/resnet.json
