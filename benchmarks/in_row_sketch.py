@@ -61,7 +61,8 @@ class _InRowSketch(CodecState):
         rows = self.table[block.index] * self.decay
         found = rows[:, self.bucket] + added
         self.table[block.index] = rows.index_add_(1, self.bucket, added)
-        return found.view_as(x)
+        read: Tensor = found.view_as(x)
+        return read
 
     def estimate(self, block: Block) -> Tensor:
         found: Tensor = self.table[block.index][:, self.bucket]

@@ -6,8 +6,8 @@ steps and a linear fall to 2 %. The learning rate of every method is tuned by fa
 seed 0. Figures are errors in percent, of 10,000 test pictures: 10 % is known to 0.3 either way (one deviation).
 
 Compressed are the states of all convolutions and of the last layer. Scales and shifts of the normalisations, a fifth
-of a percent of the parameters, are kept exactly, as by the released code. A kernel ``[out, in, height, width]`` has its output
-channels for rows.
+of a percent of the parameters, are kept exactly, as by the released code. A kernel ``[out, in, height, width]`` has its
+output channels for rows.
 
     python -m benchmarks.resnet --methods rmsprop,rmsprop_code5    # results/resnet.json
     python -m benchmarks.resnet --summarise                        # only write it, from finished runs
