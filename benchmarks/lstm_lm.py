@@ -7,11 +7,14 @@ Two settings over GCIDE's words, 20 words back, each lane of text read on from w
   parameters at one learning rate, as in the paper.
 - `sampled_...` (tables 6, 7 and 9, Wikitext-103 and 1-Billion-Word): the 50,000 commonest words, width 64, LSTM of 256,
   sampled softmax (1,024 shared negatives), 700 steps of 64 x 20 words. Both tables have sparse gradients and are
-  stepped by the method under test; the LSTM always by Adam at 2e-3, so that tables are judged by themselves.
+  stepped by the method under test; the LSTM always by Adam at 8e-3, so that tables are judged by themselves.
 
 Learning rates fall linearly to 2 %; gradients are clipped to the norm that the paper gives for the optimizer. The
 learning rate of every method is tuned by factors of two on validation text with seed 0; in the sampled setting so is
 eps, of the tables. Perplexity is by the full softmax on held-out blocks.
+
+Sizes were chosen by time, a minute of one core a run, and the LSTM's learning rate by exact Adam alone: with tables at
+32e-3 it comes to a validation perplexity of 56.3, 52.1 and 51.4 with 2e-3, 4e-3 and 8e-3.
 
     python -m benchmarks.lstm_lm --methods sampled_adam,sampled_adam_default     # results/lstm_lm.json
     python -m benchmarks.lstm_lm --summarise                                     # only write it, from finished runs
@@ -41,7 +44,7 @@ BACK = 20  # words
 WIDTH = 64  # of the embedding and of the projection
 STEPS = 700
 LAST_LR = 0.02  # of the first
-LSTM_LR = 2e-3  # of the sampled setting's LSTM
+LSTM_LR = 8e-3  # of the sampled setting's LSTM
 TABLE_STD = 0.1
 EVALUATED_LANES = 32
 EVALUATED_WORDS = {"valid": 16_000, "test": 32_000}

@@ -110,10 +110,6 @@ def _factored(ls: Any) -> Any:
     return ls.Factored()
 
 
-def _drop(ls: Any) -> Any:
-    return ls.Drop()
-
-
 def _sketched(
     softmax: Literal["full", "sampled"], size: str, rule: str, make: Codec, paper: tuple[str, str]
 ) -> dict[str, Method]:

@@ -184,12 +184,12 @@ def _train(model: nn.Module, optimizer: Optimizer, train: Pictures, setting: Set
     model.train()
     random = np.random.default_rng(setting.seed)
     each = len(train.classes) // BATCH  # what is left over is left out
-    steps = EPOCHS * each
-    for epoch in range(EPOCHS):
-        order = torch.from_numpy(random.permutation(len(train.classes)))[: each * BATCH]
-        for batch, picked in enumerate(torch.split(order, BATCH)):
+    epochs = [torch.from_numpy(random.permutation(len(train.classes)))[: each * BATCH] for _ in range(EPOCHS)]
+    batches = [batch for order in epochs for batch in torch.split(order, BATCH)]
+    try:
+        for step, picked in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = setting.lr * linear_up_and_down(epoch * each + batch, steps)
+                group["lr"] = setting.lr * linear_up_and_down(step, len(batches))
             pictures = train.pictures[picked].to(memory_format=torch.channels_last)  # faster on CPUs
             loss = F.cross_entropy(model(pictures), train.classes[picked])
             if not loss.isfinite():
@@ -197,6 +197,8 @@ def _train(model: nn.Module, optimizer: Optimizer, train: Pictures, setting: Set
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
+    except FloatingPointError:  # a gradient that is not finite
+        return False
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
