@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -165,17 +166,23 @@ def draw(corpus: gcide.Corpus, seed: int, steps: int) -> Batches:
     """The batches of a seed."""
     random = np.random.default_rng(seed)
     context, target = _windows(corpus.train, steps * BATCH, random)
-    share = corpus.counts.astype(np.float64) ** 0.75
-    share /= share.sum()
-    drawn = np.searchsorted(np.cumsum(share), random.random((steps, NEGATIVES)))
-    drawn = np.sort(np.minimum(drawn, corpus.vocabulary - 1), axis=1)
-    never = np.finfo(np.float32).tiny  # words seen only in held-out blocks
+    negatives, log_expected = draw_negatives(corpus.counts, steps, random)
     return Batches(
         context=context.view(steps, BATCH, CONTEXT),
         target=target.view(steps, BATCH),
-        negatives=torch.from_numpy(drawn),
-        log_expected=torch.from_numpy(np.log(np.maximum(NEGATIVES * share, never))).float(),
+        negatives=negatives,
+        log_expected=log_expected,
     )
+
+
+def draw_negatives(counts: npt.NDArray[np.int64], steps: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Words from unigram^0.75, ascending, ``[steps, 1024]``; log of how often each is expected, ``[vocabulary]``."""
+    share = counts.astype(np.float64) ** 0.75
+    share /= share.sum()
+    drawn = np.searchsorted(np.cumsum(share), random.random((steps, NEGATIVES)))
+    drawn = np.sort(np.minimum(drawn, len(counts) - 1), axis=1)
+    never = np.finfo(np.float32).tiny  # words seen only in held-out blocks
+    return torch.from_numpy(drawn), torch.from_numpy(np.log(np.maximum(NEGATIVES * share, never))).float()
 
 
 def _windows(blocks: gcide.Ids, words: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Adagrad, AdamW, Optimizer
+from torch.optim import Adafactor, Adagrad, AdamW, Optimizer
+
+from benchmarks.adagrad_momentum import AdagradMomentum
 
 Rules = Callable[[Any], list[Any]]  # the package -> the policy's rules
 Codec = Callable[[Any], Any]  # the package -> a codec
@@ -15,12 +17,14 @@ Codec = Callable[[Any], Any]  # the package -> a codec
 
 @dataclass(frozen=True)
 class Method:
-    """AdamW (or Adagrad, for SM3's own recipe) and the rules that compress it."""
+    """AdamW (or Adagrad, for SM3, or another optimizer beside it) and the rules that compress it."""
 
     label: str
-    family: Literal["adam", "adagrad"] = "adam"
+    family: Literal["adam", "adagrad", "adagrad_momentum", "adafactor"] = "adam"
     rules: Rules | None = None  # None: exact
     table_momentum: bool = True  # beta1 = 0.9 on the table; False: 0, with the stock class
+    schedule: Literal["linear", "quadratic", "inverse_root"] = "linear"  # after the warm-up; see `tied_transformer`
+    start_lr: float | None = None  # of the search; None: the family's
 
 
 def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, eps: float) -> Optimizer:
@@ -30,6 +34,10 @@ def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, e
     optimizer: Optimizer
     if method.family == "adagrad":
         optimizer = Adagrad(groups, lr=lr, eps=eps)
+    elif method.family == "adagrad_momentum":
+        optimizer = AdagradMomentum(groups, lr=lr, eps=eps)
+    elif method.family == "adafactor":
+        optimizer = Adafactor(groups, lr=lr)  # its two eps are its own
     else:
         if not method.table_momentum:
             groups[0]["betas"] = (0.0, 0.999)
@@ -111,8 +119,8 @@ def _everything(ls: Any) -> list[Any]:
     return _table(_bf16, _row_wise)(ls) + _hidden(_bf16, _bf16)(ls)
 
 
-def _sm3_recipe(ls: Any) -> list[Any]:
-    return [ls.Rule(name="*", sum=ls.SM3(momentum=0.9))]
+def _sm3_alone(variant: str) -> Rules:
+    return lambda ls: [ls.Rule(name="*", sum=ls.SM3(variant, momentum=0.9))]
 
 
 METHODS: dict[str, Method] = {
@@ -132,7 +140,9 @@ METHODS: dict[str, Method] = {
     "hidden_bf16": Method("hidden: BFloat16 of both moments", rules=_hidden(_bf16, _bf16)),
     "hidden_factored": Method("hidden: Factored, first moment BFloat16", rules=_hidden(_bf16, _factored)),
     "hidden_sm3": Method("hidden: SM3-II (EMA), first moment kept", rules=_hidden(None, _sm3)),
-    "sm3_recipe": Method("SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_recipe),
+    "sm3_recipe": Method(
+        "SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_alone("II"), schedule="quadratic"
+    ),
     "all_bf16": Method('all layers: BFloat16 of both moments (preset "bf16")', rules=_preset("bf16")),
     "all_bf16_factored": Method("all layers: Factored, first moment BFloat16", rules=_all_layers(_bf16, _factored)),
     "all_8bit": Method('all layers: 8 bits of both moments (preset "8bit")', rules=_preset("8bit")),
@@ -143,4 +153,24 @@ METHODS: dict[str, Method] = {
         rules=_preset("whole-model"),
     ),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
+    # The SM3 paper's optimizers, each by SM3's schedule (quadratic warm-up, then constant) and by AdamW's.
+    "sm3_linear": Method(
+        "SM3-II with momentum 0.9 everywhere, AdamW's schedule", "adagrad", _sm3_alone("II"), start_lr=0.05
+    ),
+    "sm3_1_recipe": Method(
+        "SM3-I with momentum 0.9 everywhere, SM3's schedule",
+        "adagrad",
+        _sm3_alone("I"),
+        schedule="quadratic",
+        start_lr=0.05,
+    ),
+    "sm3_1_linear": Method(
+        "SM3-I with momentum 0.9 everywhere, AdamW's schedule", "adagrad", _sm3_alone("I"), start_lr=0.05
+    ),
+    "adagrad_linear": Method("Adagrad with momentum 0.9, exact, AdamW's schedule", "adagrad_momentum", start_lr=0.025),
+    "adagrad_recipe": Method(
+        "Adagrad with momentum 0.9, exact, SM3's schedule", "adagrad_momentum", schedule="quadratic", start_lr=0.025
+    ),
+    "adafactor_linear": Method("torch's Adafactor, AdamW's schedule", "adafactor"),
+    "adafactor_recipe": Method("torch's Adafactor, warm-up, then 1 / sqrt(step)", "adafactor", schedule="inverse_root"),
 }

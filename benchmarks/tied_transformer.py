@@ -1,10 +1,10 @@
 """A small causal Transformer whose softmax is tied to the embedding: dense gradients.
 
 The 20,000 commonest words, full softmax, 2 layers, width 128, 4 heads, context 64; 800 steps of 512
-words, warm-up over 10 % and a linear fall to 2 % (SM3's own recipe: a quadratic warm-up over 10 %,
-then constant), the gradient's norm clipped to 1. AdamW's fused class at its defaults but the learning
-rate, which is tuned by factors of two on validation blocks with seed 0 and shared by the table and
-the hidden layers.
+words, warm-up over 10 % and a linear fall to 2 % (SM3's own schedule: a quadratic warm-up over 10 %,
+then constant; Adafactor's: a linear one, then the inverse root of the step), the gradient's norm
+clipped to 1. AdamW's fused class at its defaults but the learning rate, which is tuned by factors of
+two on validation blocks with seed 0 and shared by the table and the hidden layers.
 
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
@@ -52,8 +52,8 @@ VALID_SEQUENCES = 256
 TEST_SEQUENCES = 512
 EVALUATION_SEED = 1
 
-START_LR = {"adam": 2e-3, "adagrad": 0.1}
-DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10}
+START_LR = {"adam": 2e-3, "adagrad": 0.1, "adagrad_momentum": 0.025, "adafactor": 32e-3}
+DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10, "adagrad_momentum": 1e-10, "adafactor": 1e-3}
 
 
 def make_model(vocabulary: int) -> CausalLM:
@@ -68,7 +68,7 @@ def run(setting: Setting) -> Result:
     model = make_model(corpus.vocabulary)
     optimizer = build(method, model, model.words, lr=setting.lr, eps=setting.eps)
     batches = draw_sequences(corpus.train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
-    schedule = quadratic_then_constant if method.family == "adagrad" else linear_up_and_down
+    schedule = SCHEDULES[method.schedule]
     finite = _train(model, optimizer, batches, lambda step: schedule(step) * setting.lr)
     trained = time.perf_counter()
 
@@ -109,6 +109,20 @@ def quadratic_then_constant(step: int) -> float:
     return min((step + 1) / (WARM_UP * STEPS), 1.0) ** 2
 
 
+def linear_then_inverse_root(step: int) -> float:
+    """Adafactor's, of a relative step: here from where the warm-up ends."""
+    warm_up = WARM_UP * STEPS
+    return min((step + 1) / warm_up, math.sqrt(warm_up / (step + 1)))
+
+
+#: By a method's `schedule`.
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "linear": linear_up_and_down,
+    "quadratic": quadratic_then_constant,
+    "inverse_root": linear_then_inverse_root,
+}
+
+
 def tune_and_repeat(name: str, seeds: int) -> None:
     """Search on validation blocks with seed 0; then, with ``seeds`` > 0, that many runs on the test blocks."""
     cache, method = _cache(), METHODS[name]
@@ -117,7 +131,7 @@ def tune_and_repeat(name: str, seeds: int) -> None:
         return perplexity(cache.run(Setting(name, lr, eps, seed=0, test=True), run))
 
     eps = DEFAULT_EPS[method.family]
-    lr = climb(lambda rate: score(rate, eps), START_LR[method.family])
+    lr = climb(lambda rate: score(rate, eps), method.start_lr or START_LR[method.family])
     repeat(name, lr, eps, seeds)
 
 
