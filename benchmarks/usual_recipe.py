@@ -5,8 +5,9 @@ with betas (0.9, 0.95), weight decay 0.1 on the matrices of the hidden layers (n
 10 % and a cosine to 10 % of the peak, the gradient's norm clipped to 1. The learning rate is tuned for every method by
 factors of two on validation blocks with seed 0, and shared by all parameters.
 
-    python -m benchmarks.usual_recipe --workers 2     # finished runs are the lines of results/usual_recipe.jsonl
+    python -m benchmarks.usual_recipe --workers 2                        # results/usual_recipe.json
     python -m benchmarks.usual_recipe --methods tied_adamw --seeds 3
+    python -m benchmarks.usual_recipe --summarise                        # only write it, from finished runs
 
 First every method is run at one learning rate, then each climbs from there, so that an interrupted sweep has compared
 all methods at least at that.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from benchmarks import gcide
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.summary import RESULTS
+from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting, climb, each, perplexity
 
 WORDS = 16_384
@@ -200,7 +202,7 @@ def _corpus() -> gcide.Corpus:
 
 
 def cache() -> Cache:
-    return Cache(RESULTS / "usual_recipe.jsonl")
+    return Cache(gcide.cache_folder() / "usual_recipe.jsonl")
 
 
 def score(name: str, lr: float, seed: int = 0) -> float:
@@ -223,14 +225,18 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="names, comma-separated; default: all")
     parser.add_argument("--seeds", type=int, default=1, help="runs at the best learning rate; 0: only one rate")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--summarise", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     names = arguments.methods.split(",")
     if unknown := sorted(set(names) - set(METHODS)):
         raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
-    _corpus()  # the text is downloaded and tokenised once
-    each(run_once, names, workers=arguments.workers)
-    if arguments.seeds:
-        each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+    if not arguments.summarise:
+        _corpus()  # the text is downloaded and tokenised once
+        each(run_once, names, workers=arguments.workers)
+        if arguments.seeds:
+            each(functools.partial(tune_and_repeat, seeds=arguments.seeds), names, workers=arguments.workers)
+    stored = {"environment": environment(), "runs": cache().results()}
+    (RESULTS / "usual_recipe.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""The tables of docs/quality.md about the usual recipe, from ``results/usual_recipe.jsonl``."""
+"""The tables of docs/quality.md about the usual recipe, from ``results/usual_recipe.json``.
+
+python -m benchmarks.usual_recipe_tables
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
-from benchmarks.make_tables import percent, share
+from benchmarks.make_tables import PAGE, percent, replace_between, share
+from benchmarks.summary import RESULTS
 from benchmarks.sweep import Result, perplexity
 from benchmarks.usual_recipe import METHODS
 
@@ -77,3 +82,15 @@ def _number(value: float) -> str:
 
 def _rate(result: dict[str, Any]) -> float:
     return float(f"{result['setting']['lr']:.6g}")
+
+
+def main() -> None:
+    stored = json.loads((RESULTS / "usual_recipe.json").read_text())
+    text = PAGE.read_text()
+    for name, made in usual_recipe_tables(stored["runs"]).items():
+        text = replace_between(text, name, made, PAGE.name)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
