@@ -2,6 +2,7 @@
 #   make demo          train the same model twice, plain and compressed; table and picture in runs/demo/
 #   make test          the whole test suite
 #   make docs          the documentation as a site, in site/
+#   make dist          what is published, in dist/: a source distribution, a wheel with kernels and one without
 #   make bench         the speed measurements behind docs/performance.md (ten minutes; leave the machine alone)
 #   make bench-quality the measurements behind docs/quality.md (hours on two cores; continues where it stopped)
 # `make TORCH=torch demo` takes the newest torch with CUDA instead of the CPU build of the tested version.
@@ -11,7 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs bench bench-quality clean
+.PHONY: demo test docs dist bench bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/run.py
@@ -22,6 +23,13 @@ test: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheels are built from the source distribution, so what it lacks is noticed. The second command makes it once more.
+dist: $(VENV)/.build
+	rm -rf dist
+	LIGHTNING_SKETCH_REQUIRE_KERNELS=1 $(BIN)/python -m build
+	LIGHTNING_SKETCH_NO_KERNELS=1 $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.speed
@@ -42,6 +50,10 @@ $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/pip install $(TORCH)
 	touch $@
 
+$(VENV)/.build: | $(BIN)/python
+	$(BIN)/pip install build twine
+	touch $@
+
 # Tests without the compiled kernels would test half of it, and there would be nothing to measure.
 $(VENV)/.test $(VENV)/.bench: export LIGHTNING_SKETCH_REQUIRE_KERNELS = 1
 
@@ -50,4 +62,4 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(wildcard lightning_sketch/k
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

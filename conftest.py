@@ -14,6 +14,7 @@ LONGEST = (
     "test_triton.py",
     "test_triton_compiled.py",
     "test_sanitizers.py",
+    "test_distribution.py",
     "test_restore.py",
     "test_examples.py",
     "test_killed_saves.py",

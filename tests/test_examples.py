@@ -1,13 +1,10 @@
-"""Every example runs as its docstring says, and writes nothing; the demo writes its figures and its picture."""
+"""Every example runs as its docstring says, and writes nothing. The demo runs in `test_distribution`, from a wheel."""
 
 from __future__ import annotations
 
 import ast
 import functools
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -84,18 +81,3 @@ def test_fine_tuning_resumes_exactly_with_less_than_the_dense_states_of_a_tied_t
     printed = printed_by(path)
     assert re.search(r"Factored +│ ", printed)
     assert "weights differ by at most 0 in the end" in printed
-
-
-def test_the_demo_compares_two_trainings(tmp_path):
-    script = Path(__file__).parents[1] / "examples/demo/run.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, "--fast", "--out", tmp_path / "demo"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "perplexity" in run.stdout
-    results = json.loads((tmp_path / "demo/results.json").read_text())
-    plain, compressed = results["as_it_is"], results["compressed"]
-    assert compressed["bytes"]["parameters"] == plain["bytes"]["parameters"]
-    assert compressed["bytes"]["optimizer_state"] < plain["bytes"]["optimizer_state"] / 5
-    assert len(compressed["train_loss"]) == len(plain["train_loss"]) == results["settings"]["steps"]
-    assert (tmp_path / "demo/report.png").read_bytes().startswith(b"\x89PNG")

@@ -66,7 +66,8 @@ def _advice() -> Iterator[str]:
     elif missing:
         yield (
             f"- On the CPU every step is done in plain PyTorch, several times as slowly: the kernels are {missing}. "
-            "With a C++ compiler (g++ or clang++) install the package again."
+            "With a C++ compiler (g++ or clang++) install the package again, from a clone or with "
+            "--no-binary lightning-sketch."
         )
     elif native.ISAS[native.isa()] == "generic":
         yield "- This processor has neither AVX2 nor AVX-512: the kernels use vectors of 16 bytes."
