@@ -290,8 +290,9 @@ class LinearSketch(_Sketch):
         return own.narrow(2, shard.column_offset, shard.row_numel).view(self.table.shape)
 
     def fusable(self) -> bool:
-        # Kernels would insert what `begin` has folded in.
-        return self.is_plain() and (self.exact or not self.codec.sync or self.spec.shard.cut is None)
+        # Kernels would insert what `begin` has folded in, where ranks agree on it.
+        shard = self.spec.shard
+        return self.is_plain() and (shard.cut is None or self.codec.sharing(shard.global_shape, shard.cut) is None)
 
     def is_plain(self) -> bool:
         """Whether kernels may read the table."""
