@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.kernels.bags import Bags, bag_sums, is_batched, sort_into_bags
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
