@@ -1,6 +1,6 @@
 """The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers, and peers.
 
-Peers are other libraries' AdamW with states of 8 or 4 bits, at their defaults but for blocks that divide the table. What
+Peers are AdamW of other libraries with states of 8 or 4 bits, by default but for blocks that divide the table. What
 they find too small, or of a size that their blocks do not divide, stays in float32.
 """
 
