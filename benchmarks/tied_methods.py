@@ -1,7 +1,7 @@
 """The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers, and peers.
 
-Peers are AdamW of other libraries with states of 8 or 4 bits, by default but for blocks that divide the table. What
-they find too small, or of a size that their blocks do not divide, stays in float32.
+Peers are AdamW of other libraries with states of 8 or 4 bits, at their defaults but for the size of blocks, which must
+divide the table's. What they find too small, or their blocks do not divide, stays in float32.
 """
 
 from __future__ import annotations

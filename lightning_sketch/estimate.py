@@ -248,7 +248,7 @@ class _FlatGroup:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _bytes_of_piece(record: str, column: int, numel: int, cut: Cut | None) -> list[tuple[Codec, int]]:
+def _bytes_of_piece(record: str, column: int, numel: int, cut: Cut | None) -> tuple[tuple[Codec, int], ...]:
     """The states of some elements of a compressed layer in a flat tensor; the same whichever row they begin in.
 
     Args:
@@ -258,10 +258,10 @@ def _bytes_of_piece(record: str, column: int, numel: int, cut: Cut | None) -> li
     segment = NamedSegment(layer.fqn, layer.shape, 0, numel, column)
     flat = torch.empty(numel, device="meta")
     parts = list(layer_parts(layer, segment, cut))
-    return [
+    return tuple(
         (codec, sum(codec.nbytes(part.spec(state, flat, {})) for part in parts))
         for state, codec in layer.codecs.items()
-    ]
+    )
 
 
 def _held(param: Tensor, engine: str, world_size: int, rank: int) -> int:
