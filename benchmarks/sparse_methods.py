@@ -52,11 +52,18 @@ def build(method: Method, model: nn.Module, layers: list[nn.Embedding], *, lr: f
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all state tensors but the step counters."""
     return sum(
-        value.numel() * value.element_size()
+        _bytes(value)
         for state in optimizer.state.values()
         for key, value in state.items()
         if torch.is_tensor(value) and key != "step"
     )
+
+
+def _bytes(value: Any) -> int:
+    if hasattr(value, "__tensor_flatten__"):  # of several tensors, as torchao's states are
+        names, _ = value.__tensor_flatten__()
+        return sum(_bytes(getattr(value, name)) for name in names)
+    return int(value.numel() * value.element_size())
 
 
 def _codec(name: str, **options: Any) -> Callable[[], Any]:

@@ -29,7 +29,7 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
     rows: dict[str, Any] = {}
     for method, (label, default_eps) in methods.items():
         if _is_tuned(groups[method]):
-            rows[method] = {"label": label} | _summary(groups[method], default_eps)
+            rows[method] = {"label": _label(label, groups[method])} | _summary(groups[method], default_eps)
         elif method in before["methods"]:
             rows[method] = before["methods"][method]
     untuned: dict[str, Any] = {}
@@ -38,7 +38,8 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
         own = [result for result in groups[method] if _point(result) == reference]
         if own and not _is_tuned(groups[method]):
             test = over_seeds(own, "test")
-            untuned[method] = {"label": label, "state_bytes": own[0]["state_bytes"], "best": {"test": test}}
+            best = {"state_bytes": own[0]["state_bytes"], "best": {"test": test}}
+            untuned[method] = {"label": _label(label, own)} | best
         elif method in before.get("untuned", {}):
             untuned[method] = before["untuned"][method]
     stored = {"environment": environment(), "methods": rows, "untuned": untuned}
@@ -46,6 +47,12 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
     path.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"{len(rows)} methods, {len(results)} runs -> {path.relative_to(RESULTS.parent.parent)}")
     return path
+
+
+def _label(label: str, own: Group) -> str:
+    """With the version of the other library that was measured, if there is one."""
+    version = own[0].get("version", "")
+    return f"{label} ({version})" if version else label
 
 
 def best_of_first(rows: Mapping[str, Any]) -> tuple[float, float]:

@@ -1,7 +1,14 @@
-"""The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers."""
+"""The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers, and peers.
+
+Peers are AdamW of other libraries with states of 8 or 4 bits, at their defaults but for the size of blocks, which must
+divide the table's. What they find too small, or their blocks do not divide, stays in float32.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +32,22 @@ class Method:
     table_momentum: bool = True  # beta1 = 0.9 on the table; False: 0, with the stock class
     schedule: Literal["linear", "quadratic", "inverse_root"] = "linear"  # after the warm-up; see `tied_transformer`
     start_lr: float | None = None  # of the search; None: the family's
+    peer: str = ""  # another library's class in place of torch's: its module and name
+    peer_options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def package(self) -> str:
+        """The distribution of the peer; empty for none."""
+        return self.peer.partition(".")[0]
+
+    @property
+    def version(self) -> str:
+        """The peer's package and its version; empty for none."""
+        return f"{self.package} {importlib.metadata.version(self.package)}" if self.peer else ""
+
+    @property
+    def is_installed(self) -> bool:
+        return not self.peer or importlib.util.find_spec(self.package) is not None
 
 
 def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, eps: float) -> Optimizer:
@@ -32,7 +55,10 @@ def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, e
     rest = [parameter for parameter in model.parameters() if parameter is not table.weight]
     groups: list[dict[str, Any]] = [{"params": [table.weight]}, {"params": rest}]
     optimizer: Optimizer
-    if method.family == "adagrad":
+    if method.peer:
+        module, _, name = method.peer.rpartition(".")
+        optimizer = getattr(importlib.import_module(module), name)(groups, lr=lr, eps=eps, **dict(method.peer_options))
+    elif method.family == "adagrad":
         optimizer = Adagrad(groups, lr=lr, eps=eps)
     elif method.family == "adagrad_momentum":
         optimizer = AdagradMomentum(groups, lr=lr, eps=eps)
@@ -173,4 +199,11 @@ METHODS: dict[str, Method] = {
     ),
     "adafactor_linear": Method("torch's Adafactor, AdamW's schedule", "adafactor"),
     "adafactor_recipe": Method("torch's Adafactor, warm-up, then 1 / sqrt(step)", "adafactor", schedule="inverse_root"),
+    "bnb_8bit": Method("all layers: bitsandbytes' AdamW8bit", peer="bitsandbytes.optim.AdamW8bit"),
+    "ao_8bit": Method(
+        "all layers: torchao's AdamW8bit, blocks of 128",
+        peer="torchao.optim.AdamW8bit",
+        peer_options=(("block_size", 128),),
+    ),
+    "ao_4bit": Method("all layers: torchao's AdamW4bit", peer="torchao.optim.AdamW4bit"),
 }

@@ -9,6 +9,8 @@ two on validation blocks with seed 0 and shared by the table and the hidden laye
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
 
+Peers are other libraries' (``pip install '.[bench]'``); those that are not installed are left out.
+
 Matrix products in training take bfloat16 inputs where the CPU has the instructions; there the
 softmax's gradients are rounded to bfloat16, as under autocast. Parameters and sums are float32.
 
@@ -76,6 +78,7 @@ def run(setting: Setting) -> Result:
         "valid": _perplexity(model, corpus.valid, VALID_SEQUENCES) if finite else None,
         "test": _perplexity(model, corpus.test, TEST_SEQUENCES) if finite and setting.test else None,
         "state_bytes": state_bytes(optimizer),
+        "version": method.version,
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
 
@@ -86,7 +89,10 @@ def _train(model: CausalLM, optimizer: torch.optim.Optimizer, batches: Tensor, l
         try:
             for step in range(STEPS):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr(step)
+                    if isinstance(group["lr"], Tensor):  # torchao's, which refuses another object
+                        group["lr"].fill_(lr(step))
+                    else:
+                        group["lr"] = lr(step)
                 loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
                 optimizer.step()
@@ -126,6 +132,8 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
 def tune_and_repeat(name: str, seeds: int) -> None:
     """Search on validation blocks with seed 0; then, with ``seeds`` > 0, that many runs on the test blocks."""
     cache, method = _cache(), METHODS[name]
+    if not _is_there(name):
+        return
 
     def score(lr: float, eps: float) -> float:
         return perplexity(cache.run(Setting(name, lr, eps, seed=0, test=True), run))
@@ -137,8 +145,14 @@ def tune_and_repeat(name: str, seeds: int) -> None:
 
 def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
     """Runs on the test blocks without a search."""
-    for seed in range(seeds):
+    for seed in range(seeds if _is_there(name) else 0):
         _cache().run(Setting(name, lr, eps, seed, test=True), run)
+
+
+def _is_there(name: str) -> bool:
+    if not METHODS[name].is_installed:
+        print(f"{name}: {METHODS[name].package} is not installed")
+    return METHODS[name].is_installed
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,16 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sketch.activations import Batch, batch_memory
-from lightning_sketch.codecs import Keep
-from lightning_sketch.layers.flat import NamedSegment, flat_parts
-from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.codecs import Codec, Keep
+from lightning_sketch.layers.flat import NamedSegment, layer_parts
+from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.policy.plan import LayerPlan, Plan
 from lightning_sketch.policy.policy import Policy, plan
-from lightning_sketch.sharding import Shard
-from lightning_sketch.sharding.deepspeed import Piece, cut, starts_of, window
+from lightning_sketch.sharding import Cut, Shard
+from lightning_sketch.sharding.deepspeed import cut, starts_of, window
 from lightning_sketch.sharding.dtensor import even_shard
-from lightning_sketch.text import human_bytes, table
+from lightning_sketch.text import human_bytes, state_rows, table
 
 Engine = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -119,10 +120,7 @@ def _rows(rank: RankBytes) -> Iterator[tuple[str, ...] | None]:
     if rank.copies:
         yield "fp32 copies", human_bytes(rank.copies), "which the optimizer steps"
     yield "gradients", human_bytes(rank.gradients), "dense ones, when all exist"
-    ratio = f"{rank.dense_state / rank.state:.1f}x less than {human_bytes(rank.dense_state)}" if rank.state else ""
-    yield "optimizer state", human_bytes(rank.state), ratio
-    for codec, count in sorted(rank.state_by_codec.items()):
-        yield f"  {codec}", human_bytes(count), ""
+    yield from state_rows(rank.state_by_codec, rank.dense_state, human_bytes(rank.dense_state))
     if rank.activations:
         then = f"at their peak, when there are {human_bytes(rank.gradients_then)} of gradients"
         yield "activations", human_bytes(rank.activations), then
@@ -174,28 +172,39 @@ def estimate_memory(
     made = plan(model, optimizer, policy)
     held_by_batch = None if batch is None else batch_memory(model, batch)
     sparse = {key for key, layer in named_layers(model).items() if layer.sparse}
-    count = _count_zero if engine.startswith("zero") else _count_shards
+    params = list(model.parameters())
+    trained = [param for param in params if param.requires_grad]
     divided = "zero3" if engine == "zero2" else engine  # which divides gradients, too
-    ranks: list[RankBytes] = []
-    alike: dict[Hashable, RankBytes] = {}  # by how much of each parameter is held; ZeRO cuts rows, too
-    for rank in range(world_size):
-        held = tuple(_held(param, engine, world_size, rank) for param in model.parameters())
-        if not engine.startswith("zero") and held in alike:
-            ranks.append(alike[held])
-            continue
-        alike[held] = found = RankBytes()
-        found.parameters = sum(n * p.element_size() for n, p in zip(held, model.parameters(), strict=True))
-        for layers, group in zip(made.groups, optimizer.param_groups, strict=True):
-            layers_of_group = list(zip(layers, group["params"], strict=True))
-            dense = [param for param in group["params"] if param.requires_grad and id(param) not in sparse]
+    groups = [
+        (group, list(zip(layers, group["params"], strict=True)))
+        for layers, group in zip(made.groups, optimizer.param_groups, strict=True)
+    ]
+    flat = [_FlatGroup(layers, engine, world_size) for _, layers in groups] if engine.startswith("zero") else []
+
+    def count(rank: int) -> RankBytes:
+        found = RankBytes(parameters=sum(_held(p, engine, world_size, rank) * p.element_size() for p in params))
+        for group, layers in groups:
+            dense = [param for _, param in layers if param.requires_grad and id(param) not in sparse]
             found.gradients += sum(_held(p, divided, world_size, rank) * p.element_size() for p in dense)
-            count(found, layers_of_group, group, engine, world_size, rank)
+            if not flat:
+                _count_shards(found, layers, group, engine, world_size, rank)
+        for each in flat:
+            each.count(found, rank)
         if held_by_batch is not None:
-            found.activations = held_by_batch.activations
-            trained = [param for param in model.parameters() if param.requires_grad]
             share = sum(_held(p, divided, world_size, rank) for p in trained) / sum(p.numel() for p in trained)
+            found.activations = held_by_batch.activations
             found.gradients_then = round(share * held_by_batch.gradients)
-        ranks.append(found)
+        return found
+
+    alike: dict[Hashable, RankBytes] = {}  # by what ranks hold: most hold as much of everything
+    ranks = []
+    for rank in range(world_size):
+        held: Hashable = tuple(each.kinds(rank) for each in flat)
+        if engine == "fsdp2":
+            held = tuple(_held(param, engine, world_size, rank) for param in params)
+        if held not in alike:
+            alike[held] = count(rank)
+        ranks.append(alike[held])
     return Estimate(made, engine, tuple(ranks))
 
 
@@ -221,36 +230,66 @@ def _count_shards(
                 found.add_state(layer.fqn, codec, dense)
 
 
-def _count_zero(
-    found: RankBytes, layers: _Layers, group: Mapping[str, Any], engine: str, world_size: int, rank: int
-) -> None:
-    """A rank's share of the flat fp32 tensor that DeepSpeed lays a group's trainable parameters end to end in."""
-    trained = [(planned, param) for planned, param in layers if param.requires_grad]
-    if not trained:
-        return
-    pieces, length = _shares([param.numel() for _, param in trained], engine, world_size, rank)
-    found.copies += 4 * length
-    segments = [NamedSegment(trained[i][0].layer.fqn, trained[i][0].layer.shape, *place) for i, *place in pieces]
-    records = {planned.layer.fqn: planned.layer for planned, _ in trained if planned.layer.compressed}
-    flat = torch.empty(length, device="meta")
-    states = trained[0][0].layer.codecs
-    found.dense_state += 4 * length * len(states)
-    if not records:  # torch's own step has the tensor, padding included
-        for _ in states:
-            found.add_state(f"{trained[0][0].layer.fqn} ...", Keep(), 4 * length)
-        return
-    for part in flat_parts(segments, records, "anywhere" if world_size > 1 else None):
-        for state, codec in part.layer.codecs.items():
-            found.add_state(part.layer.fqn, codec, codec.nbytes(part.spec(state, flat, group)))
+class _FlatGroup:
+    """A group whose trainable parameters DeepSpeed lays end to end in one flat fp32 tensor, a share of it a rank.
+
+    Args:
+        layers: the group's.
+        engine: "zero1", "zero2" or "zero3".
+    """
+
+    def __init__(self, layers: _Layers, engine: str, world_size: int) -> None:
+        trained = [(planned, param.numel()) for planned, param in layers if param.requires_grad]
+        self.layers, sizes = [planned.layer for planned, _ in trained], [size for _, size in trained]
+        self.records = [planned.record for planned, _ in trained]
+        self.columns = [max(1, math.prod(layer.shape[1:])) for layer in self.layers]
+        self.cut: Cut | None = "anywhere" if world_size > 1 else None
+        if engine == "zero3":
+            parts = [-(-size // world_size) for size in sizes]
+            self.length = sum(parts)
+            self.pieces = functools.partial(cut, starts_of(parts), sizes, parts)
+        else:
+            self.length = -(-sum(sizes) // (_ZERO_ALIGNMENT * world_size)) * _ZERO_ALIGNMENT
+            self.pieces = functools.partial(window, starts_of(sizes), sizes, self.length)
+
+    def kinds(self, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """A rank's pieces: of which layer, in which column each begins, and how many elements it has."""
+        return tuple((i, offset % self.columns[i], numel) for i, _, numel, offset in self.pieces(rank))
+
+    def count(self, found: RankBytes, rank: int) -> None:
+        """Add what a rank holds of the flat tensor."""
+        if not self.layers:
+            return
+        states = self.layers[0].codecs
+        found.copies += 4 * self.length
+        found.dense_state += 4 * self.length * len(states)
+        if not any(self.records):  # torch's own step has the tensor, padding included
+            found.add_state(f"{self.layers[0].fqn} ...", Keep(), 4 * self.length * len(states))
+            return
+        for i, column, numel in self.kinds(rank):
+            record = self.records[i]
+            if record is None:  # kept layers side by side are stepped as one
+                found.add_state("kept layers", Keep(), 4 * numel * len(states))
+                continue
+            for codec, count in _bytes_of_piece(record, column, numel, self.cut):
+                found.add_state(self.layers[i].fqn, codec, count)
 
 
-def _shares(sizes: Sequence[int], engine: str, world_size: int, rank: int) -> tuple[Iterable[Piece], int]:
-    """The pieces of parameters of so many elements that a rank steps, and the length of its flat tensor."""
-    if engine == "zero3":
-        parts = [-(-size // world_size) for size in sizes]
-        return cut(starts_of(parts), list(sizes), parts, rank), sum(parts)
-    share = -(-sum(sizes) // (_ZERO_ALIGNMENT * world_size)) * _ZERO_ALIGNMENT
-    return window(starts_of(sizes), list(sizes), share, rank), share
+@functools.lru_cache(maxsize=1 << 16)
+def _bytes_of_piece(record: str, column: int, numel: int, cut: Cut | None) -> tuple[tuple[Codec, int], ...]:
+    """The states of some elements of a compressed layer in a flat tensor; the same whichever row they begin in.
+
+    Args:
+        column: where in that row.
+    """
+    layer = LayerRecord.from_record(record)
+    segment = NamedSegment(layer.fqn, layer.shape, 0, numel, column)
+    flat = torch.empty(numel, device="meta")
+    parts = list(layer_parts(layer, segment, cut))
+    return tuple(
+        (codec, sum(codec.nbytes(part.spec(state, flat, {})) for part in parts))
+        for state, codec in layer.codecs.items()
+    )
 
 
 def _held(param: Tensor, engine: str, world_size: int, rank: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_sketch.optimizer.stock import StockOptimizer
 from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import local
-from lightning_sketch.text import human_bytes, table
+from lightning_sketch.text import human_bytes, state_rows, table
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ class MemoryReport:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "parameters", human_bytes(self.parameters), ""
         yield "gradients", human_bytes(self.gradients), ""
-        ratio = f"{self.dense_state / self.state:.1f}x less than dense" if self.state else "none yet"
-        yield "optimizer state", human_bytes(self.state), ratio
-        for codec, count in sorted(self.state_by_codec.items()):
-            yield f"  {codec}", human_bytes(count), ""
+        yield from state_rows(self.state_by_codec, self.dense_state, "dense")
         yield "step temporaries, at most", human_bytes(self.transient), "compressed layers"
         yield "kernels", "", self.kernels
         if self.process is not None:
@@ -105,7 +103,7 @@ def report(optimizer: Any) -> MemoryReport:
     inner = unwrap(optimizer)
     if isinstance(inner, CompressedOptimizer):
         inner.compression.judge_left_out(wait=True)
-    by_codec: dict[str, int] = {}
+    by_codec: Counter[str] = Counter()
     dense_state = parameters = gradients = 0
     temporaries = Temporaries()
     if isinstance(inner, CompressedOptimizer):
@@ -120,7 +118,7 @@ def report(optimizer: Any) -> MemoryReport:
         state = inner.state.get(param, {})
         if not parts:
             kept = sum(local(v).nbytes for v in state.values() if isinstance(v, Tensor))
-            by_codec["Keep"] = by_codec.get("Keep", 0) + kept
+            by_codec["Keep"] += kept
             dense_state += kept
             continue
         for part in parts:
@@ -132,13 +130,13 @@ def report(optimizer: Any) -> MemoryReport:
                 dense_state += part.rows(param).nbytes * len(part.layer.codecs)
             if part.layer.stock_count is not None:
                 kept = sum(local(v).nbytes for k, v in others.items() if isinstance(v, Tensor) and k != "step")
-                by_codec["Keep"] = by_codec.get("Keep", 0) + kept
+                by_codec["Keep"] += kept
                 dense_state += kept
                 temporaries.add_blocks(part, param, param.device)
             elif isinstance(inner, CompressedOptimizer):
                 temporaries.add(inner.rule, part, param, param.device)
         if state:
-            by_codec["Keep"] = by_codec.get("Keep", 0) + getattr(state.get("step"), "nbytes", 0)
+            by_codec["Keep"] += getattr(state.get("step"), "nbytes", 0)
     transient = temporaries.bytes()
     used = ", ".join(describe(torch.device(kind)) for kind in kinds or ["cpu"])
     if isinstance(inner, StockOptimizer):
@@ -147,7 +145,7 @@ def report(optimizer: Any) -> MemoryReport:
     return MemoryReport(
         parameters=parameters,
         gradients=gradients,
-        state_by_codec=by_codec,
+        state_by_codec=dict(by_codec),
         dense_state=dense_state,
         transient=transient,
         conversion_errors=inner.compression.errors if isinstance(inner, CompressedOptimizer) else {},
@@ -159,13 +157,12 @@ def report(optimizer: Any) -> MemoryReport:
     )
 
 
-def _count_part(part: LayerPart, state: Mapping[str, Any], by_codec: dict[str, int]) -> None:
+def _count_part(part: LayerPart, state: Mapping[str, Any], by_codec: Counter[str]) -> None:
     names = sorted(part.layer.codecs, key=len, reverse=True)  # exp_avg_sq before exp_avg: one is a prefix of the other
     for key, value in state.items():
         owner = next((n for n in names if key.startswith(part.prefix + n)), None)
         if owner is not None and isinstance(value, Tensor):
-            codec = type(part.layer.codecs[owner]).__name__
-            by_codec[codec] = by_codec.get(codec, 0) + value.nbytes
+            by_codec[type(part.layer.codecs[owner]).__name__] += value.nbytes
 
 
 def _resident() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -43,6 +43,19 @@ def without_numbers(name: str) -> str:
     'model.layers.*.mlp.weight'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def state_rows(by_codec: Mapping[str, int], dense: int, than: str) -> Iterator[tuple[str, str, str]]:
+    """Rows of a `table` of bytes: all states together, and those of each codec.
+
+    Args:
+        dense: bytes of the same states as torch keeps them.
+        than: what these are called.
+    """
+    total = sum(by_codec.values())
+    yield "optimizer state", human_bytes(total), f"{dense / total:.1f}x less than {than}" if total else "none yet"
+    for codec, count in sorted(by_codec.items()):
+        yield f"  {codec}", human_bytes(count), ""
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:

@@ -135,6 +135,19 @@ def test_the_table_is_of_the_fullest_rank():
     assert "6.00 KiB" in text
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_of_a_thousand_ranks_those_that_hold_as_much_are_counted_once(stage):
+    shape, world_size = (1 << 15, 96), 1024
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(*shape), nn.Linear(96, 96, bias=False))
+    policy = Policy([Rule(name="0.*", exp_avg="BFloat16", exp_avg_sq="RowWise")])
+    made = estimate_memory(model, AdamW(model.parameters()), policy, engine=f"zero{stage}", world_size=world_size)
+    assert len(made.ranks) == world_size
+    assert len({id(rank) for rank in made.ranks}) <= 64
+    assert sum(rank.state_by_codec.get("BFloat16", 0) for rank in made.ranks) == 2 * shape[0] * shape[1]
+    assert sum(rank.state_by_codec.get("Keep", 0) for rank in made.ranks) == 2 * 4 * 96 * 96
+
+
 def test_a_dictionary_for_json_has_layers_and_ranks():
     model = nn.Embedding(20_000, 4)
     found = estimate_memory(model, AdamW(model.parameters())).to_dict()

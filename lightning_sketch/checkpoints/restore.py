@@ -26,6 +26,7 @@ from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.layers.step_count import step_tensor
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.lossy import warn_of_lossy
+from lightning_sketch.optimizer.recode import ReplacedRecords
 from lightning_sketch.optimizer.stock import StockOptimizer
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import global_shape, local, shard_of
@@ -99,8 +100,7 @@ class _Restored:
         self.encoded: Errors = {}
         self._last: tuple[SavedLayer, dict[str, list[Source]]] | None = None
         self.states: list[tuple[Tensor, dict[str, Any]]] = []
-        #: Group, position and record of layers whose codecs a monitor had replaced, in the checkpoint or here.
-        self.replaced: list[tuple[dict[str, Any], int, str]] = []
+        self.replaced = ReplacedRecords()
         names = {fqn for group in optimizer.compression.names for fqn in group}
         if unknown := sorted(set(saved.layers) - names):
             raise ValueError(f"the checkpoint holds states of {', '.join(unknown)}, which the optimizer does not train")
@@ -114,8 +114,7 @@ class _Restored:
 
     def commit(self, wrapper: Any | None) -> None:
         """Put everything in place."""
-        for group, index, record in self.replaced:
-            self.optimizer.compression.replace_record(group, index, record)
+        self.replaced.put(self.optimizer.compression)
         for tensor, state in self.states:
             if state:
                 self.optimizer.state[tensor] = state
@@ -142,11 +141,9 @@ class _Restored:
                 if record is None:
                     self.states.append((param, self._kept(found, param, group)))
                 else:
-                    layer = LayerRecord.from_record(record)
-                    if found.layer is not None and found.layer.replaces(layer):
-                        layer = found.layer
-                        self.replaced.append((group, index, layer.to_record()))
-                    part = LayerPart(layer, shard_of(param, fqn))
+                    saved = None if found.layer is None else found.layer.to_record()
+                    chosen = LayerRecord.from_record(self.replaced.choose(saved, record, group, index))
+                    part = LayerPart(chosen, shard_of(param, fqn))
                     part.check_shape()
                     state = {"step": as_float_tensor(found.step)} | self._part(found, part, param, group)
                     self.states.append((param, state))

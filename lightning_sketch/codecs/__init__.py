@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate, key_of
+from lightning_sketch.codecs.base import Codec, allocate
 from lightning_sketch.codecs.bfloat16 import BFloat16
 from lightning_sketch.codecs.count_sketch import CountSketch
 from lightning_sketch.codecs.decay import scale_tensor
@@ -27,6 +27,7 @@ from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.quantized import Quantized
 from lightning_sketch.codecs.row_wise import RowWise
 from lightning_sketch.codecs.sm3 import SM3
+from lightning_sketch.codecs.state import CodecState, StateSpec, Tensors, key_of
 
 __all__ = [
     "SM3",

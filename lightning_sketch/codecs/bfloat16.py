@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
+from lightning_sketch.codecs.state import CodecState, Count, Number, StateSpec, Tensors
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block

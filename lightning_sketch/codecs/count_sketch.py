@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.kernels.bags import Bags, bag_sums, is_batched, sort_into_bags
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import gather_median, gather_min, hash_rows, over_rows, segment_add
@@ -290,8 +291,9 @@ class LinearSketch(_Sketch):
         return own.narrow(2, shard.column_offset, shard.row_numel).view(self.table.shape)
 
     def fusable(self) -> bool:
-        # Kernels would insert what `begin` has folded in.
-        return self.is_plain() and (self.exact or not self.codec.sync or self.spec.shard.cut is None)
+        # Kernels would insert what `begin` has folded in, where ranks agree on it.
+        shard = self.spec.shard
+        return self.is_plain() and (shard.cut is None or self.codec.sharing(shard.global_shape, shard.cut) is None)
 
     def is_plain(self) -> bool:
         """Whether kernels may read the table."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import CodecState, Number, StateSpec, Tensors, key_of
+from lightning_sketch.codecs.state import CodecState, Number, StateSpec, Tensors, key_of
 from lightning_sketch.kernels.schema import MIN_SCALE
 from lightning_sketch.sharding.fake import is_fake
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec
+from lightning_sketch.codecs.state import CodecState, StateSpec, Tensors
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec
+from lightning_sketch.codecs.state import CodecState, Count, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.sharding import Block
 
 

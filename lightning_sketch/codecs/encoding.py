@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, StateSpec, Tensors, allocate, key_of
+from lightning_sketch.codecs.base import Codec, allocate
+from lightning_sketch.codecs.state import CodecState, StateSpec, Tensors, key_of
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.fake import is_fake
 

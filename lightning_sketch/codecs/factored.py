@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.shared import Shared, Sharing
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import KernelState

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
+from lightning_sketch.codecs.base import Codec
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import DTYPES, KernelState
 from lightning_sketch.sharding import Block

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sketch.codecs.base import Codec, CodecState, Count, Entry, Number, StateSpec, Tensors
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import MOST_BLOCK, KernelState
 from lightning_sketch.sharding import Block, Shard

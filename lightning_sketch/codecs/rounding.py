@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import Count, StateSpec
+from lightning_sketch.codecs.state import Count, StateSpec
 from lightning_sketch.kernels.reference import FACTOR, mix64, signed
 from lightning_sketch.sharding import Block
 

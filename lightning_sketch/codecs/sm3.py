@@ -10,20 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs.base import (
-    Codec,
-    CodecState,
-    Count,
-    Entry,
-    Number,
-    StateSpec,
-    Tensors,
-    add_scaled,
-    key_of,
-)
+from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.decay import ScaledState, scale_tensor
 from lightning_sketch.codecs.keep import Keep
 from lightning_sketch.codecs.shared import Sharing
+from lightning_sketch.codecs.state import CodecState, Count, Entry, Number, StateSpec, Tensors, add_scaled, key_of
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Cut, Shard

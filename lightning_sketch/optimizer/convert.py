@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +23,7 @@ from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.masked_rows import warn_of_masked_rows
 from lightning_sketch.optimizer.nonfinite import NonFinite
 from lightning_sketch.optimizer.on_device import scaler_on_device
+from lightning_sketch.optimizer.swap import refresh_wrapper, swap_class
 from lightning_sketch.policy.dropped import warn_of_dropped
 from lightning_sketch.policy.plan import Plan, make_plan, refuse_replaced
 from lightning_sketch.policy.policy import Policy, as_policy
@@ -36,9 +36,6 @@ from lightning_sketch.sharding.fake import is_fake
 logger = logging.getLogger(__name__)
 
 OptimizerT = TypeVar("OptimizerT")
-
-#: Wrappers that make a class of their own and the optimizer's, and what they put in front of its name.
-_IMITATORS = {"LightningOptimizer": "Lightning", "_FabricOptimizer": "Fabric"}
 
 
 @overload
@@ -216,10 +213,10 @@ def _convert(
     compression.remember_plain(inner.param_groups)
     inner.compression = compression  # type: ignore[attr-defined]
     reads_scaler = hasattr(inner, "_step_supports_amp_scaling") and scaler_on_device(made, inner.param_groups)
-    _swap_class(inner, compressed_class(inner))
+    swap_class(inner, compressed_class(inner))
     if reads_scaler:
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-    _refresh_wrapper(optimizer)
+    refresh_wrapper(optimizer)
     assert isinstance(inner, CompressedOptimizer)
     inner.follow_backward()
     _announce(made, inner, model)
@@ -256,10 +253,10 @@ def decompress(optimizer: OptimizerT) -> OptimizerT:
         if flat.parts and (state := inner.state.get(flat.tensor)):
             inner.state[flat.tensor] = decode_flat(flat.parts, flat.tensor, inner.flat_group(flat), state)
     inner.forget_conversion()
-    _swap_class(inner, inner.stock)
+    swap_class(inner, inner.stock)
     if any(group.get("fused") for group in inner.param_groups):
         inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-    _refresh_wrapper(optimizer)
+    refresh_wrapper(optimizer)
     return optimizer
 
 
@@ -269,51 +266,6 @@ def _entries_of_others(param: Tensor, state: Mapping[str, Any], ours: Collection
     Not beside a DTensor's, whose checkpoints have no place for it.
     """
     return {} if is_dtensor(param) else {key: value for key, value in state.items() if key not in ours}
-
-
-def _swap_class(optimizer: Optimizer, cls: type[Optimizer]) -> None:
-    """Change the class of the same object, and everything that torch derived from the old class."""
-    # An LRScheduler freezes the old class's step on the instance, and Accelerate binds it there. Anything else there is
-    # a user's wrapper, and stays: the step that it calls is redirected (`stock_step`).
-    frozen = optimizer.__dict__.get("step")
-    scheduled = getattr(frozen, "_wrapped_by_lr_sched", False) is True
-    if getattr(frozen, "__wrapped__" if scheduled else "__func__", None) is type(optimizer).step:
-        del optimizer.step
-    else:
-        scheduled = False
-    optimizer.__class__ = cls
-    optimizer._patch_step_function()  # step hooks live in a wrapper around the class's step
-    # fused=True makes GradScaler leave unscaling to the step; compressed layers do it where numbers stay on the device.
-    optimizer.__dict__.pop("_step_supports_amp_scaling", None)
-    if scheduled:
-        _wrap_for_scheduler(optimizer)
-
-
-def _wrap_for_scheduler(optimizer: Optimizer) -> None:
-    """What torch.optim.lr_scheduler does to an optimizer, so that it can warn about the order of step calls."""
-    reference = weakref.ref(optimizer)
-    function = optimizer.step.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        live = reference()
-        live._opt_called = True  # type: ignore[union-attr]
-        return function.__get__(live, type(live))(*args, **kwargs)
-
-    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer.step = wrapper  # type: ignore[method-assign]
-
-
-def _refresh_wrapper(optimizer: Any) -> None:
-    """Everything that a trainer's wrapper derived from the old class of the optimizer inside."""
-    if hasattr(optimizer, "_optimizer_original_step_method"):
-        optimizer.__setstate__({})  # an AcceleratedOptimizer with a GradScaler keeps bound steps; this binds them anew
-    # Lightning's and Fabric's wrappers imitate the class of the optimizer inside, so that isinstance checks work.
-    for own in type(optimizer).__mro__:
-        if prefix := _IMITATORS.get(own.__name__):
-            inner = type(unwrap(optimizer))
-            optimizer.__class__ = type(prefix + inner.__name__, (own, inner), {})
-            return
 
 
 def _reattach(

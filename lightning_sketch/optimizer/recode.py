@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import Codec, transcode, widened
 from lightning_sketch.layers.record import LayerPart, LayerRecord
+from lightning_sketch.optimizer.compression import Compression
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.sharding.agree import any_rank
 
@@ -68,3 +69,33 @@ def _changed(
         entries |= dict.fromkeys(part.layout(param)[name])
         entries |= widened(old, codec, spec, state) if wider else transcode(old, codec, spec, state)
     return entries
+
+
+class ReplacedRecords:
+    """Records of a checkpoint's layers whose codecs a monitor had replaced, there or here.
+
+    They are gathered while a checkpoint is looked through, and put in place when all of it was found to fit.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[dict[str, Any], int, str]] = []
+
+    def choose(self, saved: str | None, live: str, group: dict[str, Any], index: int) -> str:
+        """The record by which a layer loads: `saved`, if it differs from `live` in replaced codecs alone, else `live`.
+
+        Args:
+            saved: the checkpoint's; ``None`` if the layer is not compressed there.
+            live: that of the parameter at `index` in `group`.
+        """
+        try:
+            if saved is None or not LayerRecord.from_record(saved).replaces(LayerRecord.from_record(live)):
+                return live
+        except ValueError:  # of another format version: whoever loads it names it
+            return live
+        self._found.append((group, index, saved))
+        return saved
+
+    def put(self, compression: Compression) -> None:
+        """Put the records that were chosen in the places of the live ones."""
+        for group, index, record in self._found:
+            compression.replace_record(group, index, record)

@@ -16,6 +16,7 @@ from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.transcode import encode_layer, encode_parts
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
+from lightning_sketch.optimizer.recode import ReplacedRecords
 from lightning_sketch.policy.recorded import policy_hint
 from lightning_sketch.sharding import is_dtensor, local, shard_of
 
@@ -84,8 +85,7 @@ def prepare_load(
     optimizer.compression.errors.update(load.errors)
     warn_of_lossy(optimizer, load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
-    for live, index, record in load.replaced:
-        optimizer.compression.replace_record(live, index, record)
+    load.replaced.put(optimizer.compression)
     groups = [
         {**saved, RECORDS: live[RECORDS]} if RECORDS in live else saved
         for saved, live in zip(saved_groups, live_groups, strict=True)
@@ -102,8 +102,7 @@ class _Load:
         self.restored: list[tuple[Tensor, dict[str, Any]]] = []
         self.problems: list[str] = []
         self.errors: dict[str, dict[str, float]] = {}
-        #: Group, position and record of layers whose codecs a monitor had replaced, in the checkpoint or here.
-        self.replaced: list[tuple[dict[str, Any], int, str]] = []
+        self.replaced = ReplacedRecords()
 
     def group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
         """A group of parameters, whole or DTensors."""
@@ -112,15 +111,13 @@ class _Load:
             zip(saved["params"], records, self.optimizer.records(live), live["params"], strict=True)
         ):
             state = self.stock_state.get(key)
-            if _replaces(record, live_record):
-                self.replaced.append((live, index, record))
-                live_record = record
             if live_record is None:
                 if record is not None:
                     self.problems.append(f"{_fqn_of(record)}: compressed in the checkpoint, kept by the policy")
                 elif state and is_dtensor(param):
                     self.stock_state[key] = {k: dtensor_states.sharded_like(param, v) for k, v in state.items()}
                 continue
+            live_record = self.replaced.choose(record, live_record, live, index)
             layer = LayerRecord.from_record(live_record)
             part_of(live_record, param).check_shape()
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
@@ -304,16 +301,6 @@ def _recorded_layers(groups: Iterable[Mapping[str, Any]]) -> Iterator[LayerRecor
                     yield LayerRecord.from_record(record).as_decided()
             except ValueError:  # another format version: named among the problems
                 continue
-
-
-def _replaces(saved: str | None, live: str | None) -> bool:
-    """Whether a checkpoint's layer has other codecs than the live one because of a monitor; see `LayerRecord`."""
-    if saved is None or live is None or saved == live:
-        return False
-    try:
-        return LayerRecord.from_record(saved).replaces(LayerRecord.from_record(live))
-    except ValueError:  # named among the problems
-        return False
 
 
 def _mismatch(saved: str | None, live: str) -> str | None:

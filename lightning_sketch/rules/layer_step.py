@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.codecs import CodecState
-from lightning_sketch.codecs.base import add_scaled
+from lightning_sketch.codecs.state import add_scaled
 from lightning_sketch.kernels.reference import over_rows
 from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
 from lightning_sketch.sharding import Block

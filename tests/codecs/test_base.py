@@ -10,7 +10,7 @@ import torch
 
 from lightning_sketch import SM3, CountSketch, Drop, Factored, Keep, RowWise
 from lightning_sketch.codecs import allocate, codec_from, decode, encode, relative_error
-from lightning_sketch.codecs.base import key_of
+from lightning_sketch.codecs.state import key_of
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding import base as sharding_base
 from tests.codecs.harness import STORING, Driver, make_spec, scattered, sparse_steps

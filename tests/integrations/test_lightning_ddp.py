@@ -25,6 +25,10 @@ class OneThread(DDPStrategy):
 
     def setup_environment(self):
         one_thread()
+        # What is sent to another process shares its memory. Lightning copies the weights where it spawns ranks, and not
+        # where a server forks them, which would all step the same weights.
+        for param in self.lightning_module.parameters():
+            param.data = param.data.clone()
         super().setup_environment()
 
 

@@ -6,12 +6,9 @@ for bit like one that makes them anew at every step.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 import itertools
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -21,43 +18,16 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor import distribute_tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lightning_sketch import SM3, CountSketch, Factored, Policy, RowWise, Rule, compress, decompress
+from lightning_sketch import CountSketch, Policy, RowWise, Rule, compress, decompress
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.bindings import Bindings
 from lightning_sketch.rules import StateDef
 from lightning_sketch.sharding import Shard
+from tests.optimizer.layers_tools import give, make_layers, policy
 from tests.ranks import run_ranks
 from tests.tiny import CODECS, assert_same, snapshot
 
 STEPS = 6
-
-
-class Layers(nn.Module):
-    """A layer for every kind of codec, one kept, and a scalar."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for number in range(len(CODECS)):
-            self.register_module(f"l{number}", nn.Linear(8, 20, bias=False))
-        self.kept = nn.Linear(8, 20, bias=False)
-        self.scalar = nn.Parameter(torch.tensor(0.5))
-
-
-def _policy() -> Policy:
-    rules = [Rule(name=f"l{number}.weight", **codecs) for number, codecs in enumerate(CODECS.values())]
-    return Policy([*rules, Rule(name="scalar", second_moment=CountSketch(width=9))])
-
-
-def _make(make=AdamW, **kwargs):
-    torch.manual_seed(0)
-    model = Layers()
-    return model, compress(make(model.parameters(), **kwargs), model, _policy())
-
-
-def _give(model, step):
-    for position, param in enumerate(model.parameters()):
-        generator = torch.Generator().manual_seed(1000 * step + position)
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
 def _run(happens, *, forget, make=AdamW, **kwargs):
@@ -65,9 +35,9 @@ def _run(happens, *, forget, make=AdamW, **kwargs):
 
     It may return another model and optimizer to go on with.
     """
-    model, optimizer = _make(make, **kwargs)
+    model, optimizer = make_layers(make, **kwargs)
     for step in range(STEPS):
-        _give(model, step)
+        give(model, step)
         model, optimizer = happens(model, optimizer, step) or (model, optimizer)
         if forget:
             optimizer.compression.bindings.clear()
@@ -139,18 +109,18 @@ def _loaded(model, optimizer, step):
 
 
 def _plain_and_back(model, optimizer, step):
-    compress(decompress(optimizer), model, _policy())
+    compress(decompress(optimizer), model, policy())
 
 
 def _deepcopied(model, optimizer, step):
     model, optimizer = copy.deepcopy((model, optimizer))
-    _give(model, step)
+    give(model, step)
     return model, optimizer
 
 
 def _pickled(model, optimizer, step):
     model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
-    _give(model, step)
+    give(model, step)
     return model, optimizer
 
 
@@ -257,9 +227,9 @@ def test_nothing_is_bound_anew_while_nothing_is_replaced(monkeypatch):
         return bind(self, param, *rest)
 
     monkeypatch.setattr(Bindings, "bind", spy)
-    model, optimizer = _make()
+    model, optimizer = make_layers()
     for step in range(STEPS):
-        _give(model, step)
+        give(model, step)
         optimizer.step()
     assert len(bound) == len(CODECS) + 1  # the scalar, too, whose rows are a view
     model.scalar.data = model.scalar.data.clone()
@@ -269,199 +239,6 @@ def test_nothing_is_bound_anew_while_nothing_is_replaced(monkeypatch):
     del bound[:]
     optimizer.step()
     assert {id(param) for param in bound} == {id(model.scalar), id(model.l0.weight), id(rows)}
-
-
-def test_a_state_asked_for_later_is_refused_before_anything_changes():
-    model = nn.Linear(8, 20, bias=False)
-    policy = Policy([Rule(name="*", second_moment=RowWise())])
-    optimizer = compress(RMSprop(model.parameters()), model, policy)
-    for step in range(3):
-        model.weight.grad = torch.ones(20, 8)
-        if step == 2:
-            optimizer.param_groups[0]["momentum"] = 0.9
-            before = snapshot(model, optimizer)
-            with pytest.raises(ValueError, match=r"weight was compressed without momentum_buffer"):
-                optimizer.step()
-            assert_same(snapshot(model, optimizer), before)
-        else:
-            optimizer.step()
-
-
-def test_a_shape_that_changes_later_is_refused_before_anything_changes():
-    model = nn.Linear(8, 20, bias=False)
-    optimizer = compress(AdamW(model.parameters()), model, Policy([Rule(name="*", second_moment=RowWise())]))
-    model.weight.grad = torch.ones(20, 8)
-    optimizer.step()
-    model.weight.grad = None
-    model.weight.data = torch.ones(20, 4)
-    model.weight.grad = torch.ones(20, 4)
-    before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"weight now has shape \[20, 4\], but its states were laid out for \[20, 8\]"):
-        optimizer.step()
-    assert_same(snapshot(model, optimizer), before)
-
-
-def test_a_gradient_is_free_after_the_step():
-    model, optimizer = _make()
-    _give(model, 0)
-    references = [weakref.ref(param.grad) for param in model.parameters()]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    assert not any(reference() is not None for reference in references)
-
-
-@pytest.mark.parametrize("how", ["load", "decompress"])
-def test_states_that_were_replaced_are_free(how):
-    model, optimizer = _make()
-    _give(model, 0)
-    optimizer.step()
-    states = [v for p in optimizer.state if p is not model.kept.weight for v in optimizer.state[p].values()]
-    references = [weakref.ref(value) for value in states if isinstance(value, Tensor) and value.ndim]
-    del states
-    if how == "load":
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    else:
-        decompress(optimizer)
-    gc.collect()
-    assert not any(reference() is not None for reference in references)
-
-
-def test_layers_that_are_gone_are_forgotten():
-    model, optimizer = _make()
-    _give(model, 0)
-    optimizer.step()
-    before = len(optimizer.compression.bindings)
-    reference = weakref.ref(model.l0.weight)
-    optimizer.state.clear()
-    group = optimizer.param_groups[0]
-    place = next(i for i, param in enumerate(group["params"]) if param is model.l0.weight)
-    del group["params"][place], group["compression"][place], model.l0
-    optimizer.step()
-    gc.collect()
-    assert len(optimizer.compression.bindings) == before - 1
-    assert reference() is None
-
-
-def test_a_replaced_parameter_is_forgotten_beside_kept_layers():
-    """As where a vocabulary is resized. Kept layers have states too."""
-    model = nn.Sequential(nn.Embedding(20, 8), *(nn.Linear(8, 8) for _ in range(3)))
-    optimizer = compress(AdamW(model.parameters()), model, Policy([Rule(name="0.weight", second_moment=RowWise())]))
-
-    def step():
-        for param in model.parameters():
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-
-    step()
-    old = model[0].weight
-    new = nn.Parameter(old.detach().clone())
-    optimizer.param_groups[0]["params"][0] = model[0].weight = new
-    optimizer.state[new] = optimizer.state.pop(old)
-    reference = weakref.ref(old)
-    del old
-    step()
-    gc.collect()
-    assert reference() is None
-    assert len(optimizer.compression.bindings) == 1
-
-    state = weakref.ref(optimizer.state.pop(new)["exp_avg_sq_row"])
-    new.requires_grad_(False)
-    new.grad = None
-    for param in model[1:].parameters():
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    gc.collect()
-    assert state() is None
-
-
-@pytest.mark.parametrize("codec", [RowWise(), CountSketch(width=5), SM3(), Factored()], ids=repr)
-def test_states_of_another_dtype_or_size_are_not_taken_by_kernels(codec):
-    """They would write beyond them."""
-    for change in (lambda x: x.bfloat16(), lambda x: x.flatten()[: x.numel() // 2]):
-        model = nn.Linear(8, 20, bias=False)
-        optimizer = compress(AdamW(model.parameters()), model, Policy([Rule(name="weight", second_moment=codec)]))
-        model.weight.grad = torch.ones_like(model.weight)
-        optimizer.step()
-        state = optimizer.state[model.weight]
-        for key, old in [(key, x) for key, x in state.items() if key.startswith("exp_avg_sq_") and x.ndim]:
-            values = change(old)
-            beyond = torch.zeros(4 * values.numel(), dtype=values.dtype)  # its first quarter becomes the state
-            beyond[: values.numel()] = values.flatten()
-            state[key] = beyond[: values.numel()].view(values.shape)
-            with contextlib.suppress(ValueError):  # another dtype is cast back, another size refused
-                optimizer.step()
-            assert (beyond[values.numel() :] == 0).all()
-            state[key] = old
-
-
-def test_a_sketch_of_another_width_under_the_same_tensor_is_refused_before_anything_changes():
-    """It would be read beyond its end."""
-    model, optimizer = _make()
-    _give(model, 0)
-    optimizer.step()
-    optimizer.state[model.l0.weight]["exp_avg_table"].data = torch.zeros(3, 2, 8)
-    before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"l0.weight: its exp_avg_table .* \[3, 2, 8\] .*, expected .* \[3, 4, 8\]"):
-        optimizer.step()
-    assert_same(snapshot(model, optimizer), before)
-
-
-def test_hyperparameters_that_are_none_leave_step_counts_alone():
-    model, optimizer = _make()
-    _give(model, 0)
-    optimizer.step()
-    counts = {id(state): float(state["step"]) for state in optimizer.state.values()}
-    for param in model.parameters():  # a kept layer's step would raise before
-        if not any(key.startswith("exp_avg_sq_") for key in optimizer.state[param]):
-            param.grad = None
-    optimizer.param_groups[0]["lr"] = torch.tensor([0.1, 0.2])
-    with pytest.raises((ValueError, RuntimeError)):
-        optimizer.step()
-    assert {id(state): float(state["step"]) for state in optimizer.state.values()} == counts
-
-
-def test_a_step_count_written_as_a_number_goes_on():
-    model, optimizer = _make()
-    _give(model, 0)
-    optimizer.step()
-    for count in (5, torch.tensor(5)):
-        optimizer.state[model.l0.weight]["step"] = count
-        optimizer.step()
-        assert optimizer.state[model.l0.weight]["step"] == 6
-
-
-def test_states_that_did_not_fit_are_allocated_by_the_next_step(monkeypatch):
-    model, optimizer = _make()
-    _give(model, 0)
-    allocate = LayerPart.allocate
-
-    def out_of_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(LayerPart, "allocate", out_of_memory)
-    with pytest.raises(MemoryError):
-        optimizer.step()
-    monkeypatch.setattr(LayerPart, "allocate", allocate)
-    optimizer.step()
-    assert all(float(state["step"]) >= 1 for state in optimizer.state.values())
-
-
-@pytest.mark.parametrize("codecs", CODECS.values(), ids=CODECS)
-def test_memory_is_free_as_soon_as_states_are_moved_away(codecs):
-    layer = nn.Embedding(60, 8)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    compress(optimizer, layer, Policy([Rule(name="*", **codecs)]))
-    layer.weight.grad = torch.randn(60, 8)
-    optimizer.step()
-    state = optimizer.state[layer.weight]
-    held = {key: weakref.ref(x) for key, x in state.items() if torch.is_tensor(x) and x.ndim}
-    for key in held:
-        state[key] = state[key].clone()  # as offloading does
-    gc.collect()
-    assert held
-    assert not [key for key, reference in held.items() if reference() is not None]
-    optimizer.step()
 
 
 def _part(shard, span=None):
@@ -494,10 +271,10 @@ def test_parts_of_a_flat_tensor_follow_its_memory():
 @pytest.mark.parametrize("compiled_from", [0, 2])
 def test_a_compiled_step_is_the_step(compiled_from):
     def trained(compiled):
-        model, optimizer = _make(lr=0.05)
+        model, optimizer = make_layers(lr=0.05)
         step = torch.compile(lambda: optimizer.step(), backend="eager")
         for number in range(STEPS):
-            _give(model, number)
+            give(model, number)
             if number == 3:
                 _other_memory(model, optimizer, number)
                 _other_states(model, optimizer, number)
