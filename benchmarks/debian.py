@@ -88,10 +88,8 @@ def load() -> Packages:
     with np.load(path) as stored:
         words, labels = (Ragged(stored[name], stored[f"of_{name}"]) for name in ("words", "labels"))
         parts = stored["parts"]
-    train, valid, test = (
-        Part(words.take(documents), labels.take(documents))
-        for documents in (np.flatnonzero(parts == i) for i in range(3))
-    )
+    places = [np.flatnonzero(parts == i) for i in range(3)]
+    train, valid, test = (Part(words.take(documents), labels.take(documents)) for documents in places)
     return Packages(train, valid, test, int(labels.ids.max()) + 1)
 
 

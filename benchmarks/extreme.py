@@ -2,8 +2,8 @@
 
 As in section 6.4 of the count-sketch paper (MACH): 14,529 labels are hashed to 1,024 meta-classes, four times over;
 words are hashed, too. Each repetition is a classifier of its own: the mean of 64 numbers for each word, and one linear
-layer. Labels are ranked by the mean of their meta-classes' probabilities. The learning rate falls linearly to 2 %, and is
-the same for all layers. It is tuned on the validation documents by the error of the best-ranked label.
+layer. Labels are ranked by the mean of their meta-classes' probabilities. All layers have one learning rate, which falls
+linearly to 2 %. It is tuned on the validation documents by the error of the best-ranked label.
 
     python -m benchmarks.extreme --workers 2                     # tune, three seeds, results/extreme.json
     python -m benchmarks.extreme --methods sparse_adam,default   # some of the methods

@@ -1,4 +1,4 @@
-"""What a process takes at its peak, a limit that the operating system enforces, and the largest size that stays below it.
+"""What a process takes at its peak, a limit that the system enforces, and the largest size that stays below it.
 
 A script runs each training in a child of its own: a new Python process, so that nothing of one optimizer is left when
 the next begins. The child calls :func:`answer`, the parent :func:`run_capped` and :func:`largest`.

@@ -1,8 +1,8 @@
 """The largest batch of a Transformer with a large table, by optimizer, below one memory cap.
 
-32,000 words, tied to the softmax, 6 layers of width 512, sentences of 32 words, full softmax: 35 M parameters with dense
-gradients, nearly half of them in the table. The cap is what AdamW needs for 12 sentences. SM3's paper trains twice
-Adam's batch in the same memory.
+32,000 words, tied to the softmax, 6 layers of width 512, sentences of 32 words, full softmax: 35 M parameters with
+dense gradients, nearly half of them in the table. The cap is what AdamW needs for 12 sentences. SM3's paper trains
+twice Adam's batch in the same memory.
 
     python -m benchmarks.transformer_memory                      # results/transformer_memory.json
     python -m benchmarks.transformer_memory --time --threads 2   # how long an epoch takes; wants a quiet machine
