@@ -172,8 +172,9 @@ def _bytes(tensor: Tensor | None) -> int:
     return sum(_bytes(part) for part in (tensor._indices(), tensor._values())) if tensor.is_sparse else tensor.nbytes
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(stored: dict[str, Any]) -> str:
     """The table of docs/memory.md, in MiB."""
+    rows = stored["methods"]
     parts = ("parameters", "states", "activations", "gradients", "step_temporaries")
     lines = [
         "| optimizer | parameters | states | activations | gradients | temporaries of a step "
@@ -207,7 +208,7 @@ def main() -> None:
         print(name, found, flush=True)
         stored["methods"] = {name: stored["methods"][name] for name in METHODS if name in stored["methods"]}
         path.write_text(json.dumps(stored, indent=1) + "\n")
-    print(table(stored["methods"]))
+    print(table(stored))
 
 
 if __name__ == "__main__":

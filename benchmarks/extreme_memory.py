@@ -52,9 +52,10 @@ def _words(count: int) -> Tensor:
     return rank.long().sub_(1).clamp_(0, WORDS - 1)
 
 
+NAMES = "sparse_adam", "adam", "adagrad", "paper", "default", "default_all", "default_in_backward", "rw"
 STUDY = Study(
     name="extreme_memory",
-    methods={name: METHODS[name].label for name in METHODS if name != "sparse_adam_b0"},
+    methods={name: METHODS[name].label for name in NAMES},
     make=make,
     cap=1_700 * MIB,
     batch=BATCH,

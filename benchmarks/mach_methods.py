@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
+from torch.optim import Adagrad, Adam, Optimizer, SparseAdam
 
 from benchmarks.mach import Classifier
 
@@ -27,7 +27,7 @@ class Method:
     """
 
     label: str
-    family: Literal["adam", "sparse_adam", "adagrad", "sgd"]
+    family: Literal["adam", "sparse_adam", "adagrad"]
     policy: Policy | None = None
     momentum: bool = True
     in_backward: bool = False
@@ -46,9 +46,7 @@ def build(method: Method, model: nn.Module, *, lr: float) -> list[Optimizer]:
         rest = [weight for weight in model.parameters() if all(weight is not one for one in words)]
         return [SparseAdam(words, lr=lr, betas=betas), Adam(rest, lr=lr, betas=betas, fused=True)]
     optimizer: Optimizer
-    if method.family == "sgd":
-        optimizer = SGD(model.parameters(), lr=lr)
-    elif method.family == "adagrad":
+    if method.family == "adagrad":
         optimizer = Adagrad(model.parameters(), lr=lr)
     else:
         optimizer = Adam(model.parameters(), lr=lr, betas=betas, fused=True)
@@ -85,7 +83,6 @@ METHODS: dict[str, Method] = {
     "sketch": Method(
         "CountSketch 100x, no first moment", "adam", _matrices(lambda ls: ls.CountSketch(compression=100, depth=3))
     ),
-    "sgd": Method("SGD, no momentum", "sgd"),
     "default": Method("default policy", "adam", lambda ls: ls.default_policy()),
     "default_all": Method("default policy, the classes named as a softmax layer", "adam", _tables),
     "default_in_backward": Method("the same, step_in_backward=True", "adam", _tables, in_backward=True),

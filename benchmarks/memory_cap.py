@@ -46,11 +46,11 @@ def begin_phase() -> int:
 
 
 def needs_of(work: Callable[[], object]) -> int:
-    """Bytes of memory of its own that this process has while it does `work`, at the most, libraries' data included."""
+    """Bytes of its own that this process has at the most while it does `work`; libraries' data count, code does not."""
     before = begin_phase()
-    own = status("VmData")
+    own, code = status("VmData"), status("RssFile")
     work()
-    return own + status("VmHWM") - before
+    return own + status("VmHWM") - before - (status("RssFile") - code)
 
 
 def answer(work: Callable[[], Answer]) -> None:

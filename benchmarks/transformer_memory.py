@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
+from torch.optim import Adafactor, Adagrad, AdamW, Optimizer
 
 from benchmarks.causal_lm import CausalLM, loss_of
 from benchmarks.largest_batch import Step, Study
@@ -62,11 +62,9 @@ METHODS: dict[str, tuple[str, Make]] = {
     "adamw": ("AdamW, exact", _adamw()),
     "adagrad": ("Adagrad, exact", lambda model: Adagrad(model.parameters(), lr=0.1)),
     "adafactor": ("torch.optim.Adafactor", lambda model: Adafactor(model.parameters(), lr=1e-2)),
-    "sgd": ("SGD, no momentum", lambda model: SGD(model.parameters(), lr=0.1)),
     "sm3_momentum": ("SM3, momentum in float32", _sm3(0.9)),
     "sm3_bf16": ("SM3 as AdamW's second moment, first in bfloat16", _adamw(_sm3_bf16)),
     "sm3": ("SM3, no momentum", _sm3(0.0)),
-    "8bit": ('preset "8bit"', _adamw(lambda ls: ls.Policy.preset("8bit"))),
     "default": ("default policy", _adamw(lambda ls: ls.default_policy())),
     "whole_model": ('preset "whole-model"', _adamw(lambda ls: ls.Policy.preset("whole-model"))),
     "whole_model_in_backward": (
