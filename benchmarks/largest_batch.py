@@ -20,6 +20,8 @@ from benchmarks.memory_cap import MIB, answer, enforced_by, largest, needs_of, r
 from benchmarks.summary import RESULTS
 
 FEW = 2  # examples of the first step
+PRECISION = 0.04  # of the largest batch
+UNTOUCHED = 52 * MIB  # about what a limit on data counts and a process never touches
 ROUNDS = 3  # of timing
 Step = Callable[[int], None]  # a training step of so many examples
 
@@ -49,20 +51,15 @@ class Study:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
         parser.add_argument("--methods", default=",".join(self.methods), help="names, comma-separated; default: all")
         parser.add_argument("--time", action="store_true", help="time trainings at the batches that were found before")
-        parser.add_argument("--threads", type=int, default=1, help="of a training that is timed")
+        parser.add_argument("--threads", type=int, default=2, help="of every training")
         parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
         parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
         arguments = parser.parse_args()
-        if arguments.one and arguments.time:
-            torch.set_num_threads(arguments.threads)
-            answer(lambda: self._seconds(arguments.one, arguments.batch))
-        elif arguments.one:
-            torch.set_num_threads(1)
-            answer(lambda: {"needs": needs_of(lambda: self._train(arguments.one, arguments.batch))})
-        elif arguments.time:
-            self._time(arguments.methods.split(","), arguments.threads)
-        else:
-            self._find(arguments.methods.split(","))
+        if arguments.one:  # with the threads that its environment gives it
+            answer(lambda: (self._seconds if arguments.time else self._needs)(arguments.one, arguments.batch))
+            return
+        measure = self._time if arguments.time else self._find
+        measure(arguments.methods.split(","), arguments.threads)
 
     def stored(self) -> dict[str, Any]:
         """What was found; methods that were not measured are absent."""
@@ -70,49 +67,55 @@ class Study:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("cap") == self.cap else {"cap": self.cap, "batch": self.batch, "methods": {}}
 
-    def _find(self, names: list[str]) -> None:
-        """The largest batch of every method, and what it needs at one batch without a cap."""
-        stored = self.stored() | {"enforced_by": enforced_by(), "torch": torch.__version__}
+    def _find(self, names: list[str], threads: int) -> None:
+        stored = self.stored() | {"enforced_by": enforced_by(), "threads": threads, "torch": torch.__version__}
         for name in names:
-            needs = {batch: self._child(name, batch, None)["needs"] for batch in (self.batch // 4, self.batch)}
-            each = (needs[self.batch] - needs[self.batch // 4]) / (self.batch - self.batch // 4)
-            room = self.cap - needs[self.batch]  # beyond what the batch needs; bisection starts at the guess
-            start = max(1, self.batch + int(room / each)) if each > 0 else self.batch
-            tried: dict[int, bool] = {}
-
-            def fits(batch: int, name: str = name, tried: dict[int, bool] = tried) -> bool:
-                tried[batch] = self._child(name, batch, self.cap) is not None
-                return tried[batch]
-
-            found = largest(fits, start=start)
-            stored["methods"][name] = {
-                "label": self.methods[name], "largest": found, "needs": needs[self.batch], "tried": tried
-            }  # fmt: skip
-            print(name, stored["methods"][name], flush=True)
+            stored["methods"][name] = found = self._largest(name, threads)
             self._write(stored)
 
+    def _largest(self, name: str, threads: int) -> dict[str, Any]:
+        """The largest batch of a method, and what it needs at one batch without a cap."""
+        few, many = self.batch // 4, self.batch
+        needs = {batch: self._child(name, batch, None, threads)["needs"] for batch in (few, many)}
+        each = max(1.0, (needs[many] - needs[few]) / (many - few))
+        start = max(1, many + int((self.cap - UNTOUCHED - needs[many]) / each))  # a guess, where bisection starts
+        tried: dict[int, bool] = {}
+
+        def fits(batch: int) -> bool:
+            tried[batch] = self._child(name, batch, self.cap, threads) is not None
+            print(f"{name}: {batch:,} {'fits' if tried[batch] else 'does not fit'}", flush=True)
+            return tried[batch]
+
+        found = largest(fits, start=start, precision=PRECISION)
+        return {"label": self.methods[name], "largest": found, "needs": needs[many], "tried": tried}
+
     def _time(self, names: list[str], threads: int) -> None:
-        """Seconds of an example, below the cap at the largest batch: processes of all methods in turn."""
+        """Seconds of an example at the largest batch, which was found below the cap: processes of all in turn."""
         stored = self.stored()
         names = [name for name in names if stored["methods"].get(name, {}).get("largest")]
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(ROUNDS):
             for name in names:
-                found = self._child(name, stored["methods"][name]["largest"], self.cap, "--time", threads=threads)
+                found = self._child(name, stored["methods"][name]["largest"], None, threads, "--time")
                 seconds[name].append(found["seconds"])
                 print(name, found, flush=True)
         for name in names:
             stored["methods"][name]["seconds"] = median(seconds[name])
-        self._write(stored | {"threads": threads})
+        self._write(stored)
 
-    def _child(self, name: str, batch: int, cap: int | None, *options: str, threads: int = 1) -> Any:
-        arguments = ["--one", name, "--batch", str(batch), "--threads", str(threads), *options]
+    def _child(self, name: str, batch: int, cap: int | None, threads: int, *options: str) -> Any:
+        arguments = ["--one", name, "--batch", str(batch), *options]
         return run_capped(f"benchmarks.{self.name}", arguments, cap=cap, threads=threads)
 
-    def _train(self, name: str, batch: int) -> None:
-        step = self.make(name)
-        for examples in (FEW, batch):
-            step(examples)
+    def _needs(self, name: str, batch: int) -> dict[str, Any]:
+        """Bytes of two steps: the first makes the states."""
+
+        def train() -> None:
+            step = self.make(name)
+            step(FEW)
+            step(batch)
+
+        return {"needs": needs_of(train)}
 
     def _seconds(self, name: str, batch: int) -> dict[str, Any]:
         """Of an example: the median step's."""

@@ -5,7 +5,7 @@ dense gradients, nearly half of them in the table. The cap is what AdamW needs f
 twice Adam's batch in the same memory.
 
     python -m benchmarks.transformer_memory                      # results/transformer_memory.json
-    python -m benchmarks.transformer_memory --time --threads 2   # how long an epoch takes; wants a quiet machine
+    python -m benchmarks.transformer_memory --time   # how long an epoch takes; wants a quiet machine
 """
 
 from __future__ import annotations
