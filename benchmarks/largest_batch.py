@@ -70,7 +70,7 @@ class Study:
     def _find(self, names: list[str], threads: int) -> None:
         stored = self.stored() | {"enforced_by": enforced_by(), "threads": threads, "torch": torch.__version__}
         for name in names:
-            stored["methods"][name] = found = self._largest(name, threads)
+            stored["methods"][name] = self._largest(name, threads)
             self._write(stored)
 
     def _largest(self, name: str, threads: int) -> dict[str, Any]:
