@@ -21,7 +21,6 @@ from benchmarks.summary import RESULTS
 
 FEW = 2  # examples of the first step
 PRECISION = 0.04  # of the largest batch
-UNTOUCHED = 52 * MIB  # about what a limit on data counts and a process never touches
 ROUNDS = 3  # of timing
 Step = Callable[[int], None]  # a training step of so many examples
 
@@ -75,10 +74,10 @@ class Study:
 
     def _largest(self, name: str, threads: int) -> dict[str, Any]:
         """The largest batch of a method, and what it needs at one batch without a cap."""
-        few, many = self.batch // 4, self.batch
+        few, many = self.batch, 4 * self.batch
         needs = {batch: self._child(name, batch, None, threads)["needs"] for batch in (few, many)}
         each = max(1.0, (needs[many] - needs[few]) / (many - few))
-        start = max(1, many + int((self.cap - UNTOUCHED - needs[many]) / each))  # a guess, where bisection starts
+        start = max(1, many + int((self.cap - needs[many]) / each))  # a guess, where bisection starts
         tried: dict[int, bool] = {}
 
         def fits(batch: int) -> bool:
@@ -87,7 +86,7 @@ class Study:
             return tried[batch]
 
         found = largest(fits, start=start, precision=PRECISION)
-        return {"label": self.methods[name], "largest": found, "needs": needs[many], "tried": tried}
+        return {"label": self.methods[name], "largest": found, "needs": needs[few], "tried": tried}
 
     def _time(self, names: list[str], threads: int) -> None:
         """Seconds of an example at the largest batch, which was found below the cap: processes of all in turn."""

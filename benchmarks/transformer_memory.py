@@ -1,8 +1,8 @@
 """The largest batch of a Transformer with a large table, by optimizer, below one memory cap.
 
-32,000 words, tied to the softmax, 6 layers of width 512, sentences of 32 words, full softmax: 35 M parameters with
-dense gradients, nearly half of them in the table. The cap is what AdamW needs for 12 sentences. SM3's paper trains
-twice Adam's batch in the same memory.
+32,000 words, tied to the softmax, 4 layers of width 256, sentences of 16 words, full softmax: 11 M parameters with
+dense gradients, three quarters of them in the table. The cap is about what AdamW needs for 16 sentences. SM3's paper
+trains twice Adam's batch in the same memory.
 
     python -m benchmarks.transformer_memory                      # results/transformer_memory.json
     python -m benchmarks.transformer_memory --time   # how long an epoch takes; wants a quiet machine
@@ -22,10 +22,10 @@ from benchmarks.largest_batch import Step, Study
 from benchmarks.memory_cap import MIB
 
 WORDS = 32_000
-WIDTH = 512
-LAYERS = 6
-HEADS = 8
-LENGTH = 32  # words
+WIDTH = 256
+LAYERS = 4
+HEADS = 4
+LENGTH = 16  # words
 
 Make = Callable[[nn.Module], Optimizer]
 
@@ -92,9 +92,9 @@ STUDY = Study(
     name="transformer_memory",
     methods={name: label for name, (label, _) in METHODS.items()},
     make=make,
-    cap=900 * MIB,
-    batch=12,
-    examples=240,
+    cap=464 * MIB,
+    batch=16,
+    examples=320,
 )
 
 if __name__ == "__main__":
