@@ -37,7 +37,7 @@ LAST_LR = 0.02  # of the first
 PRECISION_AT = 1, 3, 5
 RECALL_AT = 100
 
-START_LR = {"adam": 2e-3, "sparse_adam": 2e-3, "adagrad": 0.1}
+START_LR = {"adam": 16e-3, "sparse_adam": 16e-3, "adagrad": 0.2}
 DEFAULT_EPS = {"adam": 1e-8, "sparse_adam": 1e-8, "adagrad": 1e-10}
 NAMES = [name for name in METHODS if not name.startswith("default_")]  # whose layers are the default's here
 
