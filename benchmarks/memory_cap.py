@@ -78,7 +78,7 @@ def run_capped(module: str, arguments: Sequence[str], *, cap: int | None = None,
         what the child answered; ``None``: it asked for more memory than `cap`.
 
     Raises:
-        RuntimeError: the child failed in any other way.
+        RuntimeError: the child failed in any other way; also where `cap` is too small for its imports.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
