@@ -2,8 +2,8 @@
 
 A classifier of section 6.4 (Spring et al., ICML 2019): words hashed to 80,000, 30 of them in an example, 1,024 numbers
 for each word, 20,000 meta-classes of 49.5 million classes; 414 MB of weights. Words are drawn by Zipf's law. The
-classifiers of MACH are trained independently of each other, so this is one of them. The cap is what the exact optimizer
-needs for the paper's batch of 750.
+classifiers of MACH are trained independently of each other, so this is one of them. The cap is about what the exact
+optimizer needs for the paper's batch of 750.
 
     python -m benchmarks.extreme_memory                      # largest batches: results/extreme_memory.json
     python -m benchmarks.extreme_memory --time   # how long an epoch takes at them; wants a quiet machine

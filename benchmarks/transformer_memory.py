@@ -4,7 +4,7 @@
 dense gradients, three quarters of them in the table. The cap is about what AdamW needs for 16 sentences. SM3's paper
 trains twice Adam's batch in the same memory.
 
-    python -m benchmarks.transformer_memory                      # results/transformer_memory.json
+    python -m benchmarks.transformer_memory --threads 1          # results/transformer_memory.json
     python -m benchmarks.transformer_memory --time   # how long an epoch takes; wants a quiet machine
 """
 
