@@ -5,7 +5,7 @@ dense gradients, three quarters of them in the table. The cap is about what Adam
 trains twice Adam's batch in the same memory.
 
     python -m benchmarks.transformer_memory --threads 1          # results/transformer_memory.json
-    python -m benchmarks.transformer_memory --time   # how long an epoch takes; wants a quiet machine
+    python -m benchmarks.transformer_memory --time               # how long an epoch takes; wants a quiet machine
 """
 
 from __future__ import annotations
