@@ -3,8 +3,9 @@
 793,471 words, embedding 256, LSTM 2,048 projected to 256, sampled softmax over 8,192 words, 20 words back, batches of
 1,024 (Spring et al., ICML 2019, section 6.3 and table 8). Both tables have sparse gradients. Steps are real; the words
 are drawn by Zipf's law, because memory depends on how many are distinct and on nothing else. Each optimizer runs in a
-process of its own, whose peak is what Linux counts (``VmHWM``, less what it is after imports), set back before every
-phase.
+process of its own (`memory_cap`, which also keeps malloc from holding freed memory). A small training of the same kind
+comes first, so that libraries are loaded; what the process has then is taken off all figures. The peak is what Linux
+counts (``VmHWM``), set back before every phase.
 
     python -m benchmarks.billion_word                        # results/billion_word.json and the table
     python -m benchmarks.billion_word --methods sgd,default --batch 256
@@ -14,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from benchmarks.losses import sampled_softmax_loss
+from benchmarks.memory_cap import answer, begin_phase, run_capped, status
 from benchmarks.summary import RESULTS
 
 WORDS = 793_471
@@ -33,18 +33,20 @@ HIDDEN = 2_048
 SAMPLED = 8_192
 LENGTH = 20  # words back
 BATCH = 1_024
-STEPS = 3
+FEW = 8  # sentences of the step that makes the states
+SMALL = 20_000  # words of the training that comes first
+THREADS = 2
 MIB = 2**20
 
 
 class Model(nn.Module):
     """The paper's model: word ids ``[length, batch]`` -> features ``[length, batch, 256]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(WORDS, WIDTH, sparse=True)
+        self.embedding = nn.Embedding(words, WIDTH, sparse=True)
         self.lstm = nn.LSTM(WIDTH, HIDDEN, proj_size=WIDTH)
-        self.softmax = nn.Embedding(WORDS, WIDTH, sparse=True)
+        self.softmax = nn.Embedding(words, WIDTH, sparse=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         features: Tensor = self.lstm(self.embedding(ids))[0]
@@ -102,90 +104,88 @@ METHODS: dict[str, tuple[str, Make]] = {
 
 def measure(name: str, batch: int) -> dict[str, Any]:
     """Bytes of one training in this process."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    _reset_peak()
-    imported = _status("VmRSS")
-    model = Model()
+    train(name, SMALL, FEW)
+    return train(name, WORDS, batch)
+
+
+def train(name: str, words: int, batch: int) -> dict[str, Any]:
+    """Bytes of two steps above what the process has before: one of few sentences, which makes the states, and one."""
+    before = begin_phase()
+    model = Model(words)
     optimizers = METHODS[name][1](model)
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    phases = {"forward and backward": 0, "step": 0}
-    gradients = temporaries = 0
-    for _ in range(STEPS):
-        ids = _words(LENGTH + 1, batch)
-        _reset_peak()
-        _loss(model, ids).backward()  # type: ignore[no-untyped-call]
-        phases["forward and backward"] = max(phases["forward and backward"], _status("VmHWM") - imported)
-        gradients = sum(_gradient_bytes(parameter) for parameter in model.parameters())
-        _reset_peak()
-        held = _status("VmRSS")
+    phases = {"forward": 0, "backward": 0, "step": 0}
+    for sentences in (FEW, batch):
+        ids = _words(words, LENGTH + 1, sentences)
+        held = begin_phase()
+        loss = _loss(model, ids)
+        phases["forward"] = max(phases["forward"], status("VmHWM") - before)
+        activations = begin_phase() - held
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+        phases["backward"] = max(phases["backward"], status("VmHWM") - before)
+        gradients = sum(_bytes(parameter.grad) for parameter in model.parameters())
+        held = begin_phase()
         for optimizer in optimizers:
             optimizer.step()
-        phases["step"] = max(phases["step"], _status("VmHWM") - imported)
-        temporaries = _status("VmHWM") - held  # of the last step, when states exist
+        phases["step"] = max(phases["step"], status("VmHWM") - before)
+        temporaries = status("VmHWM") - held
         for optimizer in optimizers:
             optimizer.zero_grad()
-    states = sum(
-        value.numel() * value.element_size()
-        for optimizer in optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if torch.is_tensor(value)
-    )
     return {
         "label": METHODS[name][0],
-        "parameters": parameters,
+        "parameters": sum(_bytes(parameter) for parameter in model.parameters()),
+        "states": sum(
+            _bytes(value)
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ),
+        "activations": activations,
         "gradients": gradients,
-        "states": states,
-        "peak": max(phases.values()),
-        "phases": phases,
         "step_temporaries": temporaries,
+        "phases": phases,
+        "peak": max(phases.values()),
     }
 
 
 def _loss(model: Model, ids: Tensor) -> Tensor:
-    target = ids[1:].flatten()
-    negatives = _words(SAMPLED).sort().values
+    target, words = ids[1:].flatten(), model.softmax.num_embeddings
+    negatives = _words(words, SAMPLED).sort().values
     rows = model.softmax(torch.cat([target, negatives]))
-    log_expected = torch.zeros(()).expand(WORDS)  # no correction: memory is the same
+    log_expected = torch.zeros(()).expand(words)  # no correction: memory is the same
     features = model(ids[:-1]).flatten(0, 1)
     return sampled_softmax_loss(features, rows[: len(target)], rows[len(target) :], target, negatives, log_expected)
 
 
-def _words(*shape: int) -> Tensor:
+def _words(words: int, *shape: int) -> Tensor:
     """Ids by Zipf's law with exponent 1: uniform in the logarithm of the rank."""
-    rank = torch.exp(torch.rand(shape, dtype=torch.float64) * torch.log(torch.tensor(WORDS + 1.0, dtype=torch.float64)))
-    return rank.long().sub_(1).clamp_(0, WORDS - 1)
+    rank = torch.exp(torch.rand(shape, dtype=torch.float64) * math.log(words + 1))
+    return rank.long().sub_(1).clamp_(0, words - 1)
 
 
-def _gradient_bytes(parameter: nn.Parameter) -> int:
-    gradient = parameter.grad
-    if gradient is None:
+def _bytes(tensor: Tensor | None) -> int:
+    if tensor is None:
         return 0
-    parts = [gradient._indices(), gradient._values()] if gradient.is_sparse else [gradient]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(_bytes(part) for part in (tensor._indices(), tensor._values())) if tensor.is_sparse else tensor.nbytes
 
 
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(key: str) -> int:
-    """Bytes, from ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of docs/quality.md."""
+def table(stored: dict[str, Any]) -> str:
+    """The table of docs/memory.md, in MiB."""
+    rows = stored["methods"]
+    parts = ("parameters", "states", "activations", "gradients", "step_temporaries")
     lines = [
-        "| optimizer | parameters | states | gradients | temporaries of a step | peak | of SGD's |",
-        "|---|---|---|---|---|---|---|",
+        "| optimizer | parameters | states | activations | gradients | temporaries of a step "
+        "| peak of backward | peak of the step | peak, of SGD's | of exact Adam's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
-        numbers = [row[key] for key in ("parameters", "states", "gradients", "step_temporaries", "peak")]
+        numbers = [row[key] for key in parts] + [row["phases"][key] for key in ("backward", "step")]
         columns = [row["label"], *(f"{number / MIB:,.0f}" for number in numbers)]
-        lines.append(f"| {' | '.join(columns)} | {row['peak'] / rows['sgd']['peak']:.2f} |")
+        columns += [f"{row['peak'] / rows[other]['peak']:.2f}" if other in rows else "" for other in ("sgd", "exact")]
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -196,21 +196,19 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.batch)))
+        answer(lambda: measure(arguments.one, arguments.batch))
         return
     path = RESULTS / "billion_word.json"
-    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"batch": arguments.batch, "rows": {}}
-    if stored["batch"] != arguments.batch:
-        stored = {"batch": arguments.batch, "rows": {}}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("batch") != arguments.batch:
+        stored = {"batch": arguments.batch, "methods": {}}
     for name in arguments.methods.split(","):
-        command = [sys.executable, "-m", "benchmarks.billion_word", "--one", name, "--batch", str(arguments.batch)]
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        stored["rows"][name] = json.loads(found)
-        path.write_text(json.dumps(stored, indent=1) + "\n")
+        options = ["--one", name, "--batch", str(arguments.batch)]
+        stored["methods"][name] = found = run_capped("benchmarks.billion_word", options, threads=THREADS)
         print(name, found, flush=True)
-    stored["rows"] = {name: stored["rows"][name] for name in METHODS if name in stored["rows"]}
-    path.write_text(json.dumps(stored, indent=1) + "\n")
-    print(table(stored["rows"]))
+        stored["methods"] = {name: stored["methods"][name] for name in METHODS if name in stored["methods"]}
+        path.write_text(json.dumps(stored, indent=1) + "\n")
+    print(table(stored))
 
 
 if __name__ == "__main__":

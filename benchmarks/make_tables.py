@@ -30,6 +30,7 @@ def main() -> None:
         "step_cost": cost_table,
         "dense_step_cost": dense_cost_table,
         "tied_transformer": tied_table,
+        "extreme": extreme_table,
     }
     for name, make in tables.items():
         source = RESULTS / f"{name.removesuffix('_marks')}.json"
@@ -100,6 +101,24 @@ def tied_table(rows: Rows) -> str:
         columns = [row["label"], share(row, rows["adamw"]), perplexity(chosen)]
         columns += [against(chosen, rows[name]["best"]) if name in rows else "" for name in ("adamw", "adamw_b0")]
         columns += [f"{chosen['lr']:g}", ", ".join(f"{x['lr']:g}: {x['valid']:.1f}" for x in row["tried"])]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def extreme_table(rows: Rows) -> str:
+    """Every method at its own learning rate: precision and recall in per cent, the mean over seeds and their range."""
+    figures = ("P@1", "P@3", "P@5", "R@100")
+    lines = [
+        f"| optimizer | state | {' | '.join(figures)} | lr | error of the first label by lr, validation, seed 0 |",
+        "|---" * (len(figures) + 4) + "|",
+    ]
+    for row in rows.values():
+        chosen = row["best"]
+        columns = [row["label"], share(row, rows["sparse_adam"])]
+        for figure in figures:
+            values = [100 * one[figure] for one in (chosen["test"] or {}).values()]
+            columns += [f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"]
+        columns += [f"{chosen['lr']:g}", ", ".join(f"{x['lr']:g}: {100 * x['valid']:.1f}" for x in row["tried"])]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 

@@ -1,0 +1,19 @@
+"""docs/memory.md has the measured tables, and the marks in it are met or said not to be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.memory_tables import PAGE, RESULTS, TABLES, tables
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_document_has_the_measured_table(name):
+    assert f"<!-- begin:{name} -->\n\n{tables()[name]}\n\n<!-- end:{name} -->" in PAGE.read_text()
+
+
+def test_the_default_policys_peak_is_within_a_twentieth_of_sgds():
+    rows = json.loads((RESULTS / "billion_word.json").read_text())["methods"]
+    assert rows["default"]["peak"] <= 1.05 * rows["sgd"]["peak"]
