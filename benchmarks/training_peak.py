@@ -4,20 +4,19 @@
 
 Each method trains a few steps of its task in a process of its own. The peak is what Linux counts (``VmHWM``), less what
 the process holds before the model is made; the same has been done there once before, so that libraries and their
-scratch space are in place. Bytes per parameter are of the whole model.
+scratch space are in place. glibc's malloc is told to keep no freed memory. Bytes per parameter are of the whole model.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import sparse_lm, sparse_methods, tied_methods, tied_transformer, usual_recipe
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of
+from benchmarks.memory_cap import MALLOC, begin_phase, status
 from benchmarks.precision import bfloat16_products
 from benchmarks.summary import RESULTS
 from benchmarks.sweep import Setting
@@ -111,14 +111,12 @@ def measure(task: str, name: str) -> int:
     with bfloat16_products():
         for _ in range(2):  # once for libraries and their scratch space
             gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            before = _status("VmRSS")
+            before = begin_phase()
             step, optimizer = make(name)
             for _ in range(STEPS):
                 step()
                 _touch(optimizer)
-            peaks.append(_status("VmHWM") - before)
+            peaks.append(status("VmHWM") - before)
             del step, optimizer
     return peaks[-1]
 
@@ -129,12 +127,6 @@ def _touch(optimizer: Optimizer) -> None:
         for value in state.values():
             if torch.is_tensor(value):
                 value.copy_(value.clone())
-
-
-def _status(key: str) -> int:
-    """Bytes, from ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def main() -> None:
@@ -149,7 +141,9 @@ def main() -> None:
     for task in arguments.tasks.split(","):
         for name in [REFERENCE, *TASKS[task][1]]:
             command = [sys.executable, "-m", "benchmarks.training_peak", "--one", task, name]
-            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC
+            ).stdout
             stored.setdefault(task, {})[name] = int(found.splitlines()[-1])
             print(task, name, f"{stored[task][name] / 2**20:.1f} MiB", flush=True)
             PATH.write_text(json.dumps(stored, indent=1) + "\n")

@@ -14,7 +14,9 @@ from tests.conformance.cases import DENSITIES, LAYOUTS, OPTION_SETS, VARIANTS, e
 
 
 def test_every_registered_codec_is_in_an_option_set() -> None:
-    assert {cls.__name__ for cls in Codec.registry.values() if cls not in OPTION_SETS} == set()
+    # Tests of benchmarks import codecs of theirs, which do what others' code does.
+    ours = {cls for cls in Codec.registry.values() if not cls.__module__.startswith("benchmarks.")}
+    assert {cls.__name__ for cls in ours - OPTION_SETS.keys()} == set()
 
 
 def test_option_sets_are_of_registered_codecs() -> None:
