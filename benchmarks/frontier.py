@@ -105,13 +105,18 @@ def plot(found: list[Point], task: Task, least: float, path: Path) -> None:
     pyplot.close(figure)
 
 
+def measured(name: str) -> tuple[list[Point], float]:
+    """A task's points, and the peak of plain SGD in bytes per parameter."""
+    peaks = json.loads(PATH.read_text())[name]
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["methods"]
+    parameters = TASKS[name].parameters
+    return points(rows, peaks, parameters), peaks[REFERENCE] / parameters
+
+
 def main() -> None:
-    peaks = json.loads(PATH.read_text())
     text = PAGE.read_text()
     for name, task in TASKS.items():
-        rows = json.loads((RESULTS / f"{name}.json").read_text())["methods"]
-        found = points(rows, peaks[name], task.parameters)
-        least = peaks[name][REFERENCE] / task.parameters
+        found, least = measured(name)
         text = replace_between(text, f"frontier_{name}", table(found, task, least), PAGE.name)
         plot(found, task, least, DOCS / "img" / f"frontier_{name}.png")
     PAGE.write_text(text)

@@ -98,7 +98,7 @@ def _causal(model: CausalLM, optimizer: Optimizer, batch: int, context: int, cor
 
 TASKS: dict[str, tuple[Callable[[str], Training], list[str]]] = {
     "sparse_lm": (_sparse_lm, list(sparse_methods.METHODS)),
-    "tied_transformer": (_tied_transformer, list(tied_methods.METHODS)),
+    "tied_transformer": (_tied_transformer, [name for name, x in tied_methods.METHODS.items() if x.is_installed]),
     "usual_recipe": (_usual_recipe, list(usual_recipe.METHODS)),
 }
 

@@ -1,0 +1,49 @@
+"""docs/quality.md has the measured tables, and the frontier is what nothing beats with as few bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks.frontier import TASKS, Point, is_on_the_frontier, measured, table
+from benchmarks.make_tables import PAGE
+from benchmarks.summary import RESULTS
+from benchmarks.usual_recipe_tables import usual_recipe_tables
+
+
+def is_in_the_page(name: str, made: str) -> bool:
+    return f"<!-- begin:{name} -->\n\n{made}\n\n<!-- end:{name} -->" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_page_has_the_measured_frontier(name):
+    found, least = measured(name)
+    assert is_in_the_page(f"frontier_{name}", table(found, TASKS[name], least))
+
+
+def test_the_default_of_sparse_tables_trains_in_what_plain_sgd_takes():
+    found, least = measured("sparse_lm")
+    (default,) = [point for point in found if point.name == "rw_10"]
+    assert default.peak < 1.01 * least
+
+
+def test_the_page_has_what_the_usual_recipe_came_to():
+    stored = json.loads((RESULTS / "usual_recipe.json").read_text())
+    for name, made in usual_recipe_tables(stored["runs"]).items():
+        assert is_in_the_page(name, made), name
+
+
+def test_the_frontier_is_what_nothing_beats_with_as_few_bytes():
+    def point(name: str, peak: float, quality: float) -> Point:
+        best: dict[str, Any] = {"test": {"0": quality}, "lr": 1.0, "eps": 1e-8, "valid": quality}
+        return Point(name, name, 1.0, peak, best)
+
+    points = [
+        point("small", 5.0, 57.0),
+        point("alike", 5.02, 56.0),
+        point("worse", 9.0, 56.5),
+        point("best", 15.0, 54.0),
+    ]
+    assert [point.name for point in points if is_on_the_frontier(point, points)] == ["alike", "best"]
