@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sketch.codecs import Codec, CodecState, CountSketch, StateSpec, Tensors
-from lightning_sketch.codecs.base import Count, Number
 from lightning_sketch.codecs.decay import decayed
+from lightning_sketch.codecs.state import Count, Number
 from lightning_sketch.sharding import Block
 
 
