@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from benchmarks.memory_cap import status
 from benchmarks.summary import RESULTS
 from lightning_sketch import Policy, compress, report
 from lightning_sketch.text import human_bytes, table
@@ -103,14 +104,14 @@ def measure(method: Method, vocabulary: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, batches = _demo(vocabulary)
     parameters = sum(param.nbytes for param in model.parameters())
-    before = _status("VmRSS") - parameters
+    before = status("VmRSS") - parameters
     optimizer = method.make(model)
     for batch in batches:
         loss = model.sampled_loss(model(batch[:, :-1]), model.targets(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    state, peak = report(optimizer).state, _status("VmHWM")
+    state, peak = report(optimizer).state, status("VmHWM")
     return {"label": method.label, "parameters": parameters, "state": state, "process": peak, "peak": peak - before}
 
 
@@ -129,15 +130,6 @@ def _demo(vocabulary: int) -> tuple[Any, list[Tensor]]:
     shape = settings.windows, settings.context + settings.length
     batches = [torch.from_numpy(random.choice(vocabulary, shape, p=counts / counts.sum())) for _ in range(STEPS)]
     return model, batches
-
-
-def _status(field: str) -> int:
-    """A figure of this process in bytes, as Linux says it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _median(name: str, vocabulary: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Debian's packages: what a description says -> the packages that are depended on. Extreme multi-label classification.
 
 The text is apt's own index of Debian 12 for amd64 with its English descriptions, fetched by ``apt-get update`` into the
-cache folder (``$LIGHTNING_SKETCH_CACHE``, else ``~/.cache/lightning_sketch``). Nothing of the system's apt is read or
-changed, and nothing is installed. Needs Debian, or another system with apt and the package ``debian-archive-keyring``.
+cache folder (``$LIGHTNING_SKETCH_CACHE``, else ``~/.cache/lightning_sketch``) from where the system's apt has Debian 12
+from. Nothing of the system's apt is changed, and nothing is installed. Needs the package ``debian-archive-keyring``.
 
     python -m benchmarks.debian
 """
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from benchmarks.gcide import cache_folder
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-SOURCE = f"deb [arch=amd64 signed-by={KEYRING}] http://deb.debian.org/debian bookworm main\n"
+RELEASE = "bookworm"
 WORD = re.compile(r"[a-z][a-z0-9+-]*")
 DEPENDENCY = re.compile(r"[a-z0-9][a-z0-9+.-]*")  # without version, architecture and alternatives
 BUCKETS = 2**15  # that words are hashed to
@@ -159,7 +159,7 @@ def _fetch(folder: Path) -> tuple[str, str]:
     """The index of packages, and the file of their descriptions."""
     (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     source = folder / "sources.list"
-    source.write_text(SOURCE)
+    source.write_text(f"deb [arch=amd64 signed-by={KEYRING}] {_mirror()} {RELEASE} main\n")
     settings = {
         "Dir::State::Lists": folder / "lists",
         "Dir::Cache": folder,
@@ -181,6 +181,20 @@ def _fetch(folder: Path) -> tuple[str, str]:
         for name in ("Packages", "Translations")
     )
     return index, descriptions
+
+
+def _mirror() -> str:
+    """Where the system's apt has the release from.
+
+    Raises:
+        RuntimeError: nowhere.
+    """
+    sources = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    main_of_release = [f"Release: {RELEASE}", "Component: main"]
+    found = subprocess.run([*sources, *main_of_release], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    if not found:
+        raise RuntimeError(f"apt has no source of Debian's {RELEASE} main: add one to /etc/apt/sources.list.d")
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks import debian
 from benchmarks.command import run_command
+from benchmarks.gcide import cache_folder
 from benchmarks.mach import Classifier, loss_of, precision_and_recall, probabilities
 from benchmarks.mach_methods import METHODS, build
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb
+from benchmarks.sweep import Cache, Result, Setting, climb, false_if_diverged
 
 CLASSES = 1_024  # meta-classes
 REPETITIONS = 4
@@ -62,6 +63,7 @@ def run(setting: Setting) -> Result:
     }
 
 
+@false_if_diverged
 def _train(
     model: nn.ModuleList,
     optimizers: list[Any],
@@ -81,14 +83,9 @@ def _train(
             ids, starts, label, document, weight = _batch(part, order[step * BATCH : (step + 1) * BATCH])
             for classifier, classes in zip(model, hashes, strict=True):
                 loss_of(classifier(ids, starts), document, classes[label], weight).backward()
-            try:
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            except (FloatingPointError, RuntimeError) as error:
-                if "finite" not in str(error):  # anything but a diverged run is a bug
-                    raise
-                return False
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
@@ -139,7 +136,7 @@ def _data() -> debian.Packages:
 
 
 def _cache() -> Cache:
-    return Cache(debian.cache_folder() / "extreme.jsonl")
+    return Cache(cache_folder() / "extreme.jsonl")
 
 
 def main() -> None:

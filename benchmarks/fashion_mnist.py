@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gcide import cache_folder
+from benchmarks.gcide import cache_folder, unpacked
 
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = "usr/share/datasets/fashion-mnist"
@@ -59,11 +57,8 @@ def load() -> tuple[Pictures, Pictures, Pictures]:
 
 
 def _download(folder: Path) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
-        (archive,) = Path(work).glob(f"{PACKAGE}_*.deb")
-        subprocess.run(["dpkg", "-x", str(archive), work], check=True)
-        found = Path(work) / FOLDER
+    with unpacked(PACKAGE, folder) as files:
+        found = files / FOLDER
         return {
             "train": _read(found / "train-images-idx3-ubyte.gz", 16).reshape(-1, SIZE, SIZE),
             "train_classes": _read(found / "train-labels-idx1-ubyte.gz", 8),

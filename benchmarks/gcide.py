@@ -7,12 +7,14 @@ unpacked beside nothing else with ``dpkg -x`` and tokenised once into a cache fo
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,11 +103,18 @@ def _tokenise(text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
 
 
 def _text(folder: Path) -> str:
+    with unpacked(PACKAGE, folder) as files:
+        return gzip.decompress((files / DICTIONARY).read_bytes()).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def unpacked(package: str, folder: Path) -> Iterator[Path]:
+    """The files of a Debian package, downloaded into `folder` and gone afterwards; nothing is installed."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
-        (archive,) = Path(work).glob(f"{PACKAGE}_*.deb")
+        subprocess.run(["apt-get", "download", package], cwd=work, check=True)
+        (archive,) = Path(work).glob(f"{package}_*.deb")
         subprocess.run(["dpkg", "-x", str(archive), work], check=True)
-        return gzip.decompress((Path(work) / DICTIONARY).read_bytes()).decode("utf-8", "replace")
+        yield Path(work)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from benchmarks.command import run_command
 from benchmarks.losses import sampled_softmax_loss, softmax_loss
 from benchmarks.lstm_methods import EPSILONS, METHODS, Family, Method, build
 from benchmarks.sparse_lm import draw_negatives
+from benchmarks.sparse_methods import state_bytes
 from benchmarks.sweep import Cache, Result, Setting, climb, perplexity, tune
 
 BACK = 20  # words
@@ -103,7 +104,7 @@ def run(setting: Setting) -> Result:
     return {
         "valid": _perplexity(model, corpus.valid, EVALUATED_WORDS["valid"]) if finite else None,
         "test": _perplexity(model, corpus.test, EVALUATED_WORDS["test"]) if finite and setting.test else None,
-        "state_bytes": _state_bytes(optimizers, tables),
+        "state_bytes": state_bytes(optimizers[0]),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
 
@@ -181,16 +182,6 @@ def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
         total += float(softmax_loss(features.flatten(0, 1), model.softmax.weight, ids[1:].flatten()))
     mean = total / count
     return math.exp(mean) if mean < 50 else None
-
-
-def _state_bytes(optimizers: list[Optimizer], tables: list[Tensor]) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for optimizer in optimizers
-        for table in tables
-        for key, value in optimizer.state.get(table, {}).items()
-        if torch.is_tensor(value) and key != "step"
-    )
 
 
 def tune_and_repeat(name: str, seeds: int) -> None:

@@ -8,6 +8,7 @@ of its grid extends it by factors of ten.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
@@ -15,8 +16,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+P = ParamSpec("P")
 Result = dict[str, Any]
 Score = Callable[[float, float], float]  # (lr, eps) -> validation perplexity
 
@@ -100,6 +102,21 @@ def over_seeds(results: Iterable[Result], key: str) -> dict[str, float] | None:
     if not values or any(value is None for value in values.values()):
         return None
     return dict(sorted(values.items()))
+
+
+def false_if_diverged(train: Callable[P, bool]) -> Callable[P, bool]:
+    """A training that returns False, too, where a step refuses gradients or states that are not finite."""
+
+    @functools.wraps(train)
+    def trained(*args: P.args, **kwargs: P.kwargs) -> bool:
+        try:
+            return train(*args, **kwargs)
+        except (FloatingPointError, RuntimeError) as error:
+            if "finite" not in str(error):  # anything but a diverged run is a bug
+                raise
+            return False
+
+    return trained
 
 
 def each(work: Callable[[str], None], names: Sequence[str], *, workers: int) -> None:

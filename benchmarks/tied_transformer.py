@@ -37,7 +37,7 @@ from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
 from benchmarks.command import run_command
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb, perplexity
+from benchmarks.sweep import Cache, Result, Setting, climb, false_if_diverged, perplexity
 from benchmarks.tied_methods import METHODS, build
 
 WORDS = 20_000
@@ -83,24 +83,20 @@ def run(setting: Setting) -> Result:
     }
 
 
+@false_if_diverged
 def _train(model: CausalLM, optimizer: torch.optim.Optimizer, batches: Tensor, lr: Callable[[int], float]) -> bool:
     """All steps; False if the run diverged."""
     with bfloat16_products():
-        try:
-            for step in range(STEPS):
-                for group in optimizer.param_groups:
-                    if isinstance(group["lr"], Tensor):  # torchao's, which refuses another object
-                        group["lr"].fill_(lr(step))
-                    else:
-                        group["lr"] = lr(step)
-                loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-                optimizer.step()
-                optimizer.zero_grad()
-        except (FloatingPointError, RuntimeError) as error:
-            if "finite" not in str(error):  # anything but a diverged run is a bug
-                raise
-            return False
+        for step in range(STEPS):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):  # torchao's, which refuses another object
+                    group["lr"].fill_(lr(step))
+                else:
+                    group["lr"] = lr(step)
+            loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
