@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import debian
+from benchmarks import debian, schedules
 from benchmarks.command import run_command
 from benchmarks.gcide import cache_folder
 from benchmarks.mach import Classifier, loss_of, precision_and_recall, probabilities
 from benchmarks.mach_methods import METHODS, build
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb, false_if_diverged
+from benchmarks.sweep import Cache, Result, Setting, Sweep, false_if_diverged
 
 CLASSES = 1_024  # meta-classes
 REPETITIONS = 4
@@ -57,7 +57,7 @@ def run(setting: Setting) -> Result:
     valid = evaluate(model, data.valid, hashes) if finite else None
     return {
         "valid": None if valid is None else 1 - valid["P@1"],
-        "test": evaluate(model, data.test, hashes) if finite and setting.test else None,
+        "test": evaluate(model, data.test, hashes) if finite else None,
         "state_bytes": sum(state_bytes(optimizer) for optimizer in optimizers),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
@@ -77,12 +77,13 @@ def _train(
     for epoch in range(EPOCHS):
         order = random.permutation(len(part.words))
         for step in range(each):
-            share = 1 - (1 - LAST_LR) * (epoch * each + step) / (EPOCHS * each)
+            share = schedules.linear(epoch * each + step, EPOCHS * each, last=LAST_LR)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = share * lr
             ids, starts, label, document, weight = _batch(part, order[step * BATCH : (step + 1) * BATCH])
             for classifier, classes in zip(model, hashes, strict=True):
-                loss_of(classifier(ids, starts), document, classes[label], weight).backward()
+                loss = loss_of(classifier(ids, starts), document, classes[label], weight)
+                loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -96,7 +97,7 @@ def evaluate(model: nn.ModuleList, part: debian.Part, hashes: Tensor) -> dict[st
     for documents in np.array_split(np.arange(len(part.words)), len(part.words) // BATCH):
         ids, starts, label, document, _ = _batch(part, documents)
         scored = probabilities([classifier(ids, starts) for classifier in model], hashes)
-        own = list(label.split(document.bincount().tolist()))
+        own = list(torch.split(label, document.bincount().tolist()))
         for name, values in precision_and_recall(scored, own, precision_at=PRECISION_AT, recall_at=RECALL_AT).items():
             figures.setdefault(name, []).extend(values)
     return {name: mean(values) for name, values in figures.items()}
@@ -113,35 +114,16 @@ def _batch(part: debian.Part, documents: debian.Ids) -> tuple[Tensor, Tensor, Te
     return ids, starts, label, of, share
 
 
-def tune_and_repeat(name: str, seeds: int) -> None:
-    """Search on validation documents with seed 0; then, with ``seeds`` > 0, that many runs on the test documents."""
-    cache, family = _cache(), METHODS[name].family
-
-    def score(lr: float) -> float:
-        valid = cache.run(Setting(name, lr, DEFAULT_EPS[family], seed=0, test=True), run)["valid"]
-        return 1.0 if valid is None else float(valid)
-
-    repeat(name, climb(score, START_LR[family]), DEFAULT_EPS[family], seeds)
-
-
-def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
-    """Runs on the test documents without a search."""
-    for seed in range(seeds):
-        _cache().run(Setting(name, lr, eps, seed, test=True), run)
-
-
 @functools.lru_cache(maxsize=1)
 def _data() -> debian.Packages:
     return debian.load()
 
 
-def _cache() -> Cache:
-    return Cache(cache_folder() / "extreme.jsonl")
-
-
 def main() -> None:
-    labels = {name: (METHODS[name].label, DEFAULT_EPS[METHODS[name].family]) for name in NAMES}
-    run_command("extreme", __doc__, labels, _cache(), prepare=_data, tune_and_repeat=tune_and_repeat, repeat=repeat)
+    families = {name: METHODS[name].family for name in NAMES}
+    searches = {name: (START_LR[family], [DEFAULT_EPS[family]]) for name, family in families.items()}
+    sweep = Sweep(run, Cache(cache_folder() / "extreme.jsonl"), searches)
+    run_command("extreme", __doc__, sweep, {name: METHODS[name].label for name in NAMES}, prepare=_data)
 
 
 if __name__ == "__main__":

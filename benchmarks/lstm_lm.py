@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks import gcide
+from benchmarks import gcide, schedules
 from benchmarks.command import run_command
 from benchmarks.losses import sampled_softmax_loss, softmax_loss
 from benchmarks.lstm_methods import EPSILONS, METHODS, Family, Method, build
 from benchmarks.sparse_lm import draw_negatives
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb, perplexity, tune
+from benchmarks.sweep import Cache, Result, Setting, Sweep
 
 BACK = 20  # words
 WIDTH = 64  # of the embedding and of the projection
@@ -103,7 +103,7 @@ def run(setting: Setting) -> Result:
     trained = time.perf_counter()
     return {
         "valid": _perplexity(model, corpus.valid, EVALUATED_WORDS["valid"]) if finite else None,
-        "test": _perplexity(model, corpus.test, EVALUATED_WORDS["test"]) if finite and setting.test else None,
+        "test": _perplexity(model, corpus.test, EVALUATED_WORDS["test"]) if finite else None,
         "state_bytes": state_bytes(optimizers[0]),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
@@ -121,7 +121,7 @@ def _train(
     first_lr = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = None
     for step, ids in enumerate(batches):
-        share = 1 - (1 - LAST_LR) * step / STEPS
+        share = schedules.linear(step, STEPS, last=LAST_LR)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, lr in zip(groups, first_lr, strict=True):
             group["lr"] = share * lr
@@ -184,47 +184,21 @@ def _perplexity(model: Model, blocks: gcide.Ids, words: int) -> float | None:
     return math.exp(mean) if mean < 50 else None
 
 
-def tune_and_repeat(name: str, seeds: int) -> None:
-    """Search on validation text with seed 0, then ``seeds`` runs on the test blocks."""
-    cache, method = _cache(), METHODS[name]
-    start, epsilons = START_LR[method.softmax][method.family], EPSILONS[method.family]
-
-    def score(lr: float, eps: float) -> float:
-        return perplexity(cache.run(Setting(name, lr, eps, seed=0, test=True), run))
-
-    if method.softmax == "full" or len(epsilons) == 1:
-        lr, eps = climb(lambda rate: score(rate, epsilons[0]), start), epsilons[0]
-    else:
-        lr, eps = tune(score, lr=start, epsilons=epsilons)
-    repeat(name, lr, eps, seeds)
-
-
-def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
-    """Runs on the test blocks without a search."""
-    for seed in range(seeds):
-        _cache().run(Setting(name, lr, eps, seed, test=True), run)
-
-
 @functools.lru_cache(maxsize=2)
 def _corpus(softmax: str) -> gcide.Corpus:
     return gcide.load(max_words=SIZES[softmax].words)
 
 
-def _cache() -> Cache:
-    return Cache(gcide.cache_folder() / "lstm_lm.jsonl")
-
-
 def main() -> None:
-    labels = {name: (method.label, EPSILONS[method.family][0]) for name, method in METHODS.items()}
-    run_command(
-        "lstm_lm",
-        __doc__,
-        labels,
-        _cache(),
-        prepare=lambda: _corpus("full"),
-        tune_and_repeat=tune_and_repeat,
-        repeat=repeat,
-    )
+    searches = {name: (START_LR[method.softmax][method.family], _epsilons(method)) for name, method in METHODS.items()}
+    sweep = Sweep(run, Cache(gcide.cache_folder() / "lstm_lm.jsonl"), searches)
+    labels = {name: method.label for name, method in METHODS.items()}
+    run_command("lstm_lm", __doc__, sweep, labels, prepare=lambda: _corpus("full"))
+
+
+def _epsilons(method: Method) -> tuple[float, ...]:
+    """Those that are tried: under the full softmax one optimizer steps all parameters, at the default."""
+    return EPSILONS[method.family][:1] if method.softmax == "full" else EPSILONS[method.family]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from benchmarks.fine_tuning import METHODS as FINE_TUNED
 from benchmarks.summary import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -40,6 +41,10 @@ def main() -> None:
         source = RESULTS / f"{name}.json"
         if source.exists():
             text = replace_between(text, f"{name}_untuned", untuned_table(json.loads(source.read_text())), PAGE.name)
+    source = RESULTS / "fine_tuning.json"
+    if source.exists():
+        made = fine_tuning_table(json.loads(source.read_text())["runs"])
+        text = replace_between(text, "fine_tuning", made, PAGE.name)
     PAGE.write_text(text)
     for name, title in {
         "sparse_lm": "Language model, two sparse tables of 109,213 words",
@@ -120,6 +125,24 @@ def extreme_table(rows: Rows) -> str:
             columns += [f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"]
         columns += [f"{chosen['lr']:g}", ", ".join(f"{x['lr']:g}: {100 * x['valid']:.1f}" for x in row["tried"])]
         lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def fine_tuning_table(runs: list[dict[str, Any]]) -> str:
+    """Every method at the best learning rate tried for it, with seed 0; losses are of held-out articles."""
+    lines = [
+        "| optimizer | loss, nats a token | state, MiB | peak of the process, MiB | lr | loss by lr |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, method in FINE_TUNED.items():
+        own = [run for run in runs if run["setting"]["method"] == name and run["valid"] is not None]
+        if own:
+            best = min(own, key=lambda run: run["valid"])
+            tried = sorted((run["setting"]["lr"], run["valid"]) for run in own)
+            columns = [method.label, f"{best['valid']:.4f}"]
+            columns += [f"{best[key] / 2**20:,.0f}" for key in ("state_bytes", "peak_bytes")]
+            columns += [f"{best['setting']['lr']:g}", ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried)]
+            lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer, RMSprop
 
-from benchmarks import fashion_mnist
+from benchmarks import fashion_mnist, schedules
 from benchmarks.command import run_command
 from benchmarks.fashion_mnist import Pictures
 from benchmarks.gcide import cache_folder
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb, perplexity
+from benchmarks.sweep import Cache, Result, Setting, Sweep
 
 WIDTH = 32  # channels of the first stage; the original has 64
 BATCH = 128
@@ -173,7 +173,7 @@ def run(setting: Setting) -> Result:
     trained = time.perf_counter()
     return {
         "valid": error_percent(model, valid) if finite else None,
-        "test": error_percent(model, test) if finite and setting.test else None,
+        "test": error_percent(model, test) if finite else None,
         "state_bytes": state_bytes(optimizer),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
@@ -189,7 +189,7 @@ def _train(model: nn.Module, optimizer: Optimizer, train: Pictures, setting: Set
     try:
         for step, picked in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = setting.lr * linear_up_and_down(step, len(batches))
+                group["lr"] = setting.lr * schedules.linear(step, len(batches), warm_up=WARM_UP, last=LAST_LR)
             pictures = train.pictures[picked].to(memory_format=torch.channels_last)  # faster on CPUs
             loss = F.cross_entropy(model(pictures), train.classes[picked])
             if not loss.isfinite():
@@ -200,12 +200,6 @@ def _train(model: nn.Module, optimizer: Optimizer, train: Pictures, setting: Set
     except FloatingPointError:  # a gradient that is not finite
         return False
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-
-
-def linear_up_and_down(step: int, steps: int) -> float:
-    """As a share of the peak learning rate."""
-    warm_up = WARM_UP * steps
-    return min((step + 1) / warm_up, 1 - (1 - LAST_LR) * max(0.0, step - warm_up) / (steps - warm_up))
 
 
 @torch.no_grad()
@@ -220,33 +214,15 @@ def error_percent(model: nn.Module, held_out: Pictures) -> float:
     return 100 * wrong / len(held_out.classes)
 
 
-def tune_and_repeat(name: str, seeds: int) -> None:
-    """Search on validation pictures with seed 0, then ``seeds`` runs on the test pictures."""
-
-    def score(lr: float) -> float:
-        return perplexity(_cache().run(Setting(name, lr, EPS, seed=0, test=True), run))
-
-    repeat(name, climb(score, START_LR[METHODS[name].family]), EPS, seeds)
-
-
-def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
-    """Runs on the test pictures without a search."""
-    for seed in range(seeds):
-        _cache().run(Setting(name, lr, eps, seed, test=True), run)
-
-
 @functools.lru_cache(maxsize=1)
 def _pictures() -> tuple[Pictures, Pictures, Pictures]:
     return fashion_mnist.load()
 
 
-def _cache() -> Cache:
-    return Cache(cache_folder() / "resnet.jsonl")
-
-
 def main() -> None:
-    labels = {name: (method.label, EPS) for name, method in METHODS.items()}
-    run_command("resnet", __doc__, labels, _cache(), prepare=_pictures, tune_and_repeat=tune_and_repeat, repeat=repeat)
+    searches = {name: (START_LR[method.family], [EPS]) for name, method in METHODS.items()}
+    sweep = Sweep(run, Cache(cache_folder() / "resnet.jsonl"), searches)
+    run_command("resnet", __doc__, sweep, {name: method.label for name, method in METHODS.items()}, prepare=_pictures)
 
 
 if __name__ == "__main__":

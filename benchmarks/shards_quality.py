@@ -124,7 +124,7 @@ def _module_of(table: nn.Parameter) -> nn.Module:
 def settings() -> list[Setting]:
     """All runs: those of one process first."""
     found = [
-        Setting(method_of(codecs, shards, agree), LR, EPS, seed, test=True)
+        Setting(method_of(codecs, shards, agree), LR, EPS, seed)
         for (codecs, agree), numbers in ROWS.items()
         for shards in numbers
         for seed in (SEEDS if shards == 1 and codecs in DEFAULTS else SEEDS[:1])

@@ -25,12 +25,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gcide
+from benchmarks import gcide, schedules
 from benchmarks.command import run_command
 from benchmarks.losses import sampled_softmax_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import METHODS, build, state_bytes
-from benchmarks.sweep import Cache, Result, Setting, false_if_diverged, perplexity, tune
+from benchmarks.sweep import Cache, Result, Setting, Sweep, false_if_diverged
 
 CONTEXT = 4  # words
 WIDTH = 64
@@ -89,7 +89,7 @@ def run(setting: Setting) -> Result:
 
     return {
         "valid": perplexity_on(model, corpus.valid, VALID_WORDS) if finite else None,
-        "test": perplexity_on(model, corpus.test, TEST_WORDS) if finite and setting.test else None,
+        "test": perplexity_on(model, corpus.test, TEST_WORDS) if finite else None,
         "state_bytes": state_bytes(tables),
         "seconds": {"set_up": set_up - began, "train": trained - set_up, "all": time.perf_counter() - began},
     }
@@ -106,7 +106,7 @@ def train(model: Model, tables: Any, batches: Batches, lr: float) -> bool:
     hidden = torch.optim.Adam(model.hidden.parameters(), lr=HIDDEN_LR)
     with bfloat16_products():
         for step in range(steps):
-            share = 1 - (1 - LAST_LR) * step / steps
+            share = schedules.linear(step, steps, last=LAST_LR)
             _set_lr(tables, share * lr)
             _set_lr(hidden, share * HIDDEN_LR)
             _loss(model, batches, step).backward()  # type: ignore[no-untyped-call]
@@ -114,30 +114,6 @@ def train(model: Model, tables: Any, batches: Batches, lr: float) -> bool:
                 optimizer.step()
                 optimizer.zero_grad()
     return bool(torch.isfinite(model.softmax.weight).all())
-
-
-def tune_and_repeat(name: str, seeds: int) -> None:
-    """Search on validation blocks with seed 0, then ``seeds`` runs on the test blocks."""
-    cache, family = _cache(), METHODS[name].family
-
-    def score(lr: float, eps: float) -> float:
-        return perplexity(cache.run(Setting(name, lr, eps, seed=0), run))
-
-    lr, eps = tune(score, lr=START_LR[family], epsilons=EPSILONS[family])
-    repeat(name, lr, eps, seeds)
-    if name == "adam":  # the usual baseline: tuned in the learning rate alone
-        default = EPSILONS[family][0]
-        tried = [result["setting"] for result in cache.results() if result["setting"]["method"] == name]
-        lr = min(
-            (s["lr"] for s in tried if s["eps"] == default and s["seed"] == 0), key=lambda rate: score(rate, default)
-        )
-        repeat(name, lr, default, seeds)
-
-
-def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
-    """Runs on the test blocks without a search."""
-    for seed in range(seeds):
-        _cache().run(Setting(name, lr, eps, seed, test=True), run)
 
 
 def _loss(model: Model, batches: Batches, step: int) -> Tensor:
@@ -217,13 +193,12 @@ def _set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def _cache() -> Cache:
-    return Cache(gcide.cache_folder() / "sparse_lm.jsonl")
-
-
 def main() -> None:
-    labels = {name: (method.label, EPSILONS[method.family][0]) for name, method in METHODS.items()}
-    run_command("sparse_lm", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat, repeat=repeat)
+    searches = {name: (START_LR[method.family], EPSILONS[method.family]) for name, method in METHODS.items()}
+    cache = Cache(gcide.cache_folder() / "sparse_lm.jsonl")
+    # The usual baseline is tuned in the learning rate alone.
+    sweep = Sweep(run, cache, searches, default_eps_too={"adam"})
+    run_command("sparse_lm", __doc__, sweep, {name: method.label for name, method in METHODS.items()}, prepare=_corpus)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -34,7 +34,6 @@ class Setting:
     lr: float
     eps: float
     seed: int
-    test: bool = False  # evaluated on the test blocks too
 
 
 class Cache:
@@ -49,12 +48,9 @@ class Cache:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def find(self, setting: Setting) -> Result | None:
-        """The finished run of this setting; one with a test figure serves one without."""
+        """The finished run of this setting."""
         wanted = _key(setting)
-        for result in self.results():
-            if _key(Setting(**result["setting"])) == wanted and (result["test"] is not None or not setting.test):
-                return result
-        return None
+        return next((result for result in self.results() if _key(Setting(**result["setting"])) == wanted), None)
 
     def run(self, setting: Setting, train: Callable[[Setting], Result]) -> Result:
         """The run's result, trained now if it has not been before."""
@@ -68,9 +64,49 @@ class Cache:
         return found
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A benchmark's runs, for workers that get it pickled.
+
+    Args:
+        train: one run, whose result has a figure of validation and one of test, None where it diverged.
+        cache: of finished runs.
+        searches: by method, the first learning rate, and values of eps, of which the first is torch's default.
+        default_eps_too: methods that are repeated at the default eps, too, at the best learning rate tried there.
+    """
+
+    train: Callable[[Setting], Result]
+    cache: Cache
+    searches: Mapping[str, tuple[float, Sequence[float]]]
+    default_eps_too: Collection[str] = ()
+
+    def tune_and_repeat(self, name: str, seeds: int) -> None:
+        """A search on validation data with seed 0, then ``seeds`` runs of what it selected."""
+        start, epsilons = self.searches[name]
+        tried: dict[float, float] = {}  # learning rate -> perplexity, at the default eps
+
+        def score(lr: float, eps: float) -> float:
+            found = perplexity(self.cache.run(Setting(name, lr, eps, seed=0), self.train))
+            if eps == epsilons[0]:
+                tried[lr] = found
+            return found
+
+        lr, eps = tune(score, lr=start, epsilons=epsilons)
+        self.repeat(name, lr, eps, seeds)
+        if name in self.default_eps_too:
+            self.repeat(name, min(tried, key=lambda rate: tried[rate]), epsilons[0], seeds)
+
+    def repeat(self, name: str, lr: float, eps: float, seeds: int) -> None:
+        """``seeds`` runs without a search."""
+        for seed in range(seeds):
+            self.cache.run(Setting(name, lr, eps, seed), self.train)
+
+
 def tune(score: Score, *, lr: float, epsilons: Sequence[float]) -> tuple[float, float]:
-    """The best ``(lr, eps)`` by coordinate search from ``lr`` and ``epsilons[0]``, the default."""
+    """The best ``(lr, eps)`` by coordinate search from ``lr`` and ``epsilons[0]``, the default; a single eps stays."""
     lr = climb(lambda rate: score(rate, epsilons[0]), lr)
+    if len(epsilons) == 1:
+        return lr, epsilons[0]
     eps = min(epsilons, key=lambda value: score(lr, value))
     while eps >= max(epsilons) and eps < LARGEST_EPS and score(lr, 10 * eps) < score(lr, eps):
         eps *= 10

@@ -1,7 +1,7 @@
 """The optimizers of :mod:`benchmarks.tied_transformer`: policies over a tied table and hidden layers, and peers.
 
 Peers are AdamW of other libraries with states of 8 or 4 bits, at their defaults but for the size of blocks, which must
-divide the table's. What they find too small, or their blocks do not divide, stays in float32.
+divide the table's, and CAME. What they find too small, or their blocks do not divide, stays in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Method:
     """AdamW (or Adagrad, for SM3, or another optimizer beside it) and the rules that compress it."""
 
     label: str
-    family: Literal["adam", "adagrad", "adagrad_momentum", "adafactor"] = "adam"
+    family: Literal["adam", "adagrad", "adagrad_momentum", "adafactor", "came"] = "adam"
     rules: Rules | None = None  # None: exact
     table_momentum: bool = True  # beta1 = 0.9 on the table; False: 0, with the stock class
     schedule: Literal["linear", "quadratic", "inverse_root"] = "linear"  # after the warm-up; see `tied_transformer`
@@ -57,7 +57,8 @@ def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, e
     optimizer: Optimizer
     if method.peer:
         module, _, name = method.peer.rpartition(".")
-        optimizer = getattr(importlib.import_module(module), name)(groups, lr=lr, eps=eps, **dict(method.peer_options))
+        options = dict(method.peer_options) | ({"eps": eps} if method.family == "adam" else {})
+        optimizer = getattr(importlib.import_module(module), name)(groups, lr=lr, **options)
     elif method.family == "adagrad":
         optimizer = Adagrad(groups, lr=lr, eps=eps)
     elif method.family == "adagrad_momentum":
@@ -206,4 +207,5 @@ METHODS: dict[str, Method] = {
         peer_options=(("block_size", 128),),
     ),
     "ao_4bit": Method("all layers: torchao's AdamW4bit", peer="torchao.optim.AdamW4bit"),
+    "came": Method("pytorch_optimizer's CAME", "came", peer="pytorch_optimizer.CAME"),
 }

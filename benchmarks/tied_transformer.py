@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gcide
+from benchmarks import gcide, schedules
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
 from benchmarks.command import run_command
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
-from benchmarks.sweep import Cache, Result, Setting, climb, false_if_diverged, perplexity
+from benchmarks.sweep import Cache, Result, Setting, Sweep, false_if_diverged
 from benchmarks.tied_methods import METHODS, build
 
 WORDS = 20_000
@@ -54,8 +54,15 @@ VALID_SEQUENCES = 256
 TEST_SEQUENCES = 512
 EVALUATION_SEED = 1
 
-START_LR = {"adam": 2e-3, "adagrad": 0.1, "adagrad_momentum": 0.025, "adafactor": 32e-3}
-DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10, "adagrad_momentum": 1e-10, "adafactor": 1e-3}
+START_LR = {"adam": 2e-3, "adagrad": 0.1, "adagrad_momentum": 0.025, "adafactor": 32e-3, "came": 1e-3}
+DEFAULT_EPS = {"adam": 1e-8, "adagrad": 1e-10, "adagrad_momentum": 1e-10, "adafactor": 1e-3, "came": 1e-16}
+
+#: By a method's `schedule`.
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "linear": lambda step: schedules.linear(step, STEPS, warm_up=WARM_UP, last=LAST_LR),
+    "quadratic": lambda step: schedules.quadratic_then_constant(step, STEPS, warm_up=WARM_UP),
+    "inverse_root": lambda step: schedules.linear_then_inverse_root(step, STEPS, warm_up=WARM_UP),
+}
 
 
 def make_model(vocabulary: int) -> CausalLM:
@@ -76,7 +83,7 @@ def run(setting: Setting) -> Result:
 
     return {
         "valid": _perplexity(model, corpus.valid, VALID_SEQUENCES) if finite else None,
-        "test": _perplexity(model, corpus.test, TEST_SEQUENCES) if finite and setting.test else None,
+        "test": _perplexity(model, corpus.test, TEST_SEQUENCES) if finite else None,
         "state_bytes": state_bytes(optimizer),
         "version": method.version,
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
@@ -100,57 +107,6 @@ def _train(model: CausalLM, optimizer: torch.optim.Optimizer, batches: Tensor, l
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
-def linear_up_and_down(step: int) -> float:
-    """The usual schedule, as a share of the peak learning rate."""
-    warm_up = WARM_UP * STEPS
-    return min((step + 1) / warm_up, 1 - (1 - LAST_LR) * max(0.0, step - warm_up) / (STEPS - warm_up))
-
-
-def quadratic_then_constant(step: int) -> float:
-    """SM3's schedule: the adaptive sums already make the steps smaller."""
-    return min((step + 1) / (WARM_UP * STEPS), 1.0) ** 2
-
-
-def linear_then_inverse_root(step: int) -> float:
-    """Adafactor's, of a relative step: here from where the warm-up ends."""
-    warm_up = WARM_UP * STEPS
-    return min((step + 1) / warm_up, math.sqrt(warm_up / (step + 1)))
-
-
-#: By a method's `schedule`.
-SCHEDULES: dict[str, Callable[[int], float]] = {
-    "linear": linear_up_and_down,
-    "quadratic": quadratic_then_constant,
-    "inverse_root": linear_then_inverse_root,
-}
-
-
-def tune_and_repeat(name: str, seeds: int) -> None:
-    """Search on validation blocks with seed 0; then, with ``seeds`` > 0, that many runs on the test blocks."""
-    cache, method = _cache(), METHODS[name]
-    if not _is_there(name):
-        return
-
-    def score(lr: float, eps: float) -> float:
-        return perplexity(cache.run(Setting(name, lr, eps, seed=0, test=True), run))
-
-    eps = DEFAULT_EPS[method.family]
-    lr = climb(lambda rate: score(rate, eps), method.start_lr or START_LR[method.family])
-    repeat(name, lr, eps, seeds)
-
-
-def repeat(name: str, lr: float, eps: float, seeds: int) -> None:
-    """Runs on the test blocks without a search."""
-    for seed in range(seeds if _is_there(name) else 0):
-        _cache().run(Setting(name, lr, eps, seed, test=True), run)
-
-
-def _is_there(name: str) -> bool:
-    if not METHODS[name].is_installed:
-        print(f"{name}: {METHODS[name].package} is not installed")
-    return METHODS[name].is_installed
-
-
 @functools.lru_cache(maxsize=1)
 def _corpus() -> gcide.Corpus:
     return gcide.load(max_words=WORDS)
@@ -161,15 +117,15 @@ def _perplexity(model: CausalLM, blocks: gcide.Ids, sequences: int) -> float | N
     return math.exp(mean) if mean < 50 else None
 
 
-def _cache() -> Cache:
-    return Cache(gcide.cache_folder() / "tied_transformer.jsonl")
-
-
 def main() -> None:
-    labels = {name: (method.label, DEFAULT_EPS[method.family]) for name, method in METHODS.items()}
-    run_command(
-        "tied_transformer", __doc__, labels, _cache(), prepare=_corpus, tune_and_repeat=tune_and_repeat, repeat=repeat
-    )
+    searches = {
+        name: (method.start_lr or START_LR[method.family], [DEFAULT_EPS[method.family]])
+        for name, method in METHODS.items()
+    }
+    sweep = Sweep(run, Cache(gcide.cache_folder() / "tied_transformer.jsonl"), searches)
+    labels = {name: method.label for name, method in METHODS.items()}
+    missing = {name: method.package for name, method in METHODS.items() if not method.is_installed}
+    run_command("tied_transformer", __doc__, sweep, labels, prepare=_corpus, not_installed=missing)
 
 
 if __name__ == "__main__":

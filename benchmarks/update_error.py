@@ -18,7 +18,7 @@ from benchmarks import gcide, tied_transformer
 from benchmarks.causal_lm import draw_sequences, loss_of
 from benchmarks.precision import bfloat16_products
 from benchmarks.tied_methods import METHODS, build
-from benchmarks.tied_transformer import BATCH, CONTEXT, LARGEST_NORM, linear_up_and_down
+from benchmarks.tied_transformer import BATCH, CONTEXT, LARGEST_NORM, SCHEDULES
 
 COMPARED = ("all_bf16", "all_8bit", "all_4bit")
 LR = 2e-3
@@ -40,7 +40,7 @@ def main() -> None:
     for step in range(steps):
         for optimizer in (exact, *others.values()):
             for group in optimizer.param_groups:
-                group["lr"] = LR * linear_up_and_down(step)
+                group["lr"] = LR * SCHEDULES["linear"](step)
         with bfloat16_products():
             loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from benchmarks import gcide
+from benchmarks import gcide, schedules
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
@@ -152,7 +152,7 @@ def run(setting: Setting) -> Result:
     trained = time.perf_counter()
     return {
         "valid": _perplexity(model, corpus.valid) if finite else None,
-        "test": _perplexity(model, corpus.test) if finite and setting.test else None,
+        "test": _perplexity(model, corpus.test) if finite else None,
         "state_bytes": state_bytes(optimizer),
         "seconds": {"train": trained - began, "all": time.perf_counter() - began},
     }
@@ -171,7 +171,7 @@ def train(model: CausalLM, optimizer: Optimizer, setting: Setting) -> Iterator[T
     batches = draw_sequences(_corpus().train, STEPS * BATCH, np.random.default_rng(setting.seed), CONTEXT)
     for step, ids in enumerate(torch.split(batches, BATCH)):
         for group in optimizer.param_groups:
-            group["lr"] = warm_up_and_cosine(step) * setting.lr
+            group["lr"] = schedules.cosine(step, STEPS, warm_up=WARM_UP, last=LAST_LR) * setting.lr
         with bfloat16_products():
             loss_of(model, ids).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
@@ -179,15 +179,6 @@ def train(model: CausalLM, optimizer: Optimizer, setting: Setting) -> Iterator[T
             optimizer.step()
         optimizer.zero_grad()
         yield norm
-
-
-def warm_up_and_cosine(step: int) -> float:
-    """As a share of the peak learning rate."""
-    warm_up = WARM_UP * STEPS
-    if step < warm_up:
-        return (step + 1) / warm_up
-    along = (step - warm_up) / (STEPS - warm_up)
-    return LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * along))
 
 
 def _perplexity(model: CausalLM, blocks: gcide.Ids) -> float | None:
@@ -207,7 +198,7 @@ def cache() -> Cache:
 
 def score(name: str, lr: float, seed: int = 0) -> float:
     """Validation perplexity of one run."""
-    return perplexity(cache().run(Setting(name, lr, EPS, seed, test=True), run))
+    return perplexity(cache().run(Setting(name, lr, EPS, seed), run))
 
 
 def run_once(name: str) -> None:

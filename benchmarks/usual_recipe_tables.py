@@ -9,9 +9,10 @@ import json
 import math
 from typing import Any
 
-from benchmarks.make_tables import PAGE, percent, replace_between, share
+from benchmarks.make_tables import PAGE, against, replace_between, share
+from benchmarks.make_tables import perplexity as tested
 from benchmarks.summary import RESULTS
-from benchmarks.sweep import Result, perplexity
+from benchmarks.sweep import Result, over_seeds, perplexity
 from benchmarks.usual_recipe import METHODS
 
 Runs = dict[str, list[Result]]
@@ -36,39 +37,23 @@ def _table(runs: Runs) -> str:
         "| lr | valid by lr |",
         "|---|---|---|---|---|---|---|",
     ]
-    references = [_at_best(runs[f"{kind}_{name}"]) for name in ("adamw", "b0")]
-    exact = runs[f"{kind}_adamw"]
+    exact, no_first_moment = runs[f"{kind}_adamw"], runs[f"{kind}_b0"]
+    references = [_at_best(own) for own in (exact, no_first_moment) if own]
     for name, own in runs.items():
         if own and exact:
             best = _at_best(own)
-            tested = [result["test"] for result in best.values() if result["test"]]
-            columns = [METHODS[name].label, share(own[0], exact[0]), _mean_and_range(tested)]
-            columns += ["" if best == reference else _against(best, reference) for reference in references]
-            columns += [f"{_rate(next(iter(best.values()))):g}", _tried(own)]
+            columns = [METHODS[name].label, share(own[0], exact[0]), tested(best)]
+            columns += ["" if best == reference else against(best, reference) for reference in references]
+            columns += [""] * (2 - len(references)) + [f"{best['lr']:g}", _tried(own)]
             lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def _at_best(own: list[Result]) -> dict[int, Result]:
-    """By seed, the runs at the rate that is best on validation with seed 0."""
-    first = [result for result in own if result["setting"]["seed"] == 0]
-    if not first:
-        return {}
-    best = _rate(min(first, key=perplexity))
-    return {result["setting"]["seed"]: result for result in own if _rate(result) == best}
-
-
-def _against(own: dict[int, Result], reference: dict[int, Result]) -> str:
-    seeds = sorted(own.keys() & reference.keys())
-    ratios = [own[seed]["test"] / reference[seed]["test"] for seed in seeds if own[seed]["test"]]
-    return percent(ratios) if ratios else "-"
-
-
-def _mean_and_range(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}" + (f" ({min(values):.2f}-{max(values):.2f}, {len(values)} seeds)" if len(values) > 1 else "")
+def _at_best(own: list[Result]) -> dict[str, Any]:
+    """What was found at the rate that is best on validation with seed 0."""
+    best = min((result for result in own if result["setting"]["seed"] == 0), key=perplexity)
+    at_best = [result for result in own if _rate(result) == _rate(best)]
+    return {"lr": _rate(best), "valid": best["valid"], "test": over_seeds(at_best, "test")}
 
 
 def _tried(own: list[Result]) -> str:
