@@ -71,7 +71,7 @@ def main() -> None:
     ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
     windows = torch.tensor([ids[word] for word in words]).unfold(0, CONTEXT + 1, 1)  # [positions, CONTEXT + 1]
     cut = len(windows) * 9 // 10
-    train, held_out = windows[torch.randperm(cut)].split(512), windows[cut:].split(512)
+    train, held_out = windows[torch.randperm(cut)].split(1024), windows[cut:].split(1024)
 
     trainer = L.Trainer(
         accelerator="cpu",

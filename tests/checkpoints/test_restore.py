@@ -17,12 +17,12 @@ from tests.checkpoints.engines import STEPS, TABLES, make
 from tests.deepspeed_tools import init_deepspeed
 from tests.ranks import run_ranks
 
-#: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, and four that the number
-#: of ranks may be halved.
+#: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, three that they need not be
+#: even, and four that their number may be halved.
 KINDS = {
     1: ("single",),
     2: ("rows", "columns", "zero1", "zero2", "zero3"),
-    3: ("rows", "columns", "zero1", "zero3"),
+    3: ("rows", "columns", "zero3"),
     4: ("columns", "zero3"),
 }
 
@@ -103,9 +103,9 @@ def check_moved(name: str, key: str, before: Tensor, after: Tensor) -> None:
 @pytest.mark.distributed
 def test_every_checkpoint_moves_everywhere(moved):
     folder, errors = moved
-    assert len(errors) == 10 * 12 + 2 * 11
+    assert len(errors) == 9 * 11 + 2 * 10
     written = {path.name: states_of(path) for path in folder.iterdir() if path.name != "moved"}
-    assert len(written) == 12
+    assert len(written) == 11
     for name in errors:
         before, after = written[name.split("-to-")[0]], states_of(folder / "moved" / name)
         assert before.keys() == after.keys(), name

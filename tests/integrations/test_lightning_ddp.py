@@ -16,7 +16,7 @@ from tests.gloo import one_thread
 from tests.integrations.lightning_tools import POLICY, adamw, batches, tiny, trainer
 from tests.ranks import preload, run_ranks
 
-STEPS = 60
+STEPS = 30
 SKETCH = Policy([Rule(role="embedding", exp_avg=CountSketch(compression=2), exp_avg_sq=CountSketch(compression=4))])
 
 

@@ -24,7 +24,7 @@ from tests.integrations.lightning_tools import DIM, ROWS, Tiny, batches, tiny, t
 from tests.ranks import run_ranks_in
 
 WORLD, OTHER_WORLD, ACCUMULATED, CLIP = 2, 3, 2, 0.05
-BATCHES = 16  # of a rank in an epoch
+BATCHES = 8  # of a rank in an epoch
 POLICIES = {
     # what one process computes element by element, partitions compute
     "elementwise": Policy([Rule(name="table.weight", exp_avg=BFloat16(), exp_avg_sq=BFloat16())]),
@@ -106,7 +106,7 @@ def configure(policy: str) -> Any:
             {"params": [module.head.weight], "lr": 1e-2},
         ]
         optimizer = cls(groups, lr=2e-2, weight_decay=0.1)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     return configure_optimizers

@@ -118,7 +118,7 @@ def test_the_momentum_of_sm3(momentum: float, dtype: torch.dtype, fused: list[Fu
     assert all(step.momentum is not None for step in fused)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rule=st.sampled_from(["adamw", "adam", "adagrad"]),
     second=st.sampled_from(list(SECOND.values())),
@@ -171,7 +171,7 @@ def test_many_rows_in_few_buckets_and_in_many() -> None:
         check(Case("adamw", codec, CountSketch(compression=compression, depth=5), rows=24, columns=7, steps=2))
 
 
-@pytest.mark.parametrize("depth", range(1, 9))
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 8])
 def test_medians_of_every_depth(depth: int, fused: list[FusedStep]) -> None:
     check(Case("adamw", RowWise(), CountSketch(compression=2, depth=depth), rows=32, columns=3, steps=2))
     assert len(fused) == 2

@@ -13,7 +13,7 @@ from tests.killed.lightning import Lightning, LightningFSDP2
 from tests.killed.stepwise import DCP, Accelerate, AccelerateFSDP2, DeepSpeed
 from tests.killed.tools import REFUSAL, Engine, Left, check, damage, kill_while_it_saves, resume
 
-KILLS = 4
+KILLS = 2
 ENGINES = (DCP(), DeepSpeed(), Accelerate(), AccelerateFSDP2(), Lightning(), LightningFSDP2())
 #: Seconds that are waited at most once a save has begun; some end at once.
 WAITS = (0.005, 0.15)
