@@ -1,8 +1,8 @@
 """Fine-tuning a pretrained model, SmolLM2-135M, on a dictionary's articles by the Hugging Face Trainer.
 
-300 steps of 8 articles of at most 64 tokens, AdamW's defaults in Transformers (betas (0.9, 0.999), no decay), 10 % warm-up,
-then linearly to 0, the gradient's norm clipped to 1; all parameters are trained, in float32. Each run is a process of
-one thread; the peak is the system's figure for it from the optimizer's making on, the model included.
+300 steps of 4 articles of at most 64 tokens, AdamW's defaults in Transformers (betas (0.9, 0.999), no decay), warm-up
+over 10 %, then linearly to 0, the gradient's norm clipped to 1; all parameters are trained, in float32. Each run is a
+process of one thread; the peak is the system's figure for it from the optimizer's making on, the model included.
 
     pip install -e .[benchmark,transformers] gguf bitsandbytes
     python -m benchmarks.fine_tuning --workers 2                # results/fine_tuning.json
@@ -32,7 +32,7 @@ from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting, each
 
 LENGTH = 64  # tokens
-BATCH = 8  # articles
+BATCH = 4  # articles
 STEPS = 300
 HELD_OUT = 256  # articles
 START_LR = 3e-4
@@ -79,9 +79,10 @@ def train(setting: Setting) -> Result:
     data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=setting.lr, adam_epsilon=setting.eps,
-            optim=method.optim, lr_scheduler_type="linear", warmup_steps=STEPS // 10, max_grad_norm=1.0, use_cpu=True,
-            logging_steps=STEPS // 10, save_strategy="no", report_to=[], disable_tqdm=True, seed=setting.seed,
+            folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=setting.lr,
+            adam_epsilon=setting.eps, optim=method.optim, lr_scheduler_type="linear", warmup_steps=STEPS // 10,
+            max_grad_norm=1.0, use_cpu=True, logging_steps=max(1, STEPS // 10), save_strategy="no", report_to=[],
+            disable_tqdm=True, seed=setting.seed,
         )  # fmt: skip
         before = held_out_loss(model, ids[:HELD_OUT], labels[:HELD_OUT])
         began = time.perf_counter()

