@@ -16,6 +16,7 @@ from lightning_sketch.codecs.quantized import NOISE_BITS, TINY
 from lightning_sketch.sharding.dtensor import even_shard
 from tests.codecs.harness import Driver, make_spec
 from tests.tiny import assert_same
+from tests.torch_versions import fake_bytes_are_indices
 
 CODECS = pytest.mark.parametrize("codec", [Quantized(), Quantized(bits=4)], ids=["8 bits", "4 bits"])
 SIGNED = pytest.mark.parametrize("signed", [False, True], ids=["second", "first"])
@@ -267,6 +268,7 @@ def test_noise_is_coarser_than_errors_of_arithmetic():
         assert error < gap
 
 
+@fake_bytes_are_indices
 @CODECS
 @pytest.mark.parametrize("shape", [(6_000, 1_000), (300_000, 2), (50_000,)], ids=str)
 def test_a_step_on_an_accelerator_waits_for_nothing(codec, shape):

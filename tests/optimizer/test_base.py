@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lightning_sketch import Policy, Rule, compress, decompress, report
 from lightning_sketch.layers.record import LayerRecord
 from tests.tiny import ADAM, ADAMW, CASES, EXACTLY, LOSSY, Tiny, assert_same, give_gradients, on_table, snapshot, train
+from tests.torch_versions import adam_decouples
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 #: A policy with a function in it, which pickle cannot carry.
@@ -156,6 +157,7 @@ def test_a_grad_scaler_s_gradients_are_unscaled_and_its_overflows_skipped(fused,
         torch.testing.assert_close(param, unscaled.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
+@adam_decouples
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_decays_weights_as_its_group_says(decoupled):
     model = Tiny()

@@ -44,6 +44,7 @@ from tests.tiny import (
     snapshot,
     train,
 )
+from tests.torch_versions import adam_decouples
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -340,6 +341,7 @@ def test_adagrad_s_initial_value_is_not_lost():
     assert (decompress(optimizer).state[model.table.weight]["sum"] == 0.5).all()
 
 
+@adam_decouples
 def test_adamw_and_adam_checkpoints_are_the_same_to_torch_and_to_us():
     _, optimizer = started(ADAM, LOSSY)
     model = Tiny()
