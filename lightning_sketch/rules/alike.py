@@ -40,7 +40,7 @@ def pays(device: torch.device) -> bool:
 
 @functools.cache
 def vmap_sees_bits() -> bool:
-    """Whether ``torch.vmap`` knows ``x.view(torch.int32)``, by which bits are rounded stochastically: not in torch 2.6."""
+    """Whether ``torch.vmap`` knows ``x.view(torch.int32)``, which stochastic rounding needs: not in torch 2.6."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched"))
 
 
