@@ -300,7 +300,7 @@ STEPS = [
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("first", "second"), STEPS, ids=repr)
 def test_the_reported_transient_bounds_the_measured_one(first, second, sparse, dim):
-    w, optimizer = _optimizer(AdamW, (2**20 // dim, dim), first, second)
+    w, optimizer = _optimizer(AdamW, (2**18 // dim, dim), first, second)
     w.grad = _some_rows(w, 3000) if sparse else torch.ones_like(w)
     assert 0 < _measured_transient(optimizer) <= report(optimizer).transient + 4096
 

@@ -26,8 +26,17 @@ SKETCHES: list[tuple[Codec, Codec]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(4000, 3), (3500, 33), (3100, 1100)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [
+        (4000, 3, torch.float32),
+        (4000, 3, torch.bfloat16),
+        (3500, 33, torch.float32),
+        (3500, 33, torch.bfloat16),
+        (3100, 1100, torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("second", "first"), SKETCHES)
 def test_equal_to_the_reference(second: Codec, first: Codec, rows: int, columns: int, dtype: torch.dtype) -> None:
     check(Case("adam", second, first, rows, columns, sparse=True, dtype=dtype))
