@@ -34,27 +34,23 @@ DIAGONAL = (
     ("zero2", "head"),
     ("zero3", "rows"),
 )
-#: On how many ranks the demo is trained, and on how many bytes are counted.
-DEMO_WORLD, BYTES_WORLD, DEMO_STEPS = 2, 3, 10
+WORLD, DEMO_STEPS = 3, 10
 
-every_world = pytest.mark.parametrize("world_size", [2, 3])
 every_engine = pytest.mark.parametrize("kind", ENGINES)
 
 
 def measure(rank: int, world_size: int) -> dict[str, Any]:
     init_deepspeed(rank, world_size)
-    demo = DIAGONAL if world_size == DEMO_WORLD else ()
-    counted = ENGINES if world_size == BYTES_WORLD else ()
     return {
         "trained": {kind: by_layer(train(kind, STEPS)) for kind in ENGINES},
-        "bytes": {kind: {codecs: state_bytes(kind, codecs) for codecs in CODECS} for kind in counted},
-        "demo": {pair: exactness_demo.train(*pair, steps=DEMO_STEPS) for pair in demo},
+        "bytes": {kind: {codecs: state_bytes(kind, codecs) for codecs in CODECS} for kind in ENGINES},
+        "demo": {pair: exactness_demo.train(*pair, steps=DEMO_STEPS) for pair in DIAGONAL},
     }
 
 
 @cache
-def ranks(world_size: int) -> list[dict[str, Any]]:
-    return run_ranks(measure, world_size)
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(measure, WORLD)
 
 
 @cache
@@ -64,9 +60,8 @@ def alone() -> Found:
 
 @pytest.mark.distributed
 @every_engine
-@every_world
-def test_parameters_are_those_of_one_process(world_size, kind):
-    found = ranks(world_size)[0]["trained"][kind]
+def test_parameters_are_those_of_one_process(kind):
+    found = ranks()[0]["trained"][kind]
     assert found.keys() == set(LABELS)
     for codecs, expected in alone().items():
         made = compare_prescribed(found[codecs], expected)
@@ -75,18 +70,16 @@ def test_parameters_are_those_of_one_process(world_size, kind):
 
 
 @pytest.mark.distributed
-@every_world
-def test_zero_2_is_zero_1(world_size):
-    found = ranks(world_size)[0]["trained"]
+def test_zero_2_is_zero_1():
+    found = ranks()[0]["trained"]
     for codecs, expected in found["zero1"].items():
         assert compare_prescribed(found["zero2"][codecs], expected)["word"] == EQUAL, codecs
 
 
 @pytest.mark.distributed
 @every_engine
-@every_world
-def test_every_rank_ends_with_the_same_parameters(world_size, kind):
-    first, *others = (found["trained"][kind] for found in ranks(world_size))
+def test_every_rank_ends_with_the_same_parameters(kind):
+    first, *others = (found["trained"][kind] for found in ranks())
     for other in others:
         for codecs, expected in first.items():
             assert compare_prescribed(other[codecs], expected)["word"] == EQUAL, codecs
@@ -96,17 +89,18 @@ def test_every_rank_ends_with_the_same_parameters(world_size, kind):
 def test_each_rank_holds_its_share_of_the_states():
     for codecs in CODECS:
         whole = state_bytes("single", codecs)
-        for found in ranks(BYTES_WORLD):
+        for found in ranks():
             for kind in ENGINES:
                 share = found["bytes"][kind][codecs] / whole
-                assert share <= 1 / BYTES_WORLD + 0.01 or (codecs, kind) in WHOLE, (kind, codecs, share)
+                assert share <= 1 / WORLD + 0.01 or (codecs, kind) in WHOLE, (kind, codecs, share)
 
 
 @pytest.mark.distributed
 def test_the_demo_trains_as_in_one_process():
     assert {kind for kind, _ in DIAGONAL} == exactness_demo.ENGINES.keys() - {"ddp sparse"}
     assert {codecs for _, codecs in DIAGONAL} == LABELS.keys()
-    for (_, codecs), trained in ranks(DEMO_WORLD)[0]["demo"].items():
+    for (kind, codecs), trained in ranks()[0]["demo"].items():
         parts = [exactness_demo.train("single", codecs, parts=n, steps=DEMO_STEPS) for n in (1, 2, 3)]
-        made = compare_demo(trained, parts[DEMO_WORLD - 1], spread(parts))
-        assert made["word"] in (EQUAL, WITHIN), (codecs, made)
+        made = compare_demo(trained, parts[WORLD - 1], spread(parts))
+        assert made["word"] in (EQUAL, WITHIN) or (codecs, kind) in APART, (codecs, made)
+        assert made["distance"] <= FAR, (codecs, made)
