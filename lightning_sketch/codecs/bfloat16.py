@@ -12,6 +12,7 @@ from lightning_sketch.codecs.base import Codec
 from lightning_sketch.codecs.keep import DenseState
 from lightning_sketch.codecs.rounding import noise_seed, rounding_noise
 from lightning_sketch.codecs.state import CodecState, Count, Number, StateSpec, Tensors
+from lightning_sketch.kernels.bags import is_batched
 from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block
@@ -73,8 +74,35 @@ def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
         values: float32.
         noise: int32 of the same shape, uniform in ``[0, 2**16)``.
     """
+    if is_batched(values):
+        rounded: Tensor = _UnderVmap.apply(values, noise)  # type: ignore[no-untyped-call]
+        return rounded
+    return _round(values, noise)
+
+
+def _round(values: Tensor, noise: Tensor) -> Tensor:
     # bfloat16 is the upper half of float32: add noise below the cut, then cut.
     bits = values.contiguous().view(torch.int32).add(noise)
     rounded = bits.bitwise_and_(-(1 << 16)).view(torch.float32)
     # Infinity stays so by itself; a NaN of all ones would become -0.
     return torch.where(values == values, rounded, values).to(torch.bfloat16)
+
+
+class _UnderVmap(torch.autograd.Function):
+    """`_round` for all layers at once: before torch 2.13 ``torch.vmap`` has no rule for ``view`` as another dtype."""
+
+    @staticmethod
+    def forward(values: Tensor, noise: Tensor) -> Tensor:
+        return _round(values, noise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], values: Tensor, noise: Tensor) -> tuple[Tensor, int]:
+        batched = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((values, noise), in_dims, strict=True)
+        ]
+        return _round(*batched), 0

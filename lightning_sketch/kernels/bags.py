@@ -76,5 +76,5 @@ def bag_sums(x: Tensor, bags: Bags, shape: tuple[int, int], span: slice, cut_int
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether ``torch.vmap`` runs over a tensor, for which `bag_sums` would be launched once for each."""
+    """Whether ``torch.vmap`` runs over a tensor: `bag_sums` would be launched once for each of its parts."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))

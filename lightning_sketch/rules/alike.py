@@ -8,7 +8,6 @@ is launched. So parameters, gradients and states of layers that differ in nothin
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -34,14 +33,8 @@ def evenly(count: int, most: int) -> int:
 
 
 def pays(device: torch.device) -> bool:
-    """Whether layers can be stepped together, and that is faster: where launches take longer than what they do."""
-    return device.type != "cpu" and vmap_sees_bits()
-
-
-@functools.cache
-def vmap_sees_bits() -> bool:
-    """Whether ``torch.vmap`` knows ``x.view(torch.int32)``, which stochastic rounding needs: not in torch 2.6."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched"))
+    """Whether stepping layers together is faster: where launches take longer than what they do."""
+    return device.type != "cpu"
 
 
 def kind(layer: LayerStep) -> Hashable | None:

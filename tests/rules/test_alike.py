@@ -59,10 +59,6 @@ def _assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> No
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-needs_vmap = pytest.mark.skipif(not alike.vmap_sees_bits(), reason="torch.vmap of this version cannot look at bits")
-
-
-@needs_vmap
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layers_stepped_together_end_where_they_end_one_by_one(case, batches, monkeypatch):
     for name in FOR_SGD if case.cls is torch.optim.SGD else TOGETHER:
@@ -78,7 +74,6 @@ def test_layers_stepped_together_end_where_they_end_one_by_one(case, batches, mo
         _assert_close(found, expected)
 
 
-@needs_vmap
 @pytest.mark.parametrize("name", TOGETHER)
 def test_each_layer_leaves_out_its_own_rows(name, batches, monkeypatch):
     expected = _trained(CASES[0], name, bad=True)
