@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +37,10 @@ def model_of(reference: str) -> nn.Module:
         ValueError: there is none.
     """
     source, _, what = reference.partition(":")
+    # Modules are imported before: what they make at import may be needed, and torch 2.6's compiler is one of them.
+    make = _of_config(what) if source == "transformers" else _named(source, what, "--model")
     with torch.device("meta"):
-        model = _of_config(what) if source == "transformers" else _named(source, what, "--model")()
+        model = make()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {reference}: returned a {type(model).__name__}, not a module")
     return model
@@ -108,8 +112,8 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
 
 
-def _of_config(path: str) -> Any:
-    """A Hugging Face model of the architecture that its configuration names."""
+def _of_config(path: str) -> Callable[[], Any]:
+    """What makes a Hugging Face model of the architecture that its configuration names."""
     try:
         import transformers
     except ImportError as error:
@@ -117,8 +121,8 @@ def _of_config(path: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(path)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is None:
-        return transformers.AutoModelForCausalLM.from_config(config)
-    return named(config)
+        return partial(transformers.AutoModelForCausalLM.from_config, config)
+    return partial(named, config)
 
 
 def _named(module: str, attribute: str, option: str) -> Any:

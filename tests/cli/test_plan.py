@@ -131,3 +131,12 @@ def test_what_is_wrong_is_said_in_one_line(capsys, arguments, message):
     assert text.startswith("lightning-sketch: ")
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+def test_what_a_module_computes_when_it_is_imported_is_no_meta_tensor(capsys, tmp_path, monkeypatch):
+    (tmp_path / "sized_by_a_tensor.py").write_text(
+        "import torch\nROWS = int(torch.tensor(20_000))\ndef make(): return torch.nn.Embedding(ROWS, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (layer,) = json.loads(printed(capsys, "--model", "sized_by_a_tensor:make", "--json"))["layers"]
+    assert layer["bytes_before"] == {"exp_avg": 20_000 * 8 * 4, "exp_avg_sq": 20_000 * 8 * 4}
