@@ -2,7 +2,8 @@
 
 300 steps of 4 articles of at most 64 tokens, AdamW's defaults in Transformers (betas (0.9, 0.999), no decay), warm-up
 over 10 %, then linearly to 0, the gradient's norm clipped to 1; all parameters are trained, in float32. Each run is a
-process of one thread; the peak is the system's figure for it from the optimizer's making on, the model included.
+process of one thread and takes half an hour; the peak is the system's figure for it from the optimizer's making on, the
+model included.
 
     pip install -e .[benchmark,transformers] gguf bitsandbytes
     python -m benchmarks.fine_tuning --workers 2                # results/fine_tuning.json
