@@ -34,7 +34,8 @@ DIAGONAL = (
     ("zero2", "head"),
     ("zero3", "rows"),
 )
-WORLD, DEMO_STEPS = 3, 10
+#: On how many ranks parameters are compared and bytes counted, and on how many the demo is trained.
+WORLD, DEMO_WORLD, DEMO_STEPS = 3, 2, 10
 
 every_engine = pytest.mark.parametrize("kind", ENGINES)
 
@@ -44,8 +45,12 @@ def measure(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "trained": {kind: by_layer(train(kind, STEPS)) for kind in ENGINES},
         "bytes": {kind: {codecs: state_bytes(kind, codecs) for codecs in CODECS} for kind in ENGINES},
-        "demo": {pair: exactness_demo.train(*pair, steps=DEMO_STEPS) for pair in DIAGONAL},
     }
+
+
+def train_demo(rank: int, world_size: int) -> dict[str, Any]:
+    init_deepspeed(rank, world_size)
+    return {pair: exactness_demo.train(*pair, steps=DEMO_STEPS) for pair in DIAGONAL}
 
 
 @cache
@@ -99,8 +104,7 @@ def test_each_rank_holds_its_share_of_the_states():
 def test_the_demo_trains_as_in_one_process():
     assert {kind for kind, _ in DIAGONAL} == exactness_demo.ENGINES.keys() - {"ddp sparse"}
     assert {codecs for _, codecs in DIAGONAL} == LABELS.keys()
-    for (kind, codecs), trained in ranks()[0]["demo"].items():
+    for (_, codecs), trained in run_ranks(train_demo, DEMO_WORLD)[0].items():
         parts = [exactness_demo.train("single", codecs, parts=n, steps=DEMO_STEPS) for n in (1, 2, 3)]
-        made = compare_demo(trained, parts[WORLD - 1], spread(parts))
-        assert made["word"] in (EQUAL, WITHIN) or (codecs, kind) in APART, (codecs, made)
-        assert made["distance"] <= FAR, (codecs, made)
+        made = compare_demo(trained, parts[DEMO_WORLD - 1], spread(parts))
+        assert made["word"] in (EQUAL, WITHIN), (codecs, made)
