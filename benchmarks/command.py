@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from benchmarks.summary import RESULTS, best_of_first, write
@@ -37,9 +37,7 @@ def run_command(
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--summarise", action="store_true", help=f"only write results/{result}.json")
     arguments: Any = parser.parse_args()
-    names = arguments.methods.split(",")
-    if unknown := sorted(set(names) - set(labels)):
-        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(labels)}")
+    names = chosen(arguments.methods, labels)
     if not arguments.summarise:
         prepare()  # the text is downloaded and tokenised once
         work = functools.partial(sweep.tune_and_repeat, seeds=arguments.seeds)
@@ -48,6 +46,14 @@ def run_command(
             work = functools.partial(sweep.repeat, lr=lr, eps=eps, seeds=arguments.seeds)
         each(work, _without(names, not_installed or {}), workers=arguments.workers)
     write(result, sweep.cache.results(), {name: (labels[name], sweep.searches[name][1][0]) for name in labels})
+
+
+def chosen(methods: str, known: Collection[str]) -> list[str]:
+    """Names that are written with commas between them, all of them known."""
+    names = methods.split(",")
+    if unknown := sorted(set(names) - set(known)):
+        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(known)}")
+    return names
 
 
 def _without(names: Sequence[str], not_installed: Mapping[str, str]) -> list[str]:

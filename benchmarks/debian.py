@@ -9,7 +9,6 @@ from. Nothing of the system's apt is changed, and nothing is installed. Needs th
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import zlib
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.gcide import cache_folder
+from benchmarks.gcide import cache_folder, save
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 RELEASE = "bookworm"
@@ -80,11 +79,7 @@ def load() -> Packages:
     path = cache_folder() / "debian.npz"
     if not path.exists():
         words, labels, parts = _read(cache_folder() / "apt")
-        partial = path.with_suffix(f".{os.getpid()}.npz")  # two processes may build it at once
-        np.savez(
-            partial, words=words.ids, of_words=words.starts, labels=labels.ids, of_labels=labels.starts, parts=parts
-        )
-        partial.replace(path)
+        save(path, words=words.ids, of_words=words.starts, labels=labels.ids, of_labels=labels.starts, parts=parts)
     with np.load(path) as stored:
         words, labels = (Ragged(stored[name], stored[f"of_{name}"]) for name in ("words", "labels"))
         parts = stored["parts"]

@@ -7,7 +7,6 @@ the cache folder of :mod:`benchmarks.gcide`. Nothing is installed.
 from __future__ import annotations
 
 import gzip
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gcide import cache_folder, unpacked
+from benchmarks.gcide import cache_folder, save, unpacked
 
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = "usr/share/datasets/fashion-mnist"
@@ -36,9 +35,7 @@ def load() -> tuple[Pictures, Pictures, Pictures]:
     """Training (55,000), validation (5,000) and test pictures (10,000)."""
     path = cache_folder() / "fashion_mnist.npz"
     if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.npz")  # two processes may build it at once
-        np.savez(partial, **_download(cache_folder()))  # type: ignore[arg-type]
-        partial.replace(path)
+        save(path, **_download(cache_folder()))
     with np.load(path) as stored:
         arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(arrays["train"])))

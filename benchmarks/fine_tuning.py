@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import smollm2
+from benchmarks.command import chosen
 from benchmarks.gcide import cache_folder
 from benchmarks.memory_cap import answer, begin_phase, run_capped, status
 from benchmarks.sparse_methods import state_bytes
@@ -143,9 +144,7 @@ def main() -> None:
     if arguments.child:
         answer(lambda: train(Setting(arguments.child, arguments.lr, EPS, arguments.seed)))
         return
-    names = arguments.methods.split(",")
-    if unknown := sorted(set(names) - set(METHODS)):
-        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
+    names = chosen(arguments.methods, METHODS)
     if not arguments.summarise:
         smollm2.articles(1, LENGTH)  # model and text are fetched once
         each(functools.partial(cached, lr=arguments.lr, seeds=arguments.seeds), names, workers=arguments.workers)

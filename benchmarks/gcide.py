@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,10 +86,8 @@ def _tokens(folder: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
     """Frequency ranks of all tokens ``[tokens]`` and how often each rank occurs ``[distinct]``."""
     path = folder / "gcide.npz"
     if not path.exists():
-        ids, frequencies = _tokenise(_text(folder))
-        partial = folder / f"gcide.{os.getpid()}.npz"  # two processes may build it at once
-        np.savez(partial, ids=ids, frequencies=frequencies)
-        partial.replace(path)
+        ids, frequencies = _tokenise(text(folder))
+        save(path, ids=ids, frequencies=frequencies)
     with np.load(path) as stored:
         return stored["ids"], stored["frequencies"]
 
@@ -102,7 +101,15 @@ def _tokenise(text: str) -> tuple[Ids, npt.NDArray[np.int64]]:
     return ids, np.array([count for _, count in ranked], dtype=np.int64)
 
 
-def _text(folder: Path) -> str:
+def save(path: Path, **arrays: npt.NDArray[Any]) -> None:
+    """Arrays into an ``.npz`` file, which is there at once and whole: two processes may build it at the same time."""
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(partial, **arrays)  # type: ignore[arg-type]
+    partial.replace(path)
+
+
+def text(folder: Path) -> str:
+    """The dictionary, downloaded into `folder`."""
     with unpacked(PACKAGE, folder) as files:
         return gzip.decompress((files / DICTIONARY).read_bytes()).decode("utf-8", "replace")
 

@@ -135,7 +135,8 @@ def fine_tuning_table(runs: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, method in FINE_TUNED.items():
-        own = [run for run in runs if run["setting"]["method"] == name and run["valid"] is not None]
+        own = [run for run in runs if run["setting"]["method"] == name and run["setting"]["seed"] == 0]
+        own = [run for run in own if run["valid"] is not None]
         if own:
             best = min(own, key=lambda run: run["valid"])
             tried = sorted((run["setting"]["lr"], run["valid"]) for run in own)

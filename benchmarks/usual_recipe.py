@@ -31,6 +31,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks import gcide, schedules
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of, mean_loss
+from benchmarks.command import chosen
 from benchmarks.precision import bfloat16_products
 from benchmarks.sparse_methods import state_bytes
 from benchmarks.summary import RESULTS, environment
@@ -218,9 +219,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--summarise", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    names = arguments.methods.split(",")
-    if unknown := sorted(set(names) - set(METHODS)):
-        raise SystemExit(f"Unknown methods {unknown}; known: {sorted(METHODS)}")
+    names = chosen(arguments.methods, METHODS)
     if not arguments.summarise:
         _corpus()  # the text is downloaded and tokenised once
         each(run_once, names, workers=arguments.workers)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.frontier import TASKS, Point, is_on_the_frontier, measured, table
-from benchmarks.make_tables import PAGE
+from benchmarks.make_tables import PAGE, fine_tuning_table
 from benchmarks.summary import RESULTS
 from benchmarks.usual_recipe_tables import usual_recipe_tables
 
@@ -33,6 +33,11 @@ def test_the_page_has_what_the_usual_recipe_came_to():
     stored = json.loads((RESULTS / "usual_recipe.json").read_text())
     for name, made in usual_recipe_tables(stored["runs"]).items():
         assert is_in_the_page(name, made), name
+
+
+def test_the_page_has_what_fine_tuning_came_to():
+    stored = json.loads((RESULTS / "fine_tuning.json").read_text())
+    assert is_in_the_page("fine_tuning", fine_tuning_table(stored["runs"]))
 
 
 def test_the_frontier_is_what_nothing_beats_with_as_few_bytes():
