@@ -96,6 +96,8 @@ DENSE = {
     "rw_bf16": Codecs("RowWise, bf16 first moment", ls.RowWise(), _BF16, state=4),
     "sm3_bf16": Codecs("SM3-II, bf16 first moment", ls.SM3(), _BF16, state=4),
     "factored_bf16": Codecs("Factored, bf16 first moment", ls.Factored(), _BF16, state=4, passes=2),
+    "8bit_both": Codecs("8 bits of both moments", ls.Quantized(), ls.Quantized(), state=4),
+    "factored_8bit": Codecs("Factored, first moment in 8 bits", ls.Factored(), ls.Quantized(), state=2, passes=2),
     "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, state=2 * _CS_STATE, rows_first=True),
 }
 SPARSE = {

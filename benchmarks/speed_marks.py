@@ -40,6 +40,7 @@ MARKS = (
     Mark("the same, bf16 first moment: RowWise", "fused AdamW", 0.65, "dense", ("rw_bf16",)),
     Mark("the same, bf16 first moment: SM3-II", "fused AdamW", 0.65, "dense", ("sm3_bf16",)),
     Mark("the same, bf16 first moment: Factored", "fused AdamW", 0.65, "dense", ("factored_bf16",)),
+    Mark("dense, 8 bits of both moments", "fused AdamW", 0.90, "dense", ("8bit_both",)),
     Mark("dense, CountSketch 20x, both moments", "fused AdamW", 1.0, "dense", ("cs20_both",)),
     Mark("dense Adagrad with SM3", "fused Adagrad", 0.70, "adagrad", ("sm3",)),
     Mark("bf16 parameters and gradients, RowWise", "fused AdamW bf16", 0.60, "bf16", ("rw",)),
