@@ -33,7 +33,7 @@ COMMON = ("api.cpp", "coalesce.cpp")
 ISAS = {"generic": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {
-        "avx2": "-mavx2",
+        "avx2": "-mavx2 -mfma",
         "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
     }
 #: Which versions of glibc's and GCC's symbols libraries may need under each manylinux tag: auditwheel's table, but for

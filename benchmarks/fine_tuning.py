@@ -32,6 +32,7 @@ from benchmarks.memory_cap import answer, begin_phase, run_capped, status
 from benchmarks.sparse_methods import state_bytes
 from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting, each
+from lightning_sketch import Drop, Factored, Policy, Quantized, Rule, default_policy
 
 LENGTH = 64  # tokens
 BATCH = 4  # articles
@@ -43,15 +44,17 @@ EPS = 1e-8
 Options = Callable[[Any], dict[str, Any]]  # of TrainingArguments -> of Trainer
 
 
-def _compressed(preset: str) -> Options:
+def _compressed(policy: Policy) -> Options:
     def options(args: Any) -> dict[str, Any]:
-        from lightning_sketch import Policy, default_policy
         from lightning_sketch.integrations.transformers import compressed_optimizer
 
-        policy = Policy.preset(preset) if preset else default_policy()
         return {"optimizer_cls_and_kwargs": compressed_optimizer(args, policy)}
 
     return options
+
+
+def _table(**codecs: Any) -> Options:
+    return _compressed(Policy([Rule(role=("embedding", "softmax"), **codecs)]))
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW, exact"),
-    "default": Method("default policy", _compressed("")),
-    "whole_model": Method('preset "whole-model"', _compressed("whole-model")),
-    "8bit": Method('preset "8bit"', _compressed("8bit")),
+    "default": Method("default policy", _compressed(default_policy())),
+    "table_8bit": Method("table: first moment in 8 bits", _table(first_moment=Quantized(), second_moment=Factored())),
+    "table_dropped": Method("table: exact but without a first moment", _table(first_moment=Drop())),
+    "whole_model": Method('preset "whole-model"', _compressed(Policy.preset("whole-model"))),
+    "8bit": Method('preset "8bit"', _compressed(Policy.preset("8bit"))),
     "bnb_8bit": Method("bitsandbytes AdamW8bit", optim="adamw_bnb_8bit"),
 }
 

@@ -18,10 +18,10 @@ from lightning_sketch.kernels.schema import MOST_BLOCK, KernelState
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 
-#: Blocks whose largest magnitude is below float32's smallest normal number are stored as zeros.
-TINY = torch.finfo(torch.float32).tiny
+#: Blocks whose largest magnitude is below this (8e-31) are stored as zeros: what divides by it must not overflow.
+TINY = 2.0**-100
 #: The number before it.
-BELOW_TINY = TINY - 2.0**-149
+BELOW_TINY = TINY * (1 - 2.0**-24)
 #: Random bits of a rounding. With more, a number that lies on a code but for an error of arithmetic could leave it.
 NOISE_BITS = 13
 
@@ -34,7 +34,8 @@ class Quantized(Codec):
     :math:`\pm a (c / C)^2` with C = 127 (7): the many elements that are small beside the block's largest keep some
     digits. Non-negative states (second moments) mean :math:`a ((c + 1) / C)^2` with C = 256 (16), so that their root,
     which updates are divided by, is spaced evenly, and none becomes 0 while another of its block is not: an update that
-    divides by a lost second moment would explode. A block of zeros means exactly 0.
+    divides by a lost second moment would explode. A block of zeros means exactly 0, and one whose largest magnitude is
+    below 2**-100 (8e-31) becomes one.
 
     Rounding is stochastic and keeps the expectation exact, by the noise of `BFloat16`: the same on all replicas, and
     without generator state. An update goes by the state before it is rounded. What lies on codes stays there when it
@@ -112,14 +113,27 @@ class _Quantized(CodecState):
         self.decay, self.weight, self.seed = decay, weight, noise_seed(self.spec, step)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
-        before = self.estimate(block)
-        values = before.mul(self.decay).add_(x * self.weight)
+        values = self.decayed(block, self.decay).add_(x * self.weight)
         del x  # squares, which nobody else holds
-        if block.good is not None:
-            values = values.where(block.good, before)  # which is encoded to the same codes
-        del before
         self.store(block, values)
         return values
+
+    def estimate(self, block: Block) -> Tensor:
+        return self.decayed(block, None)
+
+    def decayed(self, block: Block, decay: Number | None) -> Tensor:
+        """What is held times `decay`, but for rows that are left out: they are encoded to the same codes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def scale(block: Block, absmax: Tensor, decay: Number | None) -> Tensor:
+        """Largest magnitudes ``[k, ...]`` times `decay`; decoded with these, no element is multiplied by it."""
+        if decay is None:
+            return absmax
+        scaled = absmax * decay
+        if (good := block.good) is None:
+            return scaled
+        return scaled.where(good.reshape(len(absmax), *(1,) * (absmax.ndim - 1)), absmax)
 
     def store(self, block: Block, values: Tensor) -> None:
         """Encode the block's new values, ``[k, *row_shape]``."""
@@ -149,7 +163,7 @@ class _Quantized(CodecState):
         ratio = self.in_blocks(values).abs()  # [k, blocks, block]
         # 0 of what is tiny, NaN of infinity: one that is not finite would leave nothing of the others in its block.
         absmax = torch.threshold(ratio.amax(dim=2), BELOW_TINY, 0.0).fmod(torch.inf)
-        ratio.mul_(absmax.reciprocal().unsqueeze(2)).mul_(float(self.largest**2))
+        ratio.mul_(absmax.reciprocal().mul_(float(self.largest**2)).unsqueeze(2))
         ratio = ratio.flatten(1)[:, :count]
         ratio.nan_to_num_(0.0, 0.0)  # of 0 and NaN the reciprocal is not finite
         if not self.spec.signed:
@@ -250,10 +264,11 @@ class _Rows(_Quantized):
         self.codes[block.index, : stored.shape[1]] = stored
         self.absmax[block.index, : absmax.shape[1]] = absmax
 
-    def estimate(self, block: Block) -> Tensor:
+    def decayed(self, block: Block, decay: Number | None) -> Tensor:
         shard = self.spec.shard
+        scale = self.scale(block, self.absmax[block.index], decay)
         values = self.in_blocks(self.decoded(block, self.codes[block.index])[:, : shard.row_numel])
-        values = values.mul_(self.absmax[block.index][:, : values.shape[1]].unsqueeze(2))
+        values = values.mul_(scale[:, : values.shape[1]].unsqueeze(2))
         values = values.flatten(1)[:, : shard.row_numel]
         return values.to(self.spec.dtype).reshape(block.size, *shard.row_shape)
 
@@ -282,9 +297,10 @@ class _Vector(_Quantized):
         ends = index.stop % self.codec.block == 0 or index.stop == self.spec.shard.local_rows
         return index.start // self.codec.block if ends else None
 
-    def estimate(self, block: Block) -> Tensor:
+    def decayed(self, block: Block, decay: Number | None) -> Tensor:
         ids = block.local_ids(self.codes.device)
-        values = self.decoded(block, self.codes)[ids].mul_(self.absmax[ids // self.codec.block])
+        scale = self.scale(block, self.absmax[ids // self.codec.block], decay)
+        values = self.decoded(block, self.codes)[ids].mul_(scale)
         return values.to(self.spec.dtype).reshape(block.size, *self.spec.shard.row_shape)
 
 

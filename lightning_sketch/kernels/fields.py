@@ -15,7 +15,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 #: Of the C library's functions. To be raised when one of them is changed; the structures need no number.
-INTERFACE = 7
+INTERFACE = 8
 
 
 class DType(IntEnum):

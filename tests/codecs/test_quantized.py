@@ -102,7 +102,7 @@ def test_a_second_moment_is_zero_only_where_its_whole_block_is(codec):
 
 @SIGNED
 @CODECS
-def test_numbers_below_the_smallest_normal_one_become_zero(codec, signed):
+def test_blocks_of_very_small_numbers_become_zero(codec, signed):
     spec = make_spec((2, 16), signed=signed)
     x = torch.full((2, 16), TINY)
     x[1] = TINY / 2

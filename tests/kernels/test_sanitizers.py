@@ -19,7 +19,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr
 SANITIZE += ["--param", "asan-instrumentation-with-call-threshold=0", "-Dalways_inline=unused"]
 SANITIZE += ["-fno-omit-frame-pointer", "-O1", "-g0"]
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread"]
-ISAS = {"generic": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
+ISAS = {"generic": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
 CASES = Path(__file__).with_name("sanitized.py")
 
 pytestmark = pytest.mark.skipif(

@@ -24,12 +24,13 @@ inline Bucket bucket_of(const State& state, uint64_t row_id, int level) {
     return {(int64_t)(((bits >> 32) * (uint64_t)state.width) >> 32), bits & 1 ? 1.0f : -1.0f};
 }
 
-// 16 uniform bits for each of 16 elements: of the row's hash and the columns'.
-INLINE U noise16(uint32_t row, U columns) {
+// Noise for each of 16 elements, of the row's hash and the columns'. The upper bits are uniform.
+INLINE U noise32(uint32_t row, U columns) {
     U x = (columns ^ row) * 2654435769u;
-    x = (x ^ (U)((I)x >> 15)) * 2246822507u;
-    return x >> 16;
+    return (x ^ (U)((I)x >> 15)) * 2246822507u;
 }
+
+INLINE U noise16(uint32_t row, U columns) { return noise32(row, columns) >> 16; }
 
 // The upper halves, as words below 2^16: up with probability equal to the fraction cut off. Infinities stay, and so does
 // NaN, as in `to_nearest`.

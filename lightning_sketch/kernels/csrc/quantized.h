@@ -1,200 +1,140 @@
 // States in 8 or 4 bits, block by block; `codecs/quantized.py` is their specification.
 #pragma once
 
-#include "hash.h"
+#include "codes.h"
 #include "gradient.h"
+#include "hash.h"
 
 namespace {
 
-constexpr uint32_t TINY_BITS = 0x00800000;  // of the smallest normal float
+constexpr uint32_t TINY_BITS = (127u - 100u) << 23;  // of 2**-100
 constexpr uint32_t INFINITE_BITS = 0x7f800000;
-constexpr int NOISE_BITS = 13;
+constexpr int64_t MOST_BLOCKS = CHUNK / LANES;  // of a chunk
 
-INLINE F to_floats(I x) {
-    F y;
-    for (int i = 0; i < F::PARTS; i++) y.part[i] = __builtin_convertvector(x.part[i], F::Part);
-    return y;
+INLINE U larger(U a, U b) {
+    return U::of(a, b, [](const U::Part& x, const U::Part& y) INLINE_LAMBDA { return x > y ? x : y; });
 }
 
-INLINE I truncated(F x) {
-    I y;
-    for (int i = 0; i < I::PARTS; i++) y.part[i] = __builtin_convertvector(x.part[i], I::Part);
-    return y;
+INLINE uint32_t largest(U x) {
+    typedef uint32_t U4 __attribute__((vector_size(16)));
+    U4 four[LANES / 4];
+    std::memcpy(four, &x, sizeof four);
+    for (const U4& other : four) four[0] = other > four[0] ? other : four[0];
+    uint32_t most = four[0][0];
+    for (int i = 1; i < 4; i++) most = four[0][i] > most ? four[0][i] : most;
+    return most;
 }
 
-INLINE I larger(I a, I b) {
-    return I::of(a, b, [](const I::Part& x, const I::Part& y) INLINE_LAMBDA { return x > y ? x : y; });
-}
+// What a chunk of a row is coded with, block by block.
+struct Blocks {
+    uint8_t* codes;
+    float* absmax;
+    const uint32_t* columns;  // their noise, padded
+    uint32_t row;             // its noise
+    int64_t width;
+    float inverse[MOST_BLOCKS];  // as of Code::Scaled
 
-inline uint32_t largest(I x) {
-    int32_t lanes[LANES];
-    x.store(lanes);
-    int32_t most = lanes[0];
-    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return (uint32_t)most;
-}
+    int64_t count(int64_t elements) const { return (elements + width - 1) / width; }
+};
 
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-
-INLINE I to_words(Bytes x) {
-#if defined(__AVX512F__)
-    I words;
-    words.part[0] = (I::Part)_mm512_cvtepu8_epi32((__m128i)x);
-    return words;
-#elif defined(__AVX2__)
-    I words;
-    words.part[0] = (I::Part)_mm256_cvtepu8_epi32((__m128i)x);
-    words.part[1] = (I::Part)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)x, 8));
-    return words;
-#else
-    int32_t words[LANES];
-    for (int i = 0; i < LANES; i++) words[i] = x[i];
-    return I::load(words);
-#endif
-}
-
-// Of words below 2^8.
-INLINE Bytes to_bytes(I x) {
-#if defined(__AVX512F__)
-    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x.part[0]);
-#elif defined(__AVX2__)
-    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x.part[0], (__m256i)x.part[1]), 0xd8);
-    return (Bytes)_mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-#else
-    int32_t words[LANES];
-    x.store(words);
-    Bytes bytes;
-    for (int i = 0; i < LANES; i++) bytes[i] = (uint8_t)words[i];
-    return bytes;
-#endif
-}
-
-// 16 codes of 4 bits, the first of two in the lower half of a byte.
-INLINE Bytes unpacked(uint64_t packed) {
-    uint64_t low = packed & 0x0f0f0f0f0f0f0f0full, high = (packed >> 4) & 0x0f0f0f0f0f0f0f0full;
-    Bytes a = {}, b = {};
-    std::memcpy(&a, &low, sizeof low);
-    std::memcpy(&b, &high, sizeof high);
-    return __builtin_shuffle(a, b, Bytes{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-}
-
-INLINE uint64_t packed(Bytes codes) {
-    Bytes even = __builtin_shuffle(codes, Bytes{0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14});
-    Bytes odd = __builtin_shuffle(codes, Bytes{1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15});
-    uint64_t low, high;
-    std::memcpy(&low, &even, sizeof low);
-    std::memcpy(&high, &odd, sizeof high);
-    return low | high << 4;
-}
-
-template <int bits>
-INLINE I load_codes(const uint8_t* from, int64_t count) {
-    if constexpr (bits == 8) {
-        Bytes codes = {};
-        if (count == LANES)
-            std::memcpy(&codes, from, LANES);
-        else
-            std::memcpy(&codes, from, count);
-        return to_words(codes);
-    } else {
-        uint64_t both = 0;
-        if (count == LANES)
-            std::memcpy(&both, from, sizeof both);
-        else
-            std::memcpy(&both, from, (count + 1) / 2);
-        return to_words(unpacked(both));
-    }
-}
-
-template <int bits>
-INLINE void store_codes(uint8_t* to, I words, int64_t count) {
-    Bytes codes = to_bytes(words);
-    if (count < LANES)
-        for (int64_t lane = count; lane < LANES; lane++) codes[lane] = 0;
-    if constexpr (bits == 8) {
-        if (count == LANES)
-            std::memcpy(to, &codes, LANES);
-        else
-            std::memcpy(to, &codes, count);
-    } else {
-        uint64_t both = packed(codes);
-        if (count == LANES)
-            std::memcpy(to, &both, sizeof both);
-        else
-            std::memcpy(to, &both, (count + 1) / 2);
-    }
-}
-
-// Codes of 8 or 4 bits, with a sign or without, as in `Quantized`.
+// A state's new values into a buffer, and the largest magnitude of every block, lane by lane.
 template <int bits, bool is_signed>
-struct Code {
-    static constexpr int SIGN = 1 << (bits - 1);
-    static constexpr int LARGEST = is_signed ? SIGN - 1 : 1 << bits;
-    static constexpr float SQUARE = (float)LARGEST * LARGEST;
+INLINE void fold_values(const State& state, const Blocks& blocks, int64_t count, const float* x, bool square,
+                        bool ahead, float* to, uint32_t* most) {
+    const F weight = same(state.weight);
+    for (int64_t begin = 0; begin < count; begin += blocks.width) {
+        const int64_t end = least(begin + blocks.width, count);
+        const uint8_t* codes = blocks.codes + begin * bits / 8;
+        if (ahead) prefetch(codes + PREFETCH * bits / 8, blocks.width * bits / 8);
+        const F decayed = same(blocks.absmax[begin / blocks.width] * state.decay);
+        U magnitude = {};  // these order as integers, what is not finite last, with or without a sign
+        auto fold = [&](int64_t j, F before) INLINE_LAMBDA {
+            F value = load(x + j);
+            if (square) value = value * value;
+            return before + value * weight;
+        };
+        auto take = [&](int64_t j, F value) INLINE_LAMBDA {
+            store(to + j, value);
+            magnitude = larger(magnitude, is_signed ? U(value) & U(0x7fffffff) : U(value));
+        };
+        int64_t j = begin;
+        for (; j + LANES <= end; j += LANES, codes += LANES * bits / 8) {
+            __builtin_prefetch(x + j + PREFETCH, 0, 3);
+            take(j, fold(j, decoded<bits, is_signed>(codes, decayed)));
+        }
+        if (j < end) {
+            F value = fold(j, Code<bits, is_signed>::decode(load_codes<bits>(codes, end - j), decayed));
+            for (int64_t lane = end - j; lane < LANES; lane++) value.set(lane, 0.0f);
+            take(j, value);
+        }
+        magnitude.store(most);
+        most += LANES;
+    }
+}
 
-    static INLINE F decode(I codes, F absmax) {
-        if constexpr (is_signed) {
-            F c = to_floats(codes & I(SIGN - 1));
-            F value = c * c * same(1.0f / SQUARE) * absmax;
-            return F(I(value) | ((codes & I(SIGN)) << (32 - bits)));
-        } else {
-            F c = to_floats(codes) + same(1.0f);
-            return c * c * same(1.0f / SQUARE) * absmax;
+// Stores the largest magnitudes, and returns whether all are finite. All blocks together: one waits for no other.
+template <int bits, bool is_signed>
+INLINE bool scale(Blocks& blocks, int64_t count, const uint32_t* most) {
+    bool all_finite = true;
+    for (int64_t b = 0; b < blocks.count(count); b++) {
+        uint32_t magnitude = largest(U::load(most + b * LANES));
+        bool finite = magnitude < INFINITE_BITS, usable = finite && magnitude >= TINY_BITS;
+        uint32_t kept = usable ? magnitude : finite ? 0 : INFINITE_BITS | 0x400000;
+        std::memcpy(blocks.absmax + b, &kept, sizeof kept);
+        blocks.inverse[b] = usable ? 1.0f / blocks.absmax[b] * Code<bits, is_signed>::SQUARE : 0.0f;
+        all_finite &= finite;
+    }
+    return all_finite;
+}
+
+// Stores the codes of values that `scale` was called for.
+template <int bits, bool is_signed>
+INLINE void encode(const Blocks& blocks, int64_t count, const float* values) {
+    typedef Code<bits, is_signed> Coding;
+    typedef typename Coding::Scaled Scaled;
+    const int shift = __builtin_ctzll((uint64_t)blocks.width);
+    auto scaled_at = [&](int64_t j) INLINE_LAMBDA { return Scaled(load(values + j), same(blocks.inverse[j >> shift])); };
+    auto noise_at = [&](int64_t j) INLINE_LAMBDA { return noise32(blocks.row, U::load(blocks.columns + j)); };
+    constexpr int64_t PAIR = 2 * LANES;
+    int64_t j = 0;
+    if (PAIR <= count) {
+        Scaled scaled[2] = {scaled_at(0), scaled_at(LANES)};
+        for (; j + PAIR <= count; j += PAIR) {
+            // Roots are found one pair ahead, so that nothing waits for them.
+            const int64_t next = least(j + PAIR, count - PAIR);
+            const Scaled after[2] = {scaled_at(next), scaled_at(next + LANES)};
+            const F value[2] = {load(values + j), load(values + j + LANES)};
+            const I rounded[2] = {scaled[0].round(noise_at(j)), scaled[1].round(noise_at(j + LANES))};
+            store_pair<bits, is_signed>(blocks.codes + j * bits / 8, rounded, value);
+            scaled[0] = after[0], scaled[1] = after[1];
         }
     }
-
-    // Of values whose block has a usable largest magnitude; `inverse` is one over that.
-    static INLINE I encode(F value, F inverse, U noise) {
-        F ratio = F(I(value) & I(0x7fffffff)) * inverse * same(SQUARE);
-        if constexpr (!is_signed) ratio = maximum(ratio, same(1.0f));
-        I whole = truncated(square_root(ratio));
-        F lower = to_floats(whole);
-        // From c the next code is 2 c + 1 away.
-        F chance = (to_floats(I(noise >> (16 - NOISE_BITS))) + same(0.5f)) * same(1.0f / (1 << NOISE_BITS));
-        F beyond = chance * (lower * same(2.0f) + same(1.0f)) - (ratio - lower * lower);
-        I code = whole + I(U(beyond) >> 31);  // up if that is negative
-        if constexpr (!is_signed) return code - I(1);
-        return code | ((code + I(SIGN - 1)) & I(U(value) >> (32 - bits)) & I(SIGN));
+    for (; j < count; j += LANES) {
+        I code = Coding::finish(scaled_at(j).round(noise_at(j)), load(values + j));
+        store_codes<bits>(blocks.codes + j * bits / 8, code, least(count - j, LANES));
     }
-};
+}
 
 template <int bits, bool is_signed>
 void fold_blocks(const StepArgs& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x,
                  bool square, float* to) {
-    typedef Code<bits, is_signed> Coding;
-    int64_t bytes = (layer.columns * bits + 7) / 8, blocks = (layer.columns + state.width - 1) / state.width;
-    uint8_t* codes = (uint8_t*)state.data + row * bytes + c * bits / 8;
-    float* absmax = state.columns + row * blocks + c / state.width;
-    const uint32_t* columns = (const uint32_t*)state.scratch + c;
-    uint32_t row_noise = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
-    F decay = same(state.decay), weight = same(state.weight);
-    for (int64_t begin = 0; begin < count; begin += state.width, absmax++) {
-        int64_t end = least(begin + state.width, count);
-        if (!layer.ids) prefetch(codes + (begin + PREFETCH) * bits / 8, state.width * bits / 8);
-        F before = same(*absmax);
-        I most = {};
-        for (int64_t j = begin; j < end; j += LANES) {
-            int64_t some = least(end - j, LANES);
-            F value = load(x + j);
-            __builtin_prefetch(x + j + PREFETCH, 0, 3);
-            if (square) value = value * value;
-            value = Coding::decode(load_codes<bits>(codes + j * bits / 8, some), before) * decay + value * weight;
-            if (some < LANES)
-                for (int64_t lane = some; lane < LANES; lane++) value.set(lane, 0.0f);
-            store(to + j, value);
-            most = larger(most, I(value) & I(0x7fffffff));
+    int64_t bytes = (layer.columns * bits + 7) / 8, per_row = (layer.columns + state.width - 1) / state.width;
+    Blocks blocks;
+    blocks.codes = (uint8_t*)state.data + row * bytes + c * bits / 8;
+    blocks.absmax = state.columns + row * per_row + c / state.width;
+    blocks.columns = (const uint32_t*)state.scratch + c;
+    blocks.row = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
+    blocks.width = state.width;
+    uint32_t most[MOST_BLOCKS * LANES];
+    fold_values<bits, is_signed>(state, blocks, count, x, square, !layer.ids, to, most);
+    bool finite = scale<bits, is_signed>(blocks, count, most);
+    encode<bits, is_signed>(blocks, count, to);
+    // Of a block that is not finite there are zeros beside the NaN, as in the reference.
+    for (int64_t b = 0; !finite && b < blocks.count(count); b++)
+        if (blocks.absmax[b] != blocks.absmax[b]) {
+            int64_t some = least(blocks.width, count - b * blocks.width);
+            std::memset(blocks.codes + b * blocks.width * bits / 8, 0, (some * bits + 7) / 8);
         }
-        uint32_t magnitude = largest(most);
-        bool finite = magnitude < INFINITE_BITS, usable = finite && magnitude >= TINY_BITS;
-        uint32_t kept = usable ? magnitude : finite ? 0 : INFINITE_BITS | 0x400000;
-        std::memcpy(absmax, &kept, sizeof kept);
-        F inverse = same(1.0f / *absmax);
-        for (int64_t j = begin; j < end; j += LANES) {
-            U noise = noise16(row_noise, U::load(columns + j));
-            I coded = usable ? Coding::encode(load(to + j), inverse, noise) : I{};
-            store_codes<bits>(codes + j * bits / 8, coded, least(end - j, LANES));
-        }
-    }
 }
 
 // A state's new values of `count` elements from column c of a row into a buffer; what is stored is rounded.

@@ -144,6 +144,9 @@ INLINE F minimum(F a, F b) {
 #if defined(__AVX512F__)
     a.part[0] = (F::Part)_mm512_min_ps((__m512)a.part[0], (__m512)b.part[0]);
     return a;
+#elif defined(__AVX2__)
+    for (int i = 0; i < F::PARTS; i++) a.part[i] = (F::Part)_mm256_min_ps((__m256)a.part[i], (__m256)b.part[i]);
+    return a;
 #else
     return F::of(a, b, [](const F::Part& x, const F::Part& y) INLINE_LAMBDA { return x < y ? x : y; });
 #endif
@@ -152,6 +155,9 @@ INLINE F minimum(F a, F b) {
 INLINE F maximum(F a, F b) {
 #if defined(__AVX512F__)
     a.part[0] = (F::Part)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0]);
+    return a;
+#elif defined(__AVX2__)
+    for (int i = 0; i < F::PARTS; i++) a.part[i] = (F::Part)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
     return a;
 #else
     return F::of(a, b, [](const F::Part& x, const F::Part& y) INLINE_LAMBDA { return x > y ? x : y; });
@@ -179,6 +185,29 @@ INLINE F square_root(F x) {
 #endif
     return x;
 }
+
+// Sums with a product that is exact: fused or not, the bits are the same.
+#if defined(__AVX512F__)
+#define FUSED(name, instruction, plain)                                                                         \
+    INLINE F name(F a, F b, F c) {                                                                              \
+        a.part[0] = (F::Part)_mm512_##instruction##_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]); \
+        return a;                                                                                               \
+    }
+#elif defined(__FMA__)
+#define FUSED(name, instruction, plain)                                                                             \
+    INLINE F name(F a, F b, F c) {                                                                                  \
+        for (int i = 0; i < F::PARTS; i++)                                                                          \
+            a.part[i] = (F::Part)_mm256_##instruction##_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]); \
+        return a;                                                                                                   \
+    }
+#else
+#define FUSED(name, instruction, plain) \
+    INLINE F name(F a, F b, F c) { return plain; }
+#endif
+FUSED(product_plus, fmadd, a * b + c)
+FUSED(product_minus, fmsub, a * b - c)
+FUSED(minus_product, fnmadd, c - a * b)
+#undef FUSED
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef float F4 __attribute__((vector_size(16)));

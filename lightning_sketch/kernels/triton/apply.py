@@ -250,6 +250,7 @@ def apply(
             start,
             columns,
             good,
+            first_decay,
             FIRST_KIND,
             FIRST_DEPTH,
             FIRST_BLOCK,
@@ -266,6 +267,7 @@ def apply(
             start,
             columns,
             good,
+            second_decay,
             SECOND_KIND,
             SECOND_DEPTH,
             SECOND_BLOCK,
@@ -283,7 +285,7 @@ def apply(
         if FIRST_KIND == SKETCH:
             m = estimate(first, row_id, column, mask, columns, first_width, first_seed, first_scale, FIRST_DEPTH, True)
         elif FIRST_KIND == QUANTIZED:
-            m = first_before * first_decay + g * first_weight
+            m = first_before + g * first_weight
             encode(
                 first_codes,
                 first_absmax,
@@ -357,7 +359,7 @@ def apply(
                     False,
                 )
             elif SECOND_KIND == QUANTIZED:
-                v = second_before * second_decay + (g * g) * second_weight
+                v = second_before + (g * g) * second_weight
                 v = tl.where(mask, v, 0.0)  # beyond the columns, too, codes mean something else
                 encode(
                     second_codes,

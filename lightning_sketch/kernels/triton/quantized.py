@@ -76,6 +76,7 @@ def codes_before(
     start: tl.tensor,
     columns: tl.tensor,
     good: tl.tensor,
+    decay: tl.tensor,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -84,9 +85,9 @@ def codes_before(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> tl.tuple:
-    """What a tile's codes mean, and the noise of its columns: float32 and uint32 ``[TILE_ROWS, TILE_COLUMNS]``.
+    """What a tile's codes mean, times `decay`, and the noise of its columns, ``[TILE_ROWS, TILE_COLUMNS]``.
 
-    Zeros of a state without codes.
+    float32 and uint32. Zeros of a state without codes.
 
     Args:
         hashes: where those of columns are, from `hashes_of`.
@@ -97,7 +98,9 @@ def codes_before(
         # Of every row anew: as a vector they would be exchanged between threads.
         at = (row * 0)[:, None] + (start + four_each(TILE_COLUMNS))[None, :]
         noise = tl.load(hashes + at, mask=good[:, None] & inside[None, :], other=0).to(tl.uint32, bitcast=True)
-        value = _decode(data, absmax, row, start, columns, good, BITS, BLOCK, SIGNED, ALIGNED, TILE_ROWS, TILE_COLUMNS)
+        value = _decode(
+            data, absmax, row, start, columns, good, decay, BITS, BLOCK, SIGNED, ALIGNED, TILE_ROWS, TILE_COLUMNS
+        )
     else:
         noise = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.uint32)
         value = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
@@ -112,6 +115,7 @@ def _decode(
     start: tl.tensor,
     columns: tl.tensor,
     good: tl.tensor,
+    decay: tl.tensor,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -119,7 +123,7 @@ def _decode(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """What codes of a tile mean, float32 ``[TILE_ROWS, TILE_COLUMNS]``.
+    """What codes of a tile mean, times `decay`, float32 ``[TILE_ROWS, TILE_COLUMNS]``.
 
     Args:
         data: int64 address of the codes.
@@ -133,7 +137,7 @@ def _decode(
     if BITS == 4:
         codes = tl.reshape(tl.join(codes & 15, codes >> 4), [TILE_ROWS, TILE_COLUMNS])
     at, mask = _blocks(row, start, columns, good, BLOCK, TILE_COLUMNS)
-    largest = tl.load(absmax.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    largest = tl.load(absmax.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0) * decay
     SIGN: tl.constexpr = 1 << (BITS - 1)
     if SIGNED:
         c = (codes & (SIGN - 1)).to(tl.float32)
@@ -178,15 +182,13 @@ def encode(
     magnitude = bits & 0x7FFFFFFF  # these order as integers, what is not finite last
     largest = tl.max(tl.reshape(magnitude, [TILE_ROWS, TILE_COLUMNS // WIDTH, WIDTH]), axis=2)
     finite = largest < 0x7F800000
-    usable = finite & (largest >= 0x00800000)
+    usable = finite & (largest >= 0x0D800000)  # 2**-100
     # One that is not finite would leave nothing of the others in its block.
     kept = tl.where(usable, largest, tl.where(finite, 0, 0x7FC00000)).to(tl.float32, bitcast=True)
     _store_largest(absmax, row, start, columns, good, kept, BLOCK, TILE_ROWS, TILE_COLUMNS)
     inverse = tl.where(usable, tl.div_rn(tl.full(kept.shape, 1.0, tl.float32), tl.where(usable, kept, 1.0)), 0.0)
-    inverse = _over(inverse, TILE_ROWS, TILE_COLUMNS)
-
     # Negative, because Triton's minus sign is a subtraction.
-    ratio = magnitude.to(tl.float32, bitcast=True) * inverse * (-1.0 * SQUARE)
+    ratio = magnitude.to(tl.float32, bitcast=True) * _over(inverse * (-1.0 * SQUARE), TILE_ROWS, TILE_COLUMNS)
     # What is less would not be rounded up, either. NaN becomes the least: written so, because Triton's interpreter has
     # a minimum of NaN be NaN, as devices have not; they have one instruction for this.
     LEAST: tl.constexpr = -(0.5**20) if SIGNED else -1.0
