@@ -111,6 +111,30 @@ def test_quantized_states_are_the_references_bit_for_bit(
     assert fused
 
 
+@pytest.mark.parametrize("codec", QUANTIZED.values(), ids=repr)
+def test_quantized_blocks_around_the_smallest_are_the_references(codec: Codec) -> None:
+    """Some are stored as zeros, some come to be, and some are left where the next step decays them."""
+    scales = torch.logspace(-46, -12, 60, base=10.0)[:, None]  # of rows; those of squares and those of gradients
+
+    def run() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        layer = nn.Embedding(60, 200)
+        policy = Policy([Rule(name="*", first_moment=codec, second_moment=codec)])
+        optimizer = compress(torch.optim.AdamW(layer.parameters(), betas=(0.5, 0.9)), layer, policy)
+        for size in (1.0, 1e-3, 0.0, 10.0):
+            layer.weight.grad = torch.randn(60, 200, generator=generator) * scales * size
+            optimizer.step()
+        return {key: value for key, value in optimizer.state[layer.weight].items() if isinstance(value, Tensor)}
+
+    with by_reference():
+        expected = run()
+    for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+        assert 10 < int((expected[name] == 0).sum()) < expected[name].numel() - 10
+    for number in INSTRUCTION_SETS:
+        with by_isa(number):
+            assert_same(run(), expected)
+
+
 def test_unaligned_parameters_and_gradients(fused: list[FusedStep]) -> None:
     def run() -> Tensor:
         torch.manual_seed(0)
