@@ -32,7 +32,7 @@ from benchmarks.memory_cap import answer, begin_phase, run_capped, status
 from benchmarks.sparse_methods import state_bytes
 from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting, each
-from lightning_sketch import Drop, Factored, Policy, Quantized, Rule, default_policy
+from lightning_sketch import Drop, Factored, Policy, Quantized, RowWise, Rule, default_policy
 
 LENGTH = 64  # tokens
 BATCH = 4  # articles
@@ -68,7 +68,9 @@ METHODS: dict[str, Method] = {
     "adamw": Method("AdamW, exact"),
     "default": Method("default policy", _compressed(default_policy())),
     "table_8bit": Method("table: first moment in 8 bits", _table(first_moment=Quantized(), second_moment=Factored())),
-    "table_dropped": Method("table: exact but without a first moment", _table(first_moment=Drop())),
+    "table_dropped": Method("table: no first moment, second exact", _table(first_moment=Drop())),
+    "table_8bit_second": Method("table: ... second in 8 bits", _table(first_moment=Drop(), second_moment=Quantized())),
+    "table_row_wise": Method("table: ... a number per row", _table(first_moment=Drop(), second_moment=RowWise())),
     "whole_model": Method('preset "whole-model"', _compressed(Policy.preset("whole-model"))),
     "8bit": Method('preset "8bit"', _compressed(Policy.preset("8bit"))),
     "bnb_8bit": Method("bitsandbytes AdamW8bit", optim="adamw_bnb_8bit"),
