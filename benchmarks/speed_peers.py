@@ -91,7 +91,7 @@ PEERS = {
     "kozistr_came": Peer("pytorch_optimizer CAME", "pytorch_optimizer", _kozistr("CAME"), state=8, passes=2),
 }
 OURS = {
-    **{key: DENSE[key] for key in ("rw", "rw10", "sm3", "factored", "rw_bf16", "cs20_both")},
+    **{key: DENSE[key] for key in ("rw", "rw10", "sm3", "factored", "rw_bf16", "8bit_both", "cs20_both")},
     "bf16_both": Codecs("BFloat16, both moments", ls.BFloat16(), ls.BFloat16(), state=8),
 }
 
