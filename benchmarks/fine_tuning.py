@@ -32,7 +32,7 @@ from benchmarks.memory_cap import answer, begin_phase, run_capped, status
 from benchmarks.sparse_methods import state_bytes
 from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting, each
-from lightning_sketch import Drop, Factored, Policy, Quantized, RowWise, Rule, default_policy
+from lightning_sketch import Codec, Drop, Factored, Keep, Policy, Quantized, RowWise, Rule, default_policy
 
 LENGTH = 64  # tokens
 BATCH = 4  # articles
@@ -53,8 +53,8 @@ def _compressed(policy: Policy) -> Options:
     return options
 
 
-def _table(**codecs: Any) -> Options:
-    return _compressed(Policy([Rule(role=("embedding", "softmax"), **codecs)]))
+def _table(first: Codec, second: Codec) -> Options:
+    return _compressed(Policy([Rule(role=("embedding", "softmax"), first_moment=first, second_moment=second)]))
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Method:
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW, exact"),
     "default": Method("default policy", _compressed(default_policy())),
-    "table_8bit": Method("table: first moment in 8 bits", _table(first_moment=Quantized(), second_moment=Factored())),
-    "table_dropped": Method("table: no first moment, second exact", _table(first_moment=Drop())),
-    "table_8bit_second": Method("table: ... second in 8 bits", _table(first_moment=Drop(), second_moment=Quantized())),
-    "table_row_wise": Method("table: ... a number per row", _table(first_moment=Drop(), second_moment=RowWise())),
+    "table_8bit": Method("table: first Quantized, second Factored", _table(Quantized(), Factored())),
+    "table_dropped": Method("table: first dropped, second exact", _table(Drop(), Keep())),
+    "table_8bit_second": Method("table: first dropped, second Quantized", _table(Drop(), Quantized())),
+    "table_row_wise": Method("table: first dropped, second RowWise", _table(Drop(), RowWise())),
     "whole_model": Method('preset "whole-model"', _compressed(Policy.preset("whole-model"))),
     "8bit": Method('preset "8bit"', _compressed(Policy.preset("8bit"))),
     "bnb_8bit": Method("bitsandbytes AdamW8bit", optim="adamw_bnb_8bit"),
