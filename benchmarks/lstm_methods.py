@@ -110,6 +110,14 @@ def _factored(ls: Any) -> Any:
     return ls.Factored()
 
 
+def _drop(ls: Any) -> Any:
+    return ls.Drop()
+
+
+def _rows(**options: Any) -> Codec:
+    return lambda ls: ls.RowWise(**options)
+
+
 def _sketched(
     softmax: Literal["full", "sampled"], size: str, rule: str, make: Codec, paper: tuple[str, str]
 ) -> dict[str, Method]:
@@ -145,6 +153,18 @@ METHODS: dict[str, Method] = {
     ),
     "sampled_rmsprop_low_rank": Method("RMSprop, low-rank", "sampled", "rmsprop", "LR-NMF", second=_factored),
     "sampled_rmsprop_default": Method("RMSprop, default policy", "sampled", "rmsprop", default=True),
+    "sampled_adam_rw": Method("Adam, RowWise, no first moment", "sampled", "adam", first=_drop, second=_rows()),
+    "sampled_adagrad_rw": Method("Adagrad, RowWise", "sampled", "adagrad", second=_rows()),
+    "sampled_rmsprop_rw": Method("RMSprop, RowWise", "sampled", "rmsprop", second=_rows()),
+    "sampled_rmsprop_rw_lazy": Method(
+        "RMSprop, RowWise, touched rows alone decay", "sampled", "rmsprop", second=_rows(lazy=True)
+    ),
+    "sampled_rmsprop_rw10_lazy": Method(
+        "RMSprop, default policy, touched rows alone decay",
+        "sampled",
+        "rmsprop",
+        second=_rows(compression=10, lazy=True),
+    ),
     "sampled_adam_b0": Method("Adam, exact, beta1 = 0", "sampled", "adam", beta1=False),
     # Tables 3 (momentum) and 4 (Adam): a full softmax, only the embedding is sparse; a sketch of [3, 16, dim].
     "full_momentum": Method("Momentum, exact", "full", "momentum", "Momentum", dense=True),

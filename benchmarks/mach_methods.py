@@ -83,6 +83,11 @@ METHODS: dict[str, Method] = {
     "sketch": Method(
         "CountSketch 100x, no first moment", "adam", _matrices(lambda ls: ls.CountSketch(compression=100, depth=3))
     ),
+    "words": Method(
+        "RowWise of the words, no first moment; classes exact",
+        "adam",
+        lambda ls: ls.Policy([ls.Rule(role="embedding", first_moment=ls.Drop(), second_moment=ls.RowWise())]),
+    ),
     "default": Method("default policy", "adam", lambda ls: ls.default_policy()),
     "default_all": Method("default policy, the classes named as a softmax layer", "adam", _tables),
     "default_in_backward": Method("the same, step_in_backward=True", "adam", _tables, in_backward=True),

@@ -41,6 +41,10 @@ def main() -> None:
         source = RESULTS / f"{name}.json"
         if source.exists():
             text = replace_between(text, f"{name}_untuned", untuned_table(json.loads(source.read_text())), PAGE.name)
+    sources = [RESULTS / f"{name}.json" for name in ("sparse_lm", "lstm_lm")]
+    if all(source.exists() for source in sources):
+        made = default_eps_table(*(json.loads(source.read_text())["methods"] for source in sources))
+        text = replace_between(text, "default_eps", made, PAGE.name)
     source = RESULTS / "fine_tuning.json"
     if source.exists():
         made = fine_tuning_table(json.loads(source.read_text())["runs"])
@@ -125,6 +129,31 @@ def extreme_table(rows: Rows) -> str:
             columns += [f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"]
         columns += [f"{chosen['lr']:g}", ", ".join(f"{x['lr']:g}: {100 * x['valid']:.1f}" for x in row["tried"])]
         lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def default_eps_table(sparse: Rows, lstm: Rows) -> str:
+    """Codecs of sparse tables at torch's default eps and, in brackets, at the best one; always at the best rate.
+
+    Args:
+        sparse: of `benchmarks.sparse_lm`.
+        lstm: of `benchmarks.lstm_lm`, with its sampled softmax.
+    """
+    tasks = {
+        "four words of context, SparseAdam": (sparse, ("adam", "adam_b0", "rw", "rw_10")),
+        **{
+            f"LSTM, {label}": (lstm, (f"sampled_{name}", *(f"sampled_{name}_{way}" for way in ("b0", "rw", "default"))))
+            for name, label in (("adam", "SparseAdam"), ("adagrad", "Adagrad"), ("rmsprop", "RMSprop"))
+        },
+    }
+    lines = [
+        "| optimizer of the tables | exact | exact, beta1 = 0 | `RowWise()` | `RowWise(compression=10)` |",
+        "|---|---|---|---|---|",
+    ]
+    for task, (rows, names) in tasks.items():
+        found = [rows[name] if name in rows else None for name in names]
+        columns = [f"{row['default_eps']['valid']:.1f} ({row['best']['valid']:.1f})" if row else "" for row in found]
+        lines.append(f"| {' | '.join([task, *columns])} |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,8 @@ Group = list[Result]
 def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, float]]) -> Path:
     """Summarise ``results``; ``methods`` gives each method's label and default eps, in table order.
 
-    A method without runs here keeps the row it has: a new machine adds to the figures and does not wipe them out.
+    A method without runs here keeps the row it has, and so does one whose row has more seeds than the runs here: a new
+    machine adds to the figures and does not wipe them out.
     Methods without a search are listed apart, at the best setting of the first.
     """
     path = RESULTS / f"{name}.json"
@@ -28,10 +29,12 @@ def write(name: str, results: list[Result], methods: Mapping[str, tuple[str, flo
     groups = {method: [result for result in results if result["setting"]["method"] == method] for method in methods}
     rows: dict[str, Any] = {}
     for method, (label, default_eps) in methods.items():
+        kept = before["methods"].get(method)
         if _is_tuned(groups[method]):
-            rows[method] = {"label": _label(label, groups[method])} | _summary(groups[method], default_eps)
-        elif method in before["methods"]:
-            rows[method] = before["methods"][method]
+            made = {"label": _label(label, groups[method])} | _summary(groups[method], default_eps)
+            rows[method] = kept if kept and _has_more_seeds(kept, made) else made
+        elif kept:
+            rows[method] = kept
     untuned: dict[str, Any] = {}
     reference = best_of_first(rows) if rows else None
     for method, (label, _) in methods.items():
@@ -82,6 +85,11 @@ def _summary(own: Group, default_eps: float) -> dict[str, Any]:
 def _at(point: tuple[float, float], own: Group, tried: Mapping[tuple[float, float], float]) -> dict[str, Any]:
     tested = [result for result in own if _point(result) == point and result["test"] is not None]
     return {"lr": point[0], "eps": point[1], "valid": tried[point], "test": over_seeds(tested, "test")}
+
+
+def _has_more_seeds(kept: Mapping[str, Any], made: Mapping[str, Any]) -> bool:
+    before, now = kept["best"]["test"], made["best"]["test"]  # None where a run diverged: that counts
+    return before is not None and now is not None and len(before) > len(now)
 
 
 def _point(result: Result) -> tuple[float, float]:
