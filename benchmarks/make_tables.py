@@ -151,7 +151,7 @@ def default_eps_table(sparse: Rows, lstm: Rows) -> str:
         "|---|---|---|---|---|",
     ]
     for task, (rows, names) in tasks.items():
-        found = [rows[name] if name in rows else None for name in names]
+        found = [rows.get(name) for name in names]
         columns = [f"{row['default_eps']['valid']:.1f} ({row['best']['valid']:.1f})" if row else "" for row in found]
         lines.append(f"| {' | '.join([task, *columns])} |")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adagrad, AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, Adagrad, AdamW, Optimizer, SparseAdam
 
 import lightning_sketch as ls
 from benchmarks.roofline import dense_bytes, sparse_bytes
@@ -148,7 +148,10 @@ def _dense_race(
     key, label = exact
     fused = make(table.parameters(), lr=LR, fused=True)
     first = Contestant(key, label, fused, gradients, numel * exact_bytes, key, keep=table)
-    return [first, *_compressed(codecs, make, table, gradients, moved, key)]
+    # What remains of a step without any states.
+    plain, plain_bytes = SGD(table.parameters(), lr=LR, fused=True), numel * dense_bytes(dtype.itemsize, state=0)
+    bare = Contestant("sgd", "SGD(fused=True)", plain, gradients, plain_bytes, key, keep=table)
+    return [first, bare, *_compressed(codecs, make, table, gradients, moved, key)]
 
 
 def sparse(sizes: Sizes) -> list[Contestant]:

@@ -63,7 +63,8 @@ def main() -> None:
         tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_MARKS))}
     if arguments.fast_memory.exists():  # the same marks on another processor
         other: KernelState = json.loads(arguments.fast_memory.read_text())
-        tables["speed_fast_memory"] = "\n".join([machine(other), "", *ratio_lines(other, MARKS)])
+        parts = [machine(other), "\n".join(ratio_lines(other, MARKS)), race_table(other, "dense")]
+        tables["speed_fast_memory"] = "\n\n".join(parts)
     text = arguments.page.read_text()
     for name, table in tables.items():
         text = replace_between(text, name, table, arguments.page.name)
