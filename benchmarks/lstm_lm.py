@@ -197,8 +197,9 @@ def main() -> None:
 
 
 def _epsilons(method: Method) -> tuple[float, ...]:
-    """Those that are tried: under the full softmax one optimizer steps all parameters, at the default."""
-    return EPSILONS[method.family][:1] if method.softmax == "full" else EPSILONS[method.family]
+    """Those that are tried: the default alone under a full softmax, and for what should do with it."""
+    one = method.softmax == "full" or method.floor is not None
+    return EPSILONS[method.family][:1] if one else EPSILONS[method.family]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop, SparseAdam
 
+from benchmarks.row_floor import FlooredRows
+
 Family = Literal["momentum", "adam", "adagrad", "rmsprop"]
 Codec = Callable[[Any], Any]  # the package -> a codec
 
@@ -35,6 +37,7 @@ class Method:
         default: the default policy, in place of both.
         beta1: whether Adam has its first moment.
         dense: whether gradients of the tables are dense.
+        floor: of the prototype in `benchmarks.row_floor`, in place of the stock class.
     """
 
     label: str
@@ -46,6 +49,7 @@ class Method:
     default: bool = False
     beta1: bool = True
     dense: bool = False
+    floor: float | None = None
 
     @property
     def compressed(self) -> bool:
@@ -64,7 +68,9 @@ def build(
     known = {id(table) for table in tables}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
     stepping: Optimizer
-    if method.family == "adam":
+    if method.floor is not None:
+        stepping = FlooredRows(tables, lr=lr, eps=eps, family=method.family, floor=method.floor)
+    elif method.family == "adam":
         stepping = SparseAdam(tables, lr=lr, eps=eps, betas=(BETAS[0] if method.beta1 else 0.0, BETAS[1]))
     elif method.family == "adagrad":
         stepping = Adagrad(tables, lr=lr, eps=eps)
@@ -118,6 +124,15 @@ def _rows(**options: Any) -> Codec:
     return lambda ls: ls.RowWise(**options)
 
 
+def _floored(family: Family, name: str) -> dict[str, Method]:
+    return {
+        f"sampled_{family}_floor{floor}": Method(
+            f"{name}, RowWise, {floor} x the mean added (prototype)", "sampled", family, floor=floor
+        )
+        for floor in (1, 10)
+    }
+
+
 def _sketched(
     softmax: Literal["full", "sampled"], size: str, rule: str, make: Codec, paper: tuple[str, str]
 ) -> dict[str, Method]:
@@ -154,6 +169,9 @@ METHODS: dict[str, Method] = {
     "sampled_rmsprop_low_rank": Method("RMSprop, low-rank", "sampled", "rmsprop", "LR-NMF", second=_factored),
     "sampled_rmsprop_default": Method("RMSprop, default policy", "sampled", "rmsprop", default=True),
     "sampled_adam_rw": Method("Adam, RowWise, no first moment", "sampled", "adam", first=_drop, second=_rows()),
+    **_floored("adam", "Adam, no first moment"),
+    **_floored("adagrad", "Adagrad"),
+    **_floored("rmsprop", "RMSprop"),
     "sampled_adagrad_rw": Method("Adagrad, RowWise", "sampled", "adagrad", second=_rows()),
     "sampled_rmsprop_rw": Method("RMSprop, RowWise", "sampled", "rmsprop", second=_rows()),
     "sampled_rmsprop_rw_lazy": Method(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Adagrad, Adam, Optimizer, SparseAdam
 
 from benchmarks.mach import Classifier
+from benchmarks.row_floor import FlooredRows
 
 BETA2 = 0.999
 Policy = Callable[[Any], Any]  # the package -> a policy
@@ -23,6 +24,7 @@ class Method:
         family: of the optimizer. ``"sparse_adam"`` is `SparseAdam` for the words, whose gradients are sparse, and
             `Adam` for the rest; ``"adam"`` is `Adam` alone, which takes sparse gradients only where it is compressed.
         momentum: whether Adam has a first moment (beta1 = 0.9, else 0).
+        floor: of the prototype in `benchmarks.row_floor`, which steps the words.
         in_backward: whether compressed layers are stepped in backward, and their gradients freed there.
     """
 
@@ -31,6 +33,7 @@ class Method:
     policy: Policy | None = None
     momentum: bool = True
     in_backward: bool = False
+    floor: float | None = None
 
     @property
     def sparse(self) -> bool:
@@ -44,7 +47,10 @@ def build(method: Method, model: nn.Module, *, lr: float) -> list[Optimizer]:
     if method.family == "sparse_adam":
         words = [module.words.weight for module in model.modules() if isinstance(module, Classifier)]
         rest = [weight for weight in model.parameters() if all(weight is not one for one in words)]
-        return [SparseAdam(words, lr=lr, betas=betas), Adam(rest, lr=lr, betas=betas, fused=True)]
+        of_words: Optimizer = SparseAdam(words, lr=lr, betas=betas)
+        if method.floor is not None:
+            of_words = FlooredRows(words, lr=lr, eps=1e-8, family="adam", floor=method.floor)
+        return [of_words, Adam(rest, lr=lr, betas=betas, fused=True)]
     optimizer: Optimizer
     if method.family == "adagrad":
         optimizer = Adagrad(model.parameters(), lr=lr)
@@ -88,6 +94,8 @@ METHODS: dict[str, Method] = {
         "adam",
         lambda ls: ls.Policy([ls.Rule(role="embedding", first_moment=ls.Drop(), second_moment=ls.RowWise())]),
     ),
+    "floor1": Method("RowWise of the words, 1 x the mean added (prototype); classes exact", "sparse_adam", floor=1),
+    "floor10": Method("RowWise of the words, 10 x the mean added (prototype); classes exact", "sparse_adam", floor=10),
     "default": Method("default policy", "adam", lambda ls: ls.default_policy()),
     "default_all": Method("default policy, the classes named as a softmax layer", "adam", _tables),
     "default_in_backward": Method("the same, step_in_backward=True", "adam", _tables, in_backward=True),
