@@ -69,7 +69,14 @@ def build(
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
     stepping: Optimizer
     if method.floor is not None:
-        stepping = FlooredRows(tables, lr=lr, eps=eps, family=method.family, floor=method.floor)
+        stepping = FlooredRows(
+            tables,
+            lr=lr,
+            eps=eps,
+            decay={"adam": BETAS[1], "adagrad": 1.0, "rmsprop": ALPHA}[method.family],
+            corrects_bias=method.family == "adam",
+            floor=method.floor,
+        )
     elif method.family == "adam":
         stepping = SparseAdam(tables, lr=lr, eps=eps, betas=(BETAS[0] if method.beta1 else 0.0, BETAS[1]))
     elif method.family == "adagrad":
@@ -169,9 +176,6 @@ METHODS: dict[str, Method] = {
     "sampled_rmsprop_low_rank": Method("RMSprop, low-rank", "sampled", "rmsprop", "LR-NMF", second=_factored),
     "sampled_rmsprop_default": Method("RMSprop, default policy", "sampled", "rmsprop", default=True),
     "sampled_adam_rw": Method("Adam, RowWise, no first moment", "sampled", "adam", first=_drop, second=_rows()),
-    **_floored("adam", "Adam, no first moment"),
-    **_floored("adagrad", "Adagrad"),
-    **_floored("rmsprop", "RMSprop"),
     "sampled_adagrad_rw": Method("Adagrad, RowWise", "sampled", "adagrad", second=_rows()),
     "sampled_rmsprop_rw": Method("RMSprop, RowWise", "sampled", "rmsprop", second=_rows()),
     "sampled_rmsprop_rw_lazy": Method(
@@ -183,6 +187,9 @@ METHODS: dict[str, Method] = {
         "rmsprop",
         second=_rows(compression=10, lazy=True),
     ),
+    **_floored("adam", "Adam, no first moment"),
+    **_floored("adagrad", "Adagrad"),
+    **_floored("rmsprop", "RMSprop"),
     "sampled_adam_b0": Method("Adam, exact, beta1 = 0", "sampled", "adam", beta1=False),
     # Tables 3 (momentum) and 4 (Adam): a full softmax, only the embedding is sparse; a sketch of [3, 16, dim].
     "full_momentum": Method("Momentum, exact", "full", "momentum", "Momentum", dense=True),

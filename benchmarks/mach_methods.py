@@ -47,9 +47,11 @@ def build(method: Method, model: nn.Module, *, lr: float) -> list[Optimizer]:
     if method.family == "sparse_adam":
         words = [module.words.weight for module in model.modules() if isinstance(module, Classifier)]
         rest = [weight for weight in model.parameters() if all(weight is not one for one in words)]
-        of_words: Optimizer = SparseAdam(words, lr=lr, betas=betas)
-        if method.floor is not None:
-            of_words = FlooredRows(words, lr=lr, eps=1e-8, family="adam", floor=method.floor)
+        of_words: Optimizer
+        if method.floor is None:
+            of_words = SparseAdam(words, lr=lr, betas=betas)
+        else:
+            of_words = FlooredRows(words, lr=lr, decay=BETA2, corrects_bias=True, floor=method.floor)
         return [of_words, Adam(rest, lr=lr, betas=betas, fused=True)]
     optimizer: Optimizer
     if method.family == "adagrad":

@@ -7,28 +7,28 @@ a first moment; no part of the package.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-Family = Literal["momentum", "adam", "adagrad", "rmsprop"]
-DECAY = 0.999
 
 
 class FlooredRows(Optimizer):
     """``param -= lr * g / (sqrt(v + floor * mean(v)) + eps)``, ``v [rows]`` the means of ``g**2`` over a row.
 
     Args:
-        family: how squares are summed up: with decay and Adam's correction of bias, with decay, or without ("adagrad").
+        decay: of `v` in each step; 1 for sums that do not decay, as Adagrad's.
+        corrects_bias: as Adam does.
         floor: how often the mean of `v` over all rows, those without a gradient so far too, is added.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float, family: Family, floor: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, eps: float = 1e-8, decay: float, corrects_bias: bool, floor: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps})
-        self._decay = 1.0 if family == "adagrad" else DECAY
-        self._corrects = family == "adam"
+        self._decay = decay
+        self._corrects_bias = corrects_bias
         self._floor = floor
         self._steps = 0
 
@@ -36,7 +36,7 @@ class FlooredRows(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         self._steps += 1
-        correction = 1 - self._decay**self._steps if self._corrects else 1.0
+        correction = 1 - self._decay**self._steps if self._corrects_bias else 1.0
         weight = 1 - self._decay if self._decay < 1 else 1.0
         for group in self.param_groups:
             for param in group["params"]:

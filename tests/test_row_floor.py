@@ -10,12 +10,16 @@ from torch import nn
 from torch.optim import Adagrad, RMSprop, SparseAdam
 
 import lightning_sketch as ls
-from benchmarks.row_floor import Family, FlooredRows
+from benchmarks.row_floor import FlooredRows
 
-STOCK: dict[Family, Any] = {
-    "adam": lambda params: SparseAdam(params, lr=0.1, betas=(0.0, 0.999)),
-    "adagrad": lambda params: Adagrad(params, lr=0.1, eps=1e-8),
-    "rmsprop": lambda params: RMSprop(params, lr=0.1, alpha=0.999),
+#: A stock class, and what makes the prototype the same.
+STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adam": (
+        lambda params: SparseAdam(params, lr=0.1, betas=(0.0, 0.999)),
+        {"decay": 0.999, "corrects_bias": True},
+    ),
+    "adagrad": (lambda params: Adagrad(params, lr=0.1, eps=1e-8), {"decay": 1.0, "corrects_bias": False}),
+    "rmsprop": (lambda params: RMSprop(params, lr=0.1, alpha=0.999), {"decay": 0.999, "corrects_bias": False}),
 }
 
 
@@ -32,16 +36,17 @@ def trained(make: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", STOCK)
 def test_without_a_floor_it_is_row_wise(family):
+    stock, sums = STOCK[family]
     policy = ls.Policy([ls.Rule(role="embedding", second_moment=ls.RowWise())])
-    expected = trained(lambda table: ls.compress(STOCK[family](table.parameters()), table, policy))
-    found = trained(lambda table: FlooredRows(table.parameters(), lr=0.1, eps=1e-8, family=family, floor=0.0))
+    expected = trained(lambda table: ls.compress(stock(table.parameters()), table, policy))
+    found = trained(lambda table: FlooredRows(table.parameters(), lr=0.1, floor=0.0, **sums))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_floor_holds_back_the_first_step_of_a_rare_row():
     def moved(floor: float) -> list[float]:
         weight = nn.Parameter(torch.zeros(10, 4))
-        optimizer = FlooredRows([weight], lr=1.0, eps=0.0, family="rmsprop", floor=floor)
+        optimizer = FlooredRows([weight], lr=1.0, eps=0.0, decay=0.999, corrects_bias=False, floor=floor)
         values = torch.tensor([[1.0] * 4, [0.01] * 4])  # a frequent row's, a rare one's
         weight.grad = torch.sparse_coo_tensor(torch.tensor([[3, 7]]), values, (10, 4), check_invariants=True)
         optimizer.step()
