@@ -93,6 +93,8 @@ class CodecState(ABC):
 
     #: Whether an estimate may hold what belongs to other rows.
     mixes_rows: bool = False
+    #: Whether one number stands for several elements' mean, so that an estimate may be below what the step itself adds.
+    averages: ClassVar[bool] = False
     #: Whether every element is stored by itself.
     elementwise: bool = False
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.

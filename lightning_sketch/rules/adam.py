@@ -28,9 +28,9 @@ from lightning_sketch.rules.base import (
     UpdateRule,
     add_moments,
     begin_momentum,
-    bounded_first_moment,
-    first_moment_bound,
+    bounded,
     learning_rate,
+    moment_bound,
     precondition,
     read_second,
     safe_divide,
@@ -54,14 +54,13 @@ class AdamRule(UpdateRule):
     def reference(self, layer: LayerStep) -> Tensor | None:
         numbers: _Hyperparameters = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
+        bound = moment_bound(exp_avg, exp_avg_sq, numbers.beta1, numbers.beta2)
         left_out = layer.observe(exp_avg, exp_avg_sq)
         add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
         for block, g in layer.gradients(numbers.weight_decay):
             m = g if exp_avg is None else exp_avg.read(block, g)
             v = read_second(exp_avg_sq, block, g)
-            if exp_avg is not None and exp_avg.mixes_rows:
-                m = bounded_first_moment(m, v, numbers.beta1, numbers.beta2)
-            update = safe_divide(m, v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
+            update = safe_divide(bounded(m, v, bound), v.sqrt().div_(numbers.root_correction).add_(numbers.eps), v)
             layer.apply(block, precondition(layer, block, update), numbers.rate(exp_avg), numbers.decay_factor)
             del m, v, update  # else they would be held while the next block's are made
         if exp_avg is not None:
@@ -75,8 +74,7 @@ class AdamRule(UpdateRule):
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         numbers: _Hyperparameters = layer.numbers
-        exp_avg, _ = self._begin(layer)
-        mixes = exp_avg is not None and exp_avg.mixes_rows
+        exp_avg, exp_avg_sq = self._begin(layer)
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
@@ -85,7 +83,7 @@ class AdamRule(UpdateRule):
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
             correction=numbers.correction,
-            bound=(first_moment_bound(numbers.beta1, numbers.beta2) or 0.0) if mixes else 0.0,
+            bound=moment_bound(exp_avg, exp_avg_sq, numbers.beta1, numbers.beta2),
         )
 
     def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:

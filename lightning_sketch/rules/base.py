@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,27 +138,40 @@ def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -
     return (numerator / denominator).masked_fill_(second_moment == 0, 0.0)
 
 
-def bounded_first_moment(m: Tensor, v: Tensor, beta1: float, beta2: float) -> Tensor:
-    r"""Clamp a sketched first moment to what the second moment allows.
+def moment_bound(first: CodecState | None, second: CodecState, beta1: float, beta2: float) -> float:
+    r"""The largest :math:`|m| / \sqrt v` of exact moments, where those of a codec may go beyond; else 0.
 
     Two EMAs of the same gradients obey :math:`|m| \le \sqrt v (1-\beta_1) / \sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}`
-    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults. A rare row that collides with a frequent one holds the
-    other's `m`, and its own small `v` would turn that into a huge update.
+    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults, and 32 times without a first moment. A mean over several
+    elements may be far below what one of them has: of a pretrained model some columns have gradients 30 times as large
+    as the others. A rare row that collides with a frequent one holds the other's `m`. Either would make a huge update.
+
+    Args:
+        first: holds m; ``None`` where m is the gradient.
+        second: holds v.
+        beta1, beta2: as in Adam.
+    """
+    if not (second.averages or (first is not None and first.mixes_rows)):
+        return 0.0
+    if first is None:
+        beta1 = 0.0
+    ratio = beta1**2 / beta2 if beta1 > 0 else 0.0
+    room = (1 - beta2) * (1 - ratio)
+    return (1 - beta1) / math.sqrt(room) if room > 0 else 0.0  # otherwise there is none
+
+
+def bounded(m: Tensor, v: Tensor, factor: float) -> Tensor:
+    """Clamp to ``factor`` times the root of a second moment.
 
     Args:
         m: ``[k, ...]``.
         v: broadcastable to `m`.
+        factor: 0 for no clamp.
     """
-    factor = first_moment_bound(beta1, beta2)
-    if factor is None:
+    if factor == 0:
         return m
     bound = v.sqrt().mul_(factor)
     return m.clamp(-bound, bound)
-
-
-def first_moment_bound(beta1: float, beta2: float) -> float | None:
-    """The largest :math:`|m| / \\sqrt v`; ``None`` if there is none."""
-    return None if beta1**2 >= beta2 else (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
 def add_moments(layer: LayerStep, second: CodecState, first: CodecState | None, weight_decay: float) -> None:
