@@ -68,7 +68,7 @@ class _Factored(ScaledState):
     row = Entry("row")  # [local_rows], divided by the scale
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
-    averages: ClassVar[bool] = True
+    breaks_bound = True
     can_follow: ClassVar[bool] = True
     takes_sums: ClassVar[bool] = True
 

@@ -151,7 +151,7 @@ def moment_bound(first: CodecState | None, second: CodecState, beta1: float, bet
         second: holds v.
         beta1, beta2: as in Adam.
     """
-    if not (second.averages or (first is not None and first.mixes_rows)):
+    if not (second.breaks_bound or (first is not None and first.breaks_bound)):
         return 0.0
     if first is None:
         beta1 = 0.0

@@ -14,6 +14,7 @@ from lightning_sketch import (
     BFloat16,
     CountSketch,
     Drop,
+    Factored,
     Keep,
     Monitor,
     Policy,
@@ -125,6 +126,22 @@ def test_updates_are_compared_as_the_parameter_moves(name):
     assert figures.norm_ratio == pytest.approx(float(ours.norm() / exact.norm()), rel=1e-3)
     cosine = torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
     assert figures.cosine == pytest.approx(float(cosine), abs=1e-3)
+
+
+def test_updates_are_bounded_as_steps_are():
+    """Of `Factored` the elements that stand out of their row and column."""
+    model, optimizer, monitor = watched(
+        Case(AdamW, {"lr": 1.0, "weight_decay": 0.0, "eps": 0.0}), {"first_moment": Drop(), "second_moment": Factored()}
+    )
+    before = model.table.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    model.table.weight.grad.fill_diagonal_(1.0)
+    optimizer.step()
+    moved = model.table.weight.detach() - before
+    assert 0.99 < moved.abs().max() <= 1.001
+    (figures,) = monitor.by_layer().values()
+    assert figures.norm_ratio == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-4)  # exactly all move by 1
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
