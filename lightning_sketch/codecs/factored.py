@@ -28,9 +28,16 @@ class Factored(Codec):
     gradients, in constant time. Where ranks divide the parameter, they are those of one process: a row that lies on
     several ranks has one mean, and column means are over all rows.
 
+    Args:
+        bounded: hold steps to what exact second moments allow: the product may be far below what a single element has,
+            where columns differ by row, and that element then goes further than it ever would by an exact state. For
+            fine-tuning a pretrained model.
+
     References:
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
     """
+
+    bounded: bool = False
 
     live_blocks: ClassVar[int] = 7
     refuses_signed: ClassVar[str | None] = (
@@ -61,16 +68,19 @@ class Factored(Codec):
         return {"row": (0,), "col": tuple(range(1, ndim))}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
-        return _Factored(spec, tensors)
+        return _Factored(spec, tensors, self.bounded)
 
 
 class _Factored(ScaledState):
     row = Entry("row")  # [local_rows], divided by the scale
     col = Entry("col")  # row_shape, divided by the scale
     divided = ("row", "col")
-    breaks_bound = True
     can_follow: ClassVar[bool] = True
     takes_sums: ClassVar[bool] = True
+
+    def __init__(self, spec: StateSpec, tensors: Tensors, bounded: bool) -> None:
+        super().__init__(spec, tensors)
+        self.bounded = bounded
 
     def share(self, shared: Shared) -> None:
         super().share(shared)

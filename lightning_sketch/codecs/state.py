@@ -91,9 +91,9 @@ class CodecState(ABC):
     ``decay = beta, weight = 1 - beta``, Adagrad's sum ``1, 1``, a momentum buffer ``momentum, 1 - dampening``.
     """
 
-    #: Whether an estimate may break the bound of exact moments (`rules.base.moment_bound`): a first one may hold what
-    #: belongs to other rows, a second one may be below what the step itself adds.
-    breaks_bound: bool = False
+    #: Whether a rule is to hold its step to the bound of exact moments, which estimates may break; see
+    #: `rules.base.moment_bound`.
+    bounded: bool = False
     #: Whether every element is stored by itself.
     elementwise: bool = False
     #: Whether `add` folds in the values, and whether `read` looks at them. Where neither does, nobody need make them.

@@ -85,7 +85,7 @@ class Shadow:
     def stored(
         self, param: Tensor, group: Mapping[str, Any], state: dict[str, Any], *, on_device: bool
     ) -> dict[str, tuple[Tensor, bool]]:
-        """What the compressed states say of these rows, ``[n, *row_shape]``, and `CodecState.breaks_bound` of each.
+        """What the compressed states say of these rows, ``[n, *row_shape]``, and `CodecState.bounded` of each.
 
         Args:
             state: ``optimizer.state[param]``; if it is empty the layer has not been stepped.
@@ -99,7 +99,7 @@ class Shadow:
                 found[name] = torch.full(shape, spec.fill, dtype=self.dtype, device=self.rows.device), False
                 continue
             bound = codec.bind(replace(spec, on_device=on_device), state)
-            found[name] = bound.estimate(self.block).expand(shape), bound.breaks_bound
+            found[name] = bound.estimate(self.block).expand(shape), bound.bounded
         return found
 
     def take(self, optimizer: CompressedGroups, own: PendingUpdate, gradient: RowGradient) -> Taken:
@@ -167,7 +167,7 @@ class Shadow:
             return layer.param if rows is None else layer.param[rows]
 
         return (
-            update({name: _Given(values, breaks) for name, (values, breaks) in stored.items()}),
+            update({name: _Given(values, bounded) for name, (values, bounded) in stored.items()}),
             update({name: _Given(values, False) for name, values in self.states.items()}),
         )
 
@@ -235,9 +235,9 @@ class _Given(CodecState):
 
     adds_values = False
 
-    def __init__(self, values: Tensor, breaks_bound: bool) -> None:
+    def __init__(self, values: Tensor, bounded: bool) -> None:
         super().__init__(_spec("", values), {})
-        self.values, self.breaks_bound = values, breaks_bound
+        self.values, self.bounded = values, bounded
 
     def begin(self, **numbers: Any) -> None:
         """The step was made."""

@@ -72,5 +72,5 @@ class AdagradRule(UpdateRule):
 
 
 def _bound(total: CodecState) -> float:
-    """The largest ``|g| / sqrt(sum)``, where a codec's sum may go beyond; see `moment_bound`."""
-    return 1.0 if total.breaks_bound else 0.0
+    """The largest ``|g| / sqrt(sum)``, where a step is to be held to that; see `moment_bound`."""
+    return 1.0 if total.bounded else 0.0

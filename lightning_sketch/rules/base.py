@@ -139,7 +139,7 @@ def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -
 
 
 def moment_bound(first: CodecState | None, second: CodecState, beta1: float, beta2: float) -> float:
-    r"""The largest :math:`|m| / \sqrt v` of exact moments, where those of a codec may go beyond; else 0.
+    r"""The largest :math:`|m| / \sqrt v` of exact moments, where a step is to be held to that; else 0.
 
     Two EMAs of the same gradients obey :math:`|m| \le \sqrt v (1-\beta_1) / \sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}`
     (Cauchy-Schwarz), 7.3 times the root at Adam's defaults, and 32 times without a first moment. A mean over several
@@ -151,7 +151,7 @@ def moment_bound(first: CodecState | None, second: CodecState, beta1: float, bet
         second: holds v.
         beta1, beta2: as in Adam.
     """
-    if not (second.breaks_bound or (first is not None and first.breaks_bound)):
+    if not (second.bounded or (first is not None and first.bounded)):
         return 0.0
     if first is None:
         beta1 = 0.0

@@ -97,7 +97,10 @@ OPTION_SETS: dict[type[Codec], dict[str, Variant]] = {
         "SM3-I": Variant(SM3("I"), exact_vectors=True, kernel=False),
         "SM3 with momentum": Variant(SM3(momentum=0.9)),
     },
-    Factored: {"Factored": Variant(Factored(), exact_vectors=True)},
+    Factored: {
+        "Factored": Variant(Factored(), exact_vectors=True),
+        "Factored, bounded": Variant(Factored(bounded=True), exact_vectors=True),
+    },
     Halves: {
         "a codec of somebody else's": Variant(Halves(), distance=HALF, kernel=False),
         "a codec of somebody else's, with an option": Variant(Halves(relative=False), distance=HALF, kernel=False),

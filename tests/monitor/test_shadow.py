@@ -131,7 +131,8 @@ def test_updates_are_compared_as_the_parameter_moves(name):
 def test_updates_are_bounded_as_steps_are():
     """Of `Factored` the elements that stand out of their row and column."""
     model, optimizer, monitor = watched(
-        Case(AdamW, {"lr": 1.0, "weight_decay": 0.0, "eps": 0.0}), {"first_moment": Drop(), "second_moment": Factored()}
+        Case(AdamW, {"lr": 1.0, "weight_decay": 0.0, "eps": 0.0}),
+        {"first_moment": Drop(), "second_moment": Factored(bounded=True)},
     )
     before = model.table.weight.detach().clone()
     for parameter in model.parameters():

@@ -20,8 +20,9 @@ from lightning_sketch.rules.base import bounded, moment_bound
 from tests.kernels.fused_cases import by_reference
 from tests.rules.oracle import converted, everywhere, feed
 
-EXACT: Any = SimpleNamespace(breaks_bound=False)
-LOOSE: Any = SimpleNamespace(breaks_bound=True)  # a second moment, or a sketched first one
+EXACT: Any = SimpleNamespace(bounded=False)
+BOUNDED: Any = SimpleNamespace(bounded=True)  # a second moment, or a sketched first one
+FACTORED = Factored(bounded=True)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -34,7 +35,7 @@ def test_true_moments_of_one_gradient_are_never_clamped(gradients, beta1, beta2)
     m = v = torch.zeros(1, dtype=torch.float64)
     for g in gradients:
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-    found = bounded(m, v, moment_bound(LOOSE, EXACT, beta1, beta2))
+    found = bounded(m, v, moment_bound(BOUNDED, EXACT, beta1, beta2))
     torch.testing.assert_close(found, m, rtol=1e-9, atol=0)
 
 
@@ -44,7 +45,7 @@ def test_the_bound_is_reached_by_a_gradient_that_grows_as_fast_as_the_emas_weigh
     for t in range(400):
         g = (beta2 / beta1) ** t
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-    clamped = bounded(2 * m, v, moment_bound(LOOSE, EXACT, beta1, beta2))
+    clamped = bounded(2 * m, v, moment_bound(BOUNDED, EXACT, beta1, beta2))
     torch.testing.assert_close(clamped, m, rtol=1e-2, atol=0)
 
 
@@ -61,14 +62,14 @@ def test_a_rare_row_does_not_take_the_momentum_of_a_frequent_one():
 
 
 def test_without_a_first_moment_the_bound_is_that_of_one_gradient():
-    assert moment_bound(None, LOOSE, 0.9, 0.999) == pytest.approx(1 / math.sqrt(1 - 0.999))
-    assert moment_bound(None, LOOSE, 0.0, 0.0) == 1  # v is g**2
+    assert moment_bound(None, BOUNDED, 0.9, 0.999) == pytest.approx(1 / math.sqrt(1 - 0.999))
+    assert moment_bound(None, BOUNDED, 0.0, 0.0) == 1  # v is g**2
 
 
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.99, 0.9), (0.0, 1.0)])
 def test_there_is_no_bound(beta1, beta2):
     """The first moment remembers longer, or the second takes up nothing."""
-    assert moment_bound(LOOSE, LOOSE, beta1, beta2) == 0
+    assert moment_bound(BOUNDED, BOUNDED, beta1, beta2) == 0
     m, v = torch.tensor([1e6]), torch.tensor([1e-12])
     assert bounded(m, v, 0.0) is m
 
@@ -81,11 +82,11 @@ def test_estimates_that_are_exact_or_no_smaller_are_not_bounded():
 WITH_MOMENTUM = 7.3 * math.sqrt(0.001) / 0.1  # both corrections of the first step
 #: An optimizer, the policy, and how far its exact step can go, in learning rates.
 FAR: dict[str, tuple[Any, Policy, float]] = {
-    "adam, no first moment": (partial(Adam, eps=0.0), everywhere(Drop(), Factored()), 1.0),
-    "adam, first moment kept": (partial(Adam, eps=0.0), everywhere(Keep(), Factored()), WITH_MOMENTUM),
-    "adam, first moment rounded": (partial(Adam, eps=0.0), everywhere(BFloat16(), Factored()), WITH_MOMENTUM),
-    "rmsprop": (partial(RMSprop, eps=0.0), everywhere(second=Factored()), 10.0),
-    "adagrad": (partial(Adagrad, eps=0.0), everywhere(second=Factored()), 1.0),
+    "adam, no first moment": (partial(Adam, eps=0.0), everywhere(Drop(), FACTORED), 1.0),
+    "adam, first moment kept": (partial(Adam, eps=0.0), everywhere(Keep(), FACTORED), WITH_MOMENTUM),
+    "adam, first moment rounded": (partial(Adam, eps=0.0), everywhere(BFloat16(), FACTORED), WITH_MOMENTUM),
+    "rmsprop": (partial(RMSprop, eps=0.0), everywhere(second=FACTORED), 10.0),
+    "adagrad": (partial(Adagrad, eps=0.0), everywhere(second=FACTORED), 1.0),
 }  # fmt: skip
 
 
@@ -113,7 +114,11 @@ def test_a_bounded_step_is_the_same_of_sparse_and_of_dense_gradients():
         table = nn.Embedding(30, 40, sparse=sparse)
         nn.init.zeros_(table.weight)
         optimizer = (SparseAdam if sparse else Adam)(table.parameters(), lr=1.0, eps=1e-12)
-        compress(optimizer, table, Policy([Rule(role="embedding", first_moment=Drop(), second_moment=Factored())]))
+        compress(
+            optimizer,
+            table,
+            Policy([Rule(role="embedding", first_moment=Drop(), second_moment=FACTORED)]),
+        )
         table.weight.grad = outliers().to_sparse(1) if sparse else outliers()
         optimizer.step()
         return table.weight.detach()
@@ -124,7 +129,7 @@ def test_a_bounded_step_is_the_same_of_sparse_and_of_dense_gradients():
 def test_a_variance_may_be_any_part_of_the_square():
     """Centered RMSprop of a gradient that stays the same: by the bound of an uncentered one it would not grow."""
     model, optimizer = converted(
-        partial(RMSprop, lr=1.0, eps=0.0, centered=True), everywhere(Keep(), Factored()), [(30, 40)]
+        partial(RMSprop, lr=1.0, eps=0.0, centered=True), everywhere(Keep(), FACTORED), [(30, 40)]
     )
     for _ in range(700):
         before = model.p0.detach().clone()
