@@ -3,8 +3,8 @@
 SmolLM2-135M is trained by exact AdamW as in :mod:`benchmarks.fine_tuning`. Beside it the squares of the table's
 gradient are kept exactly, as row means and column means, and as row means alone. Compared is the gradient divided by
 the root of each, which is the step of an optimizer without a first moment, in learning rates: rows of the step's tokens
-and all the others apart. "Bounded" is what `Factored(bounded=True)` does: the second moment is taken for no less than the
-step's own square.
+and all the others apart. "Bounded" is what `Factored(bounded=True)` does: the second moment is taken for no less than
+the step's own square.
 
     pip install -e .[benchmark,transformers] gguf
     python -m benchmarks.step_lengths --steps 80
