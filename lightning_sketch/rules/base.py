@@ -142,9 +142,9 @@ def moment_bound(first: CodecState | None, second: CodecState, beta1: float, bet
     r"""The largest :math:`|m| / \sqrt v` of exact moments, where a step is to be held to that; else 0.
 
     Two EMAs of the same gradients obey :math:`|m| \le \sqrt v (1-\beta_1) / \sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}`
-    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults, and 32 times without a first moment. A mean over several
-    elements may be far below what one of them has: of a pretrained model some columns have gradients 30 times as large
-    as the others. A rare row that collides with a frequent one holds the other's `m`. Either would make a huge update.
+    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults, and 32 times without a first moment. A rare row that
+    collides with a frequent one holds the other's `m`, and a mean over several elements may be far below what one of
+    them has. Either would make a huge update.
 
     Args:
         first: holds m; ``None`` where m is the gradient.
@@ -155,9 +155,10 @@ def moment_bound(first: CodecState | None, second: CodecState, beta1: float, bet
         return 0.0
     if first is None:
         beta1 = 0.0
+    if beta2 >= 1 or (beta1 > 0 and beta1**2 >= beta2):
+        return 0.0  # there is none
     ratio = beta1**2 / beta2 if beta1 > 0 else 0.0
-    room = (1 - beta2) * (1 - ratio)
-    return (1 - beta1) / math.sqrt(room) if room > 0 else 0.0  # otherwise there is none
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio))
 
 
 def bounded(m: Tensor, v: Tensor, factor: float) -> Tensor:

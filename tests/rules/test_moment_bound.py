@@ -66,7 +66,7 @@ def test_without_a_first_moment_the_bound_is_that_of_one_gradient():
     assert moment_bound(None, BOUNDED, 0.0, 0.0) == 1  # v is g**2
 
 
-@pytest.mark.parametrize(("beta1", "beta2"), [(0.99, 0.9), (0.0, 1.0)])
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.99, 0.9), (0.9, 0.0), (0.0, 1.0)])
 def test_there_is_no_bound(beta1, beta2):
     """The first moment remembers longer, or the second takes up nothing."""
     assert moment_bound(BOUNDED, BOUNDED, beta1, beta2) == 0
