@@ -121,7 +121,7 @@ STEP = (
     Field("dtype", "int32_t", Source.STEP, False, "of param and grad"),
     Field("all_rows", "int32_t", Source.STEP, True, "whether every row of the parameter is in the gradient"),
     Field("maximize", "int32_t", Source.STEP, False),
-    Field("use_bound", "int32_t", Source.STEP, False, "whether a sketched first moment is clamped"),
+    Field("use_bound", "int32_t", Source.STEP, False, "whether m is clamped"),
     Field("lr", "float", Source.STEP, True),
     Field("decay_factor", "float", Source.STEP, True, "of the parameter: 1 - lr * decoupled weight decay"),
     Field("eps", "float", Source.STEP, True),

@@ -113,7 +113,7 @@ class FusedStep:
         second, first, momentum: the states; momentum is SM3's EMA of the update (states modified in place).
         lr, decay_factor, eps, weight_decay: as above; weight_decay is the coupled one.
         correction: c above.
-        bound: clamp m to ``bound * sqrt(v)``, where m is sketched; 0 for no clamp.
+        bound: clamp m to ``bound * sqrt(v)``, see `rules.base.moment_bound`; 0 for no clamp.
         nesterov: factor of Nesterov's momentum; 0 for none.
         maximize: whether to step along the gradient, not against it.
         cache: of the layer's earlier steps; ``None`` if nothing is to be kept.
