@@ -120,6 +120,10 @@ class Codec(ABC):
         shape = self.table_shape(shard) or self.row_table_shape(shard)
         return shape is not None and shape[1] < shard.table_rows
 
+    def fills_empty_rows(self, shard: Shard) -> bool:
+        """Whether steps find anything but 0 in a row that never had a gradient."""
+        return self.shares_buckets(shard)
+
     @property
     def decays_absent_rows(self) -> bool:
         """Whether rows that a sparse gradient lacks decay as under a dense one; torch's own states do not."""

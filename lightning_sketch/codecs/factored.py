@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,21 +29,35 @@ class Factored(Codec):
     gradients, in constant time. Where ranks divide the parameter, they are those of one process: a row that lies on
     several ranks has one mean, and column means are over all rows.
 
+    With a `floor` :math:`\varphi` steps are made by :math:`(r_i + \varphi \bar r) c_j / \bar c`: the mean of all rows
+    is added to each as often as that, so that no row's steps are much longer than those of a row like the mean. It is
+    what a larger eps does, in units that follow the gradients; the means that are stored are without it.
+
     Args:
         bounded: hold steps to what exact second moments allow: the product may be far below what a single element has,
             where columns differ by row, and that element then goes further than it ever would by an exact state. For
             fine-tuning a pretrained model.
+        floor: how many times the mean of all rows is added to each row's for a step, at least 0. For tables with rows
+            that seldom have a gradient.
+
+    Raises:
+        ValueError: an option is out of range.
 
     References:
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
     """
 
     bounded: bool = False
+    floor: float = 0.0
 
     live_blocks: ClassVar[int] = 7
     refuses_signed: ClassVar[str | None] = (
         "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
     )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"Factored(floor={self.floor}): must be finite and >= 0")
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         shard = spec.shard
@@ -64,11 +79,14 @@ class Factored(Codec):
         found = super().from_whole(shard, whole)
         return found | {"col": found["col"].flatten()} if shard.is_cut_row else found
 
+    def fills_empty_rows(self, shard: Shard) -> bool:
+        return self.floor > 0
+
     def axes(self, ndim: int) -> dict[str, tuple[int | None, ...]]:
         return {"row": (0,), "col": tuple(range(1, ndim))}
 
     def bind(self, spec: StateSpec, tensors: Tensors) -> CodecState:
-        return _Factored(spec, tensors, self.bounded)
+        return _Factored(spec, tensors, self)
 
 
 class _Factored(ScaledState):
@@ -78,9 +96,9 @@ class _Factored(ScaledState):
     can_follow: ClassVar[bool] = True
     takes_sums: ClassVar[bool] = True
 
-    def __init__(self, spec: StateSpec, tensors: Tensors, bounded: bool) -> None:
+    def __init__(self, spec: StateSpec, tensors: Tensors, codec: Factored) -> None:
         super().__init__(spec, tensors)
-        self.bounded = bounded
+        self.bounded, self.floor = codec.bounded, codec.floor
 
     def share(self, shared: Shared) -> None:
         super().share(shared)
@@ -154,25 +172,34 @@ class _Factored(ScaledState):
             row = self.row
             if self.spec.shard.part_shape is not None:
                 row = row * (columns.mean() / self._mean()).nan_to_num_(nan=0.0)
-            return KernelState(Kind.FACTORED, row, columns, 1.0, 0.0, 0.0, self.scale)
+            return KernelState(Kind.FACTORED, row, columns, 1.0, 0.0, 0.0, self.scale, floor=self.floor)
         column_weight = self.weight / max(1, self.spec.shard.global_rows)
-        return KernelState(Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale)
+        return KernelState(
+            Kind.FACTORED, self.row, self.col, 1.0, self.weight, column_weight, self.scale, floor=self.floor
+        )
 
     def settle(self) -> None:
-        self.shape = self._shape()
+        self.shape, self.added = self._shape(), self._added()
 
     def read(self, block: Block, x: Tensor) -> Tensor:
-        return self._product(block, self.shape)
+        return self._product(block, self.shape, self.added)
 
     def commit(self) -> None:
-        del self.shape  # a bound state outlives the step
+        del self.shape, self.added  # a bound state outlives the step
 
     def estimate(self, block: Block) -> Tensor:
-        return self._product(block, self._shape())
+        return self._product(block, self._shape(), None)
+
+    def as_read(self, block: Block) -> Tensor:
+        return self._product(block, self._shape(), self._added())
 
     def _shape(self) -> Tensor:
         # 0/0 := 0 before the first gradient
         return (self._own_columns(self.col) / self._mean()).nan_to_num_(nan=0.0)
+
+    def _added(self) -> Tensor | None:
+        """What is added to every row in a step."""
+        return self._mean() * self.floor if self.floor else None
 
     def _mean(self) -> Tensor:
         """Mean of all columns of the layer; of all of its rows it is the same."""
@@ -184,5 +211,7 @@ class _Factored(ScaledState):
             return columns
         return columns[shard.column_offset : shard.column_offset + shard.row_numel]
 
-    def _product(self, block: Block, shape: Tensor) -> Tensor:
-        return over_rows(self.row[block.index] * self.scale, len(self.spec.local_shape)) * shape
+    def _product(self, block: Block, shape: Tensor, added: Tensor | None) -> Tensor:
+        row = self.row[block.index]
+        row = row if added is None else row + added
+        return over_rows(row * self.scale, len(self.spec.local_shape)) * shape

@@ -250,6 +250,10 @@ class CodecState(ABC):
     def estimate(self, block: Block) -> Tensor:
         """The stored state at the block's rows, broadcastable to ``[k, *row_shape]``; not to be modified."""
 
+    def as_read(self, block: Block) -> Tensor:
+        """The stored state as `read` would give it: another one than `estimate` where a codec adds to it for steps."""
+        return self.estimate(block)
+
 
 def add_scaled(target: Tensor, x: Tensor, weight: Number) -> Tensor:
     """``target += weight * x`` (modified in place), wherever the weight is."""

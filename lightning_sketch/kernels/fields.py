@@ -105,6 +105,7 @@ STATE = (
     Field("weight", "float", Source.STEP, True),
     Field("column_weight", "float", Source.STEP, True, "of the column sums (FACTORED); factor of the columns (SM3)"),
     Field("scale", "float", Source.STEP, True),
+    Field("floor", "float", Source.STEP, True, "times the mean of all rows is added to each (FACTORED)"),
     Field("scratch", "void*", Source.DRIVER, False),
 )
 

@@ -31,6 +31,7 @@ class KernelState:
         is_signed: whether a sketch or codes have signs.
         depth, width: of a sketch; bits and block (QUANTIZED).
         seed: of a sketch's hashes, or of the rounding noise.
+        floor: how many times the mean of all rows is added to each where it is read (FACTORED).
         scale_at: where the numbers of steps stay on the device, the scale, 0-d float64; ``None`` if there is none.
             Nothing has decayed then, and weights are not divided yet.
         scale_decay: by which that scale is to decay.
@@ -47,6 +48,7 @@ class KernelState:
     depth: int = 0
     width: int = 0
     seed: int = 0
+    floor: float = 0.0
     scale_at: Tensor | None = None
     scale_decay: float = 1.0
 

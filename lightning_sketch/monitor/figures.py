@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import key_of, relative_norm
 from lightning_sketch.layers.record import LayerPart
+from lightning_sketch.monitor.shadow import Stored
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def over_ranks(every: Iterable[Mapping[str, Sums]]) -> dict[str, LayerFigures]:
 def measure(
     part: LayerPart,
     state: Mapping[str, Any],
-    stored: Mapping[str, tuple[Tensor, bool]],
+    stored: Mapping[str, Stored],
     exact: Mapping[str, Tensor],
     updates: tuple[Tensor, Tensor] | None,
 ) -> Sums:
@@ -119,8 +120,8 @@ def measure(
         updates: by stored and by exact states; ``None`` if the layer was not stepped.
     """
     numbers: list[Tensor] = []
-    for name, (values, _) in stored.items():
-        numbers += [_squares(values - exact[name]), _squares(exact[name])]
+    for name, found in stored.items():
+        numbers += [_squares(found.values - exact[name]), _squares(exact[name])]
     if updates is not None:
         ours, true = updates
         numbers += [_dot(ours, true), _squares(ours), _squares(true)]

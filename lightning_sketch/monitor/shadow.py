@@ -50,6 +50,21 @@ class Taken:
     shown: Tensor | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class Stored:
+    """What a compressed state says of the sampled rows.
+
+    Args:
+        values: ``[n, *row_shape]``.
+        as_read: the same as rules get it, see `CodecState.as_read`.
+        bounded: see `CodecState`.
+    """
+
+    values: Tensor
+    as_read: Tensor
+    bounded: bool
+
+
 class Shadow:
     """The sampled rows of one part of a layer.
 
@@ -77,29 +92,31 @@ class Shadow:
         """Take the states as they are for exact: they are fresh, or were loaded or converted."""
         self.block = Block(self.part.shard, self.rows, slice(0, len(self.rows)))
         stored = self.stored(own.param, own.group, own.state, on_device=own.on_device)
-        self.states = {name: state.clone() for name, (state, _) in stored.items()}
+        self.states = {name: state.values.clone() for name, state in stored.items()}
         self._exact = {name: _Exact(name, state) for name, state in self.states.items()}
         self.replaced = False
         self.steps = int(own.state["step"]) if own.state else 0
 
     def stored(
         self, param: Tensor, group: Mapping[str, Any], state: dict[str, Any], *, on_device: bool
-    ) -> dict[str, tuple[Tensor, bool]]:
-        """What the compressed states say of these rows, ``[n, *row_shape]``, and `CodecState.bounded` of each.
+    ) -> dict[str, Stored]:
+        """What the compressed states say of these rows.
 
         Args:
             state: ``optimizer.state[param]``; if it is empty the layer has not been stepped.
             on_device: whether the numbers of steps stay on the device.
         """
         part, shape = self.part, (len(self.rows), *self.part.shard.row_shape)
-        found: dict[str, tuple[Tensor, bool]] = {}
+        found: dict[str, Stored] = {}
         for name, codec in part.layer.persistent_codecs().items():
             spec = part.spec(name, param, group)
             if not state:
-                found[name] = torch.full(shape, spec.fill, dtype=self.dtype, device=self.rows.device), False
+                fresh = torch.full(shape, spec.fill, dtype=self.dtype, device=self.rows.device)
+                found[name] = Stored(fresh, fresh, False)
                 continue
             bound = codec.bind(replace(spec, on_device=on_device), state)
-            found[name] = bound.estimate(self.block).expand(shape), bound.bounded
+            values, as_read = bound.estimate(self.block), bound.as_read(self.block)
+            found[name] = Stored(values.expand(shape), as_read.expand(shape), bound.bounded)
         return found
 
     def take(self, optimizer: CompressedGroups, own: PendingUpdate, gradient: RowGradient) -> Taken:
@@ -150,9 +167,7 @@ class Shadow:
             exact.good = None if good is None else good.expand_as(self.states[name])
         return self._exact
 
-    def updates(
-        self, rule: UpdateRule, taken: Taken, stored: Mapping[str, tuple[Tensor, bool]]
-    ) -> tuple[Tensor, Tensor]:
+    def updates(self, rule: UpdateRule, taken: Taken, stored: Mapping[str, Stored]) -> tuple[Tensor, Tensor]:
         """The update of this step by the compressed states, and by the exact ones; of rows with a gradient.
 
         Both are ``[m, *row_shape]``, without learning rate and weight decay. Waits for the device.
@@ -167,7 +182,7 @@ class Shadow:
             return layer.param if rows is None else layer.param[rows]
 
         return (
-            update({name: _Given(values, bounded) for name, (values, bounded) in stored.items()}),
+            update({name: _Given(state.as_read, state.bounded) for name, state in stored.items()}),
             update({name: _Given(values, False) for name, values in self.states.items()}),
         )
 

@@ -1,7 +1,8 @@
 """Rows that never get a gradient (padding, masks) do not stay where they are under a sketched first moment: say so.
 
 A sketch answers for every row, also for one that was never inserted: with what other rows left in its buckets. That
-moves the row, unless its second moment is zero, which it is only where that is not sketched, too. The states cannot
+moves the row, unless its second moment is zero, which it is only where that is not sketched, too, and has no floor. The
+states cannot
 tell which rows had a gradient. A bit for each row would be a further state to save, shard and move, and to set it means
 reading all of a dense gradient once more at every step: of 65,536 x 256 on one thread, in plain PyTorch, that took two
 thirds as long as the whole step of two sketches. And `lazy` does it already, for those who need it.
@@ -45,12 +46,12 @@ def moves_rows_without_gradient(layer: LayerRecord) -> bool:
         return False
     shard = Shard.whole(layer.shape)
     states: Mapping[str, Codec] = layer.codecs
-    if not any(layer.signed[state] and codec.shares_buckets(shard) for state, codec in states.items()):
+    if not any(layer.signed[state] and codec.fills_empty_rows(shard) for state, codec in states.items()):
         return False
     # Updates are zero where the second moment is, but for RMSprop's momentum, which is of updates.
     second = [codec for state, codec in states.items() if not layer.signed[state]]
-    momentum = "momentum_buffer" in states and states["momentum_buffer"].shares_buckets(shard)
-    return momentum or all(codec.shares_buckets(shard) for codec in second)
+    momentum = "momentum_buffer" in states and states["momentum_buffer"].fills_empty_rows(shard)
+    return momentum or all(codec.fills_empty_rows(shard) for codec in second)
 
 
 def _reasons(layer: NamedLayer) -> Iterator[str]:

@@ -41,6 +41,23 @@ def test_rank_one_states_are_exact(shape):
         torch.testing.assert_close(driver.step(dense, decay=0.5, weight=0.5), dense * (1 - 0.5**driver.steps))
 
 
+@SHAPES
+def test_a_floor_adds_the_mean_of_all_rows_to_each(shape):
+    plain, floored = (Driver(codec, make_spec(shape)) for codec in (Factored(), Factored(floor=3.0)))
+    for _ in range(3):
+        x = torch.rand(shape or (1,))
+        found, without = floored.ema(x), plain.ema(x)
+    columns = without.mean(dim=0, keepdim=True)  # row means and column means of the product are those it is made of
+    torch.testing.assert_close(found, without + 3 * columns)
+    assert floored.state.tolist() == plain.state.tolist()  # it is of steps, and not of what is stored
+
+
+@pytest.mark.parametrize("floor", [-1.0, float("inf"), float("nan")])
+def test_a_floor_is_a_finite_number_of_at_least_0(floor):
+    with pytest.raises(ValueError, match=rf"Factored\(floor={floor}\): must be finite and >= 0"):
+        Factored(floor=floor)
+
+
 def test_nothing_yet_is_zero():
     driver = Driver(Factored(), make_spec((4, 3)))
     assert driver.ema(torch.zeros(4, 3)).tolist() == torch.zeros(4, 3).tolist()

@@ -26,7 +26,7 @@ SECOND = {
     "sketched rows": RowWise(compression=4),
     "lazy rows": RowWise(lazy=True),
     "lazy sketched rows": RowWise(compression=4, lazy=True),
-    "factored": Factored(),
+    "factored": Factored(floor=2.0),
     "SM3": SM3(),
     "SM3-I": SM3("I"),
     "SM3 with momentum": SM3(momentum=0.9),

@@ -20,7 +20,7 @@ from lightning_sketch.sharding.dtensor import even_shard
 from lightning_sketch.sharding.gradient import RowGradient
 
 SHAPE, STEPS = (21, 36), 3
-SECOND: tuple[Codec, ...] = (RowWise(), RowWise(compression=3), Factored())
+SECOND: tuple[Codec, ...] = (RowWise(), RowWise(compression=3), Factored(floor=2.0))
 FIRST: tuple[Codec, ...] = (Drop(), Keep(), BFloat16(), CountSketch(compression=3))
 CUTS: tuple[Cut, ...] = ("rows", "columns", "anywhere")
 GROUP: dict[str, Any] = {

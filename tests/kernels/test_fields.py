@@ -18,13 +18,15 @@ TYPES = st.sampled_from(["int32_t", "int64_t", "uint64_t", "float", "void*"])
 
 
 def test_every_field_of_a_step_has_a_value_in_python() -> None:
-    state = KernelState(Kind.SKETCH, torch.zeros(2, 5, 3), decay=0.5, weight=0.25, scale=2.0, depth=2, width=5, seed=7)
+    state = KernelState(
+        Kind.SKETCH, torch.zeros(2, 5, 3), decay=0.5, weight=0.25, scale=2.0, depth=2, width=5, seed=7, floor=3.0
+    )
     step = FusedStep(torch.zeros(4, 3), torch.zeros(2, 3), torch.tensor([1, 3]), 0, 0, state, None, None, 0.1)
     names = [field.name for field in STEP if field.source == Source.STEP and not field.is_address]
     assert len(step_numbers(step)) == len(names)
     said = dict(zip(names, step_numbers(step), strict=True))
     assert (said["rows"], said["columns"], said["all_rows"], said["use_bound"], said["lr"]) == (2, 3, False, False, 0.1)
-    assert state_numbers(state) == (5, 7, 0.5, 0.25, 0.0, 2.0)
+    assert state_numbers(state) == (5, 7, 0.5, 0.25, 0.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize("listed", [STATE, STEP])

@@ -76,7 +76,7 @@ WAYS: list[tuple[Codec, Codec]] = [
     (RowWise(), BFloat16()),
     (RowWise(compression=4), Drop()),
     (SM3(), Drop()),
-    (Factored(), BFloat16()),
+    (Factored(floor=2.0), BFloat16()),
     (CountSketch(compression=4), CountSketch(compression=4)),
     (BFloat16(), BFloat16(stochastic=False)),
     (CountSketch(width=10_000), Keep()),

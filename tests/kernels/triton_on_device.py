@@ -37,7 +37,7 @@ PAIRS: list[tuple[Codec, Codec]] = [
     (RowWise(), Drop()),
     (RowWise(compression=4), BFloat16()),
     (SM3(), Drop()),
-    (Factored(), BFloat16()),
+    (Factored(floor=2.0), BFloat16()),
     (CountSketch(compression=4), CountSketch(compression=4)),
     (CountSketch(width=10_000), Keep()),
     (BFloat16(), BFloat16(stochastic=False)),

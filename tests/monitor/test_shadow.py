@@ -110,10 +110,15 @@ def test_errors_are_against_the_states_of_torch(name):
     assert ("exp_avg" in figures.errors) is not isinstance(CODECS[name]["first_moment"], Drop)
 
 
-@pytest.mark.parametrize("name", ["sketch", "sketched rows", "factored"])
+MOVING = {name: CODECS[name] for name in ("sketch", "sketched rows", "factored")} | {
+    "with a floor": {"first_moment": BFloat16(), "second_moment": Factored(floor=2.0)}
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_updates_are_compared_as_the_parameter_moves(name):
     case = Case(AdamW, {"lr": 0.05, "weight_decay": 0.0})
-    model, optimizer, monitor = watched(case, CODECS[name])
+    model, optimizer, monitor = watched(case, MOVING[name])
     plain = Tiny()
     reference = case.make(plain.parameters())
     for step in range(5):

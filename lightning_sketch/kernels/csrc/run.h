@@ -95,8 +95,8 @@ class Run {
             steps_.check_rows(layer, task.begin, task.end);
     }
 
-    static void finish_columns(const StepArgs& layer) {
-        const State& state = layer.second;
+    static void finish_columns(StepArgs& layer) {
+        State& state = layer.second;
         float* shape = static_cast<float*>(state.scratch);
         double total = 0.0;
         for (int64_t c = 0; c < layer.columns; c++) {
@@ -111,6 +111,7 @@ class Run {
             float ratio = state.columns[c] / mean;
             shape[c] = ratio == ratio ? ratio : 0.0f;  // 0/0 := 0 before the first gradient
         }
+        state.floor *= mean;  // what is added to every row
     }
 
     void insert(int64_t wave) {

@@ -128,9 +128,9 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
                 }
                 float* stored = (float*)second.data + row;
                 *stored += mean * second.weight;
-                row_v = *stored * second.scale;
+                row_v = (*stored + second.floor) * second.scale;
             } else if (second.kind == ROW || second.kind == FACTORED) {
-                row_v = ((float*)second.data)[row] * second.scale;
+                row_v = (((float*)second.data)[row] + second.floor) * second.scale;
             } else if (second.kind == ROW_SKETCH) {
                 row_v = sketched_row(layer, second, row);
             } else if (second.kind == SM3) {

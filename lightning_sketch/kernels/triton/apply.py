@@ -215,6 +215,8 @@ def apply(
         stored = load(second, row, good) + means * second_weight
         tl.debug_barrier()  # fewer rows than threads: several read the same one, and all are to have read the old value
         tl.store(second + row, stored, mask=good)
+    if SECOND_KIND == FACTORED:
+        stored += tl.load(shape + columns)  # the floor
     of_row = (stored * second_scale)[:, None]
     if SECOND_KIND == ROW_SKETCH:
         only = tl.zeros([1], tl.int64)

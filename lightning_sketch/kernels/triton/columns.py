@@ -12,6 +12,7 @@ from lightning_sketch.kernels.triton.table import (
     COLUMN_WEIGHT,
     COLUMNS,
     FINISH,
+    FLOOR,
     GROUPS,
     LARGEST,
     LEFT_OUT,
@@ -58,6 +59,8 @@ def finish_factored(
 ) -> None:
     """A program for each layer: add the sums of columns to their means, and store these divided by their mean.
 
+    Behind them is what is added to every row.
+
     Args:
         HELD: the means hold the step already: there are no sums.
     """
@@ -87,6 +90,7 @@ def finish_factored(
         relative = tl.div_rn(means, tl.zeros([TILE], tl.float32) + mean)
         # 0/0 := 0 before the first gradient
         tl.store(shape + column, tl.where(relative == relative, relative, 0.0), mask=column < columns)
+    tl.store(shape + columns, mean * number(layer, SECOND + FLOOR))
 
 
 @kernel("layers")

@@ -17,7 +17,7 @@ from lightning_sketch.kernels.triton.device_numbers import device_words
 from lightning_sketch.kernels.triton.launches import Launched, launch, launch_observe
 from lightning_sketch.kernels.triton.layout import Key, Laid, holds_step, lay_out
 from lightning_sketch.kernels.triton.orders import Order, Sorting, find_orders
-from lightning_sketch.kernels.triton.recipes import NUMBERS_ON_DEVICE
+from lightning_sketch.kernels.triton.recipes import NUMBERS_ON_DEVICE, OF_STATES_ON_DEVICE
 from lightning_sketch.kernels.triton.table import (
     COUNT,
     FLOATS,
@@ -27,7 +27,6 @@ from lightning_sketch.kernels.triton.table import (
     ROW,
     RULE,
     SCRATCH,
-    STATE_FLOATS,
     STATE_WORDS,
 )
 
@@ -217,10 +216,10 @@ def _rule_on_device(step: FusedStep) -> tuple[float, ...]:
 
 def _state(stored: KernelState, on_device: bool) -> tuple[int | float, ...]:
     columns = 0 if stored.columns is None else stored.columns.data_ptr()
-    numbers = state_numbers(stored)
     if on_device:
-        numbers = numbers[: -len(STATE_FLOATS)] + (0.0,) * len(STATE_FLOATS)
-    return stored.data.data_ptr(), columns, *numbers
+        zeros: dict[str, Any] = dict.fromkeys(OF_STATES_ON_DEVICE, 0.0)
+        stored = replace(stored, **zeros)
+    return stored.data.data_ptr(), columns, *state_numbers(stored)
 
 
 def laid_of(step: FusedStep) -> Laid:

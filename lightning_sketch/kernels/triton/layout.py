@@ -198,7 +198,8 @@ class Laid:
         blocks: of rows, each with a partial sum for every column.
         splits: programs of `apply` for the same rows.
         floats: numbers of float32, each padded to 16 bytes: means of rows, sums of rows over chunks of columns, partial
-            sums of columns, their groups, the shape of columns, and (as many words of 32 bits) hashes of columns.
+            sums of columns, their groups, the shape of columns and what is added to rows, and (as many words of 32
+            bits) hashes of columns.
         sums, exponents: numbers of int64, and of 32 bits, that begin as zeros: of a sketch's slots; of columns' maxima.
     """
 
@@ -265,14 +266,14 @@ def lay_out(step: FusedStep, aligned: bool) -> Laid:
     means, row_sums = (rows, chunks * rows) if key.observed else (0, 0)
     partials = of_groups = shape = 0
     if held:
-        shape = columns if second.kind == Kind.FACTORED else 0
+        shape = columns + 1 if second.kind == Kind.FACTORED else 0
     elif second.kind == Kind.ROW_SKETCH:
         slots = second.depth * second.width
         add, fold = ceil(rows, TILE_SKETCH), ceil(slots, TILE_SKETCH)
     elif second.kind == Kind.FACTORED:
         groups = ceil(blocks, GROUP)
         reduce = groups * ceil(columns, TILE_COLUMNS)
-        partials, of_groups, shape = blocks * columns, groups * columns, columns
+        partials, of_groups, shape = blocks * columns, groups * columns, columns + 1
     finish = ceil(columns, TILE_FINISH) if key.columns_used else 0
     splits = ceil(columns, SPAN) if key.split else 1
     apply = ceil(rows, key.apply_tile[0]) * splits

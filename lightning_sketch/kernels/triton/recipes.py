@@ -12,6 +12,8 @@ from lightning_sketch.kernels.schema import FusedStep, KernelState
 
 #: Of a step, what may lie on the device.
 NUMBERS_ON_DEVICE = ("lr", "decay_factor", "eps", "correction")
+#: Of a state, what is written there.
+OF_STATES_ON_DEVICE = ("decay", "weight", "column_weight", "scale")
 #: Words. Of numbers: where they are among the values of a step, or -1; and what they are then, a float64.
 STATE_NAMES = (
     *("scale_at", "decay", "weight_at", "weight", "column_weight"),

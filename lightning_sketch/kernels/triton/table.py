@@ -59,7 +59,7 @@ ROW_OFFSET, COLUMN_OFFSET, ALL_ROWS = map(_word, ("row_offset", "column_offset",
 SPLITS, CHUNKS = map(_word, ("splits", "chunks"))
 SECOND, FIRST, MOMENTUM = map(_word, ("second_data", "first_data", "momentum_data"))
 # Of a state, from its first word.
-STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE = (
+STATE_COLUMNS, WIDTH, SEED, DECAY, WEIGHT, COLUMN_WEIGHT, SCALE, FLOOR = (
     tl.constexpr(STATE_WORDS.index(word)) for word in ("columns", *STATE_WORDS[2:])
 )
 LR, DECAY_FACTOR, EPS, WEIGHT_DECAY = map(_word, ("lr", "decay_factor", "eps", "weight_decay"))
