@@ -198,7 +198,7 @@ def main() -> None:
 
 def _epsilons(method: Method) -> tuple[float, ...]:
     """Those that are tried: the default alone under a full softmax, and for what should do with it."""
-    one = method.softmax == "full" or method.floor is not None
+    one = method.softmax == "full"
     return EPSILONS[method.family][:1] if one else EPSILONS[method.family]
 
 

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop, SparseAdam
 
-from benchmarks.row_floor import FlooredRows
-
 Family = Literal["momentum", "adam", "adagrad", "rmsprop"]
 Codec = Callable[[Any], Any]  # the package -> a codec
 
@@ -37,7 +35,6 @@ class Method:
         default: the default policy, in place of both.
         beta1: whether Adam has its first moment.
         dense: whether gradients of the tables are dense.
-        floor: of the prototype in `benchmarks.row_floor`, in place of the stock class.
     """
 
     label: str
@@ -49,7 +46,6 @@ class Method:
     default: bool = False
     beta1: bool = True
     dense: bool = False
-    floor: float | None = None
 
     @property
     def compressed(self) -> bool:
@@ -68,16 +64,7 @@ def build(
     known = {id(table) for table in tables}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
     stepping: Optimizer
-    if method.floor is not None:
-        stepping = FlooredRows(
-            tables,
-            lr=lr,
-            eps=eps,
-            decay={"adam": BETAS[1], "adagrad": 1.0, "rmsprop": ALPHA}[method.family],
-            corrects_bias=method.family == "adam",
-            floor=method.floor,
-        )
-    elif method.family == "adam":
+    if method.family == "adam":
         stepping = SparseAdam(tables, lr=lr, eps=eps, betas=(BETAS[0] if method.beta1 else 0.0, BETAS[1]))
     elif method.family == "adagrad":
         stepping = Adagrad(tables, lr=lr, eps=eps)
@@ -131,15 +118,6 @@ def _rows(**options: Any) -> Codec:
     return lambda ls: ls.RowWise(**options)
 
 
-def _floored(family: Family, name: str) -> dict[str, Method]:
-    return {
-        f"sampled_{family}_floor{floor}": Method(
-            f"{name}, RowWise, {floor} x the mean added (prototype)", "sampled", family, floor=floor
-        )
-        for floor in (1, 10)
-    }
-
-
 def _sketched(
     softmax: Literal["full", "sampled"], size: str, rule: str, make: Codec, paper: tuple[str, str]
 ) -> dict[str, Method]:
@@ -182,14 +160,20 @@ METHODS: dict[str, Method] = {
         "RMSprop, RowWise, touched rows alone decay", "sampled", "rmsprop", second=_rows(lazy=True)
     ),
     "sampled_rmsprop_rw10_lazy": Method(
-        "RMSprop, default policy, touched rows alone decay",
+        "RMSprop, RowWise in a 10x sketch, touched rows alone decay",
         "sampled",
         "rmsprop",
         second=_rows(compression=10, lazy=True),
     ),
-    **_floored("adam", "Adam, no first moment"),
-    **_floored("adagrad", "Adagrad"),
-    **_floored("rmsprop", "RMSprop"),
+    "sampled_adam_rw10": Method(
+        "Adam, RowWise in a 10x sketch, no first moment", "sampled", "adam", first=_drop, second=_rows(compression=10)
+    ),
+    "sampled_adagrad_rw10": Method(
+        "Adagrad, RowWise in a 10x sketch", "sampled", "adagrad", second=_rows(compression=10)
+    ),
+    "sampled_rmsprop_rw10": Method(
+        "RMSprop, RowWise in a 10x sketch", "sampled", "rmsprop", second=_rows(compression=10)
+    ),
     "sampled_adam_b0": Method("Adam, exact, beta1 = 0", "sampled", "adam", beta1=False),
     # Tables 3 (momentum) and 4 (Adam): a full softmax, only the embedding is sparse; a sketch of [3, 16, dim].
     "full_momentum": Method("Momentum, exact", "full", "momentum", "Momentum", dense=True),
@@ -205,6 +189,9 @@ METHODS: dict[str, Method] = {
     **_sketched("full", "16 buckets", "linear", _linear(width=16), ("CS-MV", "CS-V")),
     "full_adam_low_rank": Method("Adam, second moment low-rank", "full", "adam", "LR-NMF-V", second=_factored),
     "full_adam_default": Method("Adam, default policy", "full", "adam", default=True),
+    "full_adam_rw10": Method(
+        "Adam, RowWise in a 10x sketch, no first moment", "full", "adam", first=_drop, second=_rows(compression=10)
+    ),
     **_sketched("full", "5x", "paper", _paper(compression=5), ("", "")),
     **_sketched("full", "5x", "linear", _linear(compression=5), ("", "")),
     "full_momentum_touched": Method("Momentum, exact, of touched rows alone", "full", "momentum", first=_touched),

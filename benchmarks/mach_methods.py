@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Adagrad, Adam, Optimizer, SparseAdam
 
 from benchmarks.mach import Classifier
-from benchmarks.row_floor import FlooredRows
 
 BETA2 = 0.999
 Policy = Callable[[Any], Any]  # the package -> a policy
@@ -24,7 +23,6 @@ class Method:
         family: of the optimizer. ``"sparse_adam"`` is `SparseAdam` for the words, whose gradients are sparse, and
             `Adam` for the rest; ``"adam"`` is `Adam` alone, which takes sparse gradients only where it is compressed.
         momentum: whether Adam has a first moment (beta1 = 0.9, else 0).
-        floor: of the prototype in `benchmarks.row_floor`, which steps the words.
         in_backward: whether compressed layers are stepped in backward, and their gradients freed there.
     """
 
@@ -33,7 +31,6 @@ class Method:
     policy: Policy | None = None
     momentum: bool = True
     in_backward: bool = False
-    floor: float | None = None
 
     @property
     def sparse(self) -> bool:
@@ -47,12 +44,7 @@ def build(method: Method, model: nn.Module, *, lr: float) -> list[Optimizer]:
     if method.family == "sparse_adam":
         words = [module.words.weight for module in model.modules() if isinstance(module, Classifier)]
         rest = [weight for weight in model.parameters() if all(weight is not one for one in words)]
-        of_words: Optimizer
-        if method.floor is None:
-            of_words = SparseAdam(words, lr=lr, betas=betas)
-        else:
-            of_words = FlooredRows(words, lr=lr, decay=BETA2, corrects_bias=True, floor=method.floor)
-        return [of_words, Adam(rest, lr=lr, betas=betas, fused=True)]
+        return [SparseAdam(words, lr=lr, betas=betas), Adam(rest, lr=lr, betas=betas, fused=True)]
     optimizer: Optimizer
     if method.family == "adagrad":
         optimizer = Adagrad(model.parameters(), lr=lr)
@@ -74,6 +66,15 @@ def _matrices(second: Callable[[Any], Any]) -> Policy:
     return policy
 
 
+def _words(second: Callable[[Any], Any]) -> Policy:
+    """The words alone, without a first moment."""
+
+    def policy(ls: Any) -> Any:
+        return ls.Policy([ls.Rule(role="embedding", first_moment=ls.Drop(), second_moment=second(ls))])
+
+    return policy
+
+
 def _tables(ls: Any) -> Any:
     return ls.Policy.preset("tables", role_hints={"*classes.weight": "softmax"})
 
@@ -91,13 +92,12 @@ METHODS: dict[str, Method] = {
     "sketch": Method(
         "CountSketch 100x, no first moment", "adam", _matrices(lambda ls: ls.CountSketch(compression=100, depth=3))
     ),
-    "words": Method(
-        "RowWise of the words, no first moment; classes exact",
+    "words": Method("RowWise of the words, no first moment; classes exact", "adam", _words(lambda ls: ls.RowWise())),
+    "words_10": Method(
+        "RowWise of the words in a 10x sketch, no first moment; classes exact",
         "adam",
-        lambda ls: ls.Policy([ls.Rule(role="embedding", first_moment=ls.Drop(), second_moment=ls.RowWise())]),
+        _words(lambda ls: ls.RowWise(10)),
     ),
-    "floor1": Method("RowWise of the words, 1 x the mean added (prototype); classes exact", "sparse_adam", floor=1),
-    "floor10": Method("RowWise of the words, 10 x the mean added (prototype); classes exact", "sparse_adam", floor=10),
     "default": Method("default policy", "adam", lambda ls: ls.default_policy()),
     "default_all": Method("default policy, the classes named as a softmax layer", "adam", _tables),
     "default_in_backward": Method("the same, step_in_backward=True", "adam", _tables, in_backward=True),

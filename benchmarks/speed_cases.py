@@ -102,6 +102,7 @@ DENSE = {
 }
 SPARSE = {
     "rw": Codecs("RowWise", ls.RowWise(), _DROP, row_state=2 * LINE),
+    "floored": Codecs("Factored(floor=1)", ls.Factored(floor=1.0), _DROP, row_state=2 * LINE, passes=2),
     "rw10": Codecs("RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, row_state=9 * LINE, passes=2),
     "cs20": Codecs("CountSketch 20x, no first moment", _CS, _DROP, row_state=_CS_ROW, passes=2, rows_first=True),
     "cs20_both": Codecs("CountSketch 20x, both moments", _CS, _CS, row_state=2 * _CS_ROW, passes=2, rows_first=True),
@@ -169,14 +170,17 @@ def sparse_uncoalesced(sizes: Sizes) -> list[Contestant]:
         tokens = (torch.rand(sizes.touched).pow(3) * rows).long()
         values = torch.randn(sizes.touched, columns)
         gradients.append([torch.sparse_coo_tensor(tokens[None], values, (rows, columns), check_invariants=False)])
-    chosen = {key: SPARSE[key] for key in ("rw", "cs20")}
+    chosen = {key: SPARSE[key] for key in ("rw", "floored", "cs20")}
     return _sparse_race(sizes, SparseAdam, "sparse_adam", "SparseAdam", chosen, gradients)
 
 
 def sparse_adagrad(sizes: Sizes) -> list[Contestant]:
     """Adagrad with sparse gradients."""
     gradients = [[row_gradient(*sizes.sparse, sizes.touched)] for _ in range(GRADIENTS)]
-    chosen = {"rw": Codecs("RowWise", ls.RowWise(), row_state=2 * LINE)}
+    chosen = {
+        "rw": Codecs("RowWise", ls.RowWise(), row_state=2 * LINE),
+        "floored": Codecs("Factored(floor=1)", ls.Factored(floor=1.0), row_state=2 * LINE, passes=2),
+    }
     return _sparse_race(sizes, Adagrad, "adagrad", "Adagrad", chosen, gradients)
 
 

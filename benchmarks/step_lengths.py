@@ -57,7 +57,9 @@ def show(step: int, gradient: Tensor, second: Tensor, tokens: Tensor) -> None:
     row, column = second.mean(1, keepdim=True), second.mean(0)
     correction = 1 - BETA2**step
     exact = length(gradient, second, correction)
-    for name, estimate in (("exact", second), ("Factored", row * column / row.mean()), ("RowWise", row)):
+    product = row * column / row.mean()
+    estimates = {"exact": second, "Factored": product, "Factored(floor=1)": product + column, "RowWise": row}
+    for name, estimate in estimates.items():
         print(line(step, name, length(gradient, estimate, correction), exact, tokens), flush=True)
         if name != "exact":
             least = torch.maximum(estimate, (1 - BETA2) * gradient.square())

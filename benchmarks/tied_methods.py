@@ -113,6 +113,10 @@ def _row_wise_10(ls: Any) -> Any:
     return ls.RowWise(compression=10)
 
 
+def _floored(ls: Any) -> Any:
+    return ls.Factored(floor=1.0)
+
+
 def _sketch(ls: Any) -> Any:
     return ls.CountSketch(compression=20, depth=3)
 
@@ -179,6 +183,7 @@ METHODS: dict[str, Method] = {
         'table: Factored, no first moment; hidden: Factored, first moment in 8 bits (preset "whole-model")',
         rules=_preset("whole-model"),
     ),
+    "floored_drop": Method("table: Factored(floor=1), no first moment", rules=_table(_drop, _floored)),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
     # The SM3 paper's optimizers, each by SM3's schedule (quadratic warm-up, then constant) and by AdamW's.
     "sm3_linear": Method(

@@ -65,6 +65,7 @@ class Method:
         beta1: of the input embedding and of the head; of a tied table the first.
         words, head: codecs of either table; ``None`` for exact states.
         preset: a policy for all layers, in place of these.
+        table_eps: of both tables; ``None`` for what all have.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Method:
     words: Codecs | None = None
     head: Codecs | None = None
     preset: str = ""
+    table_eps: float | None = None
 
     def optimizer(self, model: CausalLM, lr: float, eps: float) -> Optimizer:
         tables = [model.words.weight] if model.head is None else [model.words.weight, model.head.weight]
@@ -80,7 +82,8 @@ class Method:
         rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
         hidden = {id(module.weight) for module in model.blocks.modules() if isinstance(module, nn.Linear)}
         groups: list[dict[str, Any]] = [
-            {"params": [table], "betas": (beta1, BETAS[1])} for table, beta1 in zip(tables, self.beta1, strict=False)
+            {"params": [table], "betas": (beta1, BETAS[1]), "eps": eps if self.table_eps is None else self.table_eps}
+            for table, beta1 in zip(tables, self.beta1, strict=False)
         ]
         groups += [
             {"params": [parameter for parameter in rest if id(parameter) in hidden], "weight_decay": WEIGHT_DECAY},
@@ -105,12 +108,16 @@ class Method:
 DROP, KEEP = (lambda ls: ls.Drop()), (lambda ls: ls.Keep())
 BF16, EIGHT = (lambda ls: ls.BFloat16()), (lambda ls: ls.Quantized())
 ROWS, ROWS_10 = (lambda ls: ls.RowWise()), (lambda ls: ls.RowWise(compression=10))
-FACTORED = lambda ls: ls.Factored()  # noqa: E731
+FACTORED, FLOORED = (lambda ls: ls.Factored()), (lambda ls: ls.Factored(floor=1.0))
 
 METHODS: dict[str, Method] = {
     "tied_adamw": Method("AdamW, exact", True),
     "tied_b0": Method("AdamW, exact; beta1 = 0 on the table", True, (0.0, 0.0)),
+    "tied_b0_eps4": Method(
+        "AdamW, exact; beta1 = 0 and eps = 1e-4 on the table", True, (0.0, 0.0), table_eps=1e-4
+    ),
     "tied_drop_factored": Method('Factored, no first moment (preset "tables")', True, words=(DROP, FACTORED)),
+    "tied_drop_floored": Method("Factored(floor=1), no first moment", True, words=(DROP, FLOORED)),
     "tied_8bit_factored": Method("Factored, first moment in 8 bits", True, words=(EIGHT, FACTORED)),
     "tied_b5": Method("AdamW, exact; beta1 = 0.5 on the table", True, (0.5, 0.5)),
     "tied_drop_rows": Method("RowWise, no first moment", True, words=(DROP, ROWS)),
@@ -125,6 +132,9 @@ METHODS: dict[str, Method] = {
     "untied_head_b0": Method("AdamW, exact; beta1 = 0 on the head", False, (BETAS[0], 0.0)),
     "untied_drop_factored": Method(
         'both tables: Factored, no first moment (preset "tables")', False, words=(DROP, FACTORED), head=(DROP, FACTORED)
+    ),
+    "untied_drop_floored": Method(
+        "both tables: Factored(floor=1), no first moment", False, words=(DROP, FLOORED), head=(DROP, FLOORED)
     ),
     "untied_head_8bit": Method(
         "embedding: Factored, no first moment; head: Factored, first moment in 8 bits",

@@ -20,15 +20,15 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
 #: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is
-#: within a per cent of the exact optimizer, or better. As in the default policy, dense gradients want `Factored`, which
-#: is nearly exact there. CountSketch is no step of it: it takes more than RowWise and is worse. Nor are 8 or 4 bits of
-#: both moments: a first moment in as many bits beside a second one in rows and columns takes half, and is as good.
+#: within a per cent of the exact optimizer, or better. As in the default policy, sparse gradients want a floor.
+#: CountSketch is no step of it: it takes more and is worse. Nor are 8 or 4 bits of both moments: a first moment in as
+#: many bits beside a second one in rows and columns takes half, and is as good.
 TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
     (Keep(), Keep(), Keep()),
     (BFloat16(), BFloat16(), BFloat16()),
-    (BFloat16(), RowWise(), Factored()),
-    (Quantized(), RowWise(), Factored()),
-    (Drop(), RowWise(), Factored()),
+    (BFloat16(), Factored(floor=1.0), Factored()),
+    (Quantized(), Factored(floor=1.0), Factored()),
+    (Drop(), Factored(floor=1.0), Factored()),
     (Drop(), RowWise(compression=10), Factored()),
 )
 #: After the hidden layers: what is left to save of dense tables is less than a number per row, and costs quality.

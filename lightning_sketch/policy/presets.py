@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_sketch.codecs import BFloat16, Drop, Factored, Quantized, RowWise
+from lightning_sketch.codecs import BFloat16, Drop, Factored, Quantized
 from lightning_sketch.policy.rule import Rule
 
 
@@ -14,7 +14,7 @@ def tables() -> list[Rule]:
     which: dict[str, Any] = {"role": ("embedding", "softmax"), "min_rows": 10_000, "optional": True}
     first: dict[str, Any] = {"exp_avg": Drop(), "first_moment": BFloat16()}
     return [
-        Rule(**which, sparse=True, **first, second_moment=RowWise(compression=10)),
+        Rule(**which, sparse=True, **first, second_moment=Factored(floor=1.0)),
         Rule(**which, sparse=False, **first, second_moment=Factored()),
     ]
 
