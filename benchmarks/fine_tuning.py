@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {
     "table_bounded": Method(
         "table: first dropped, second Factored(bounded=True)", _table(Drop(), Factored(bounded=True))
     ),
-    "table_floored": Method("table: first dropped, second Factored(floor=1)", _table(Drop(), Factored(floor=1.0))),
+    "table_factored": Method("table: first dropped, second Factored", _table(Drop(), Factored())),
     "table_row_wise": Method("table: first dropped, second RowWise", _table(Drop(), RowWise())),
     "whole_model": Method('preset "whole-model"', _compressed(Policy.preset("whole-model"))),
     "8bit": Method('preset "8bit"', _compressed(Policy.preset("8bit"))),

@@ -116,8 +116,8 @@ METHODS: dict[str, Method] = {
     "tied_b0_eps4": Method(
         "AdamW, exact; beta1 = 0 and eps = 1e-4 on the table", True, (0.0, 0.0), table_eps=1e-4
     ),
-    "tied_drop_factored": Method('Factored, no first moment (preset "tables")', True, words=(DROP, FACTORED)),
-    "tied_drop_floored": Method("Factored(floor=1), no first moment", True, words=(DROP, FLOORED)),
+    "tied_drop_factored": Method("Factored, no first moment", True, words=(DROP, FACTORED)),
+    "tied_drop_floored": Method('Factored(floor=1), no first moment (preset "tables")', True, words=(DROP, FLOORED)),
     "tied_8bit_factored": Method("Factored, first moment in 8 bits", True, words=(EIGHT, FACTORED)),
     "tied_b5": Method("AdamW, exact; beta1 = 0.5 on the table", True, (0.5, 0.5)),
     "tied_drop_rows": Method("RowWise, no first moment", True, words=(DROP, ROWS)),
@@ -131,10 +131,11 @@ METHODS: dict[str, Method] = {
     "untied_words_b0": Method("AdamW, exact; beta1 = 0 on the embedding", False, (0.0, BETAS[0])),
     "untied_head_b0": Method("AdamW, exact; beta1 = 0 on the head", False, (BETAS[0], 0.0)),
     "untied_drop_factored": Method(
-        'both tables: Factored, no first moment (preset "tables")', False, words=(DROP, FACTORED), head=(DROP, FACTORED)
+        "both tables: Factored, no first moment", False, words=(DROP, FACTORED), head=(DROP, FACTORED)
     ),
     "untied_drop_floored": Method(
-        "both tables: Factored(floor=1), no first moment", False, words=(DROP, FLOORED), head=(DROP, FLOORED)
+        'both tables: Factored(floor=1), no first moment (preset "tables")',
+        False, words=(DROP, FLOORED), head=(DROP, FLOORED),
     ),
     "untied_head_8bit": Method(
         "embedding: Factored, no first moment; head: Factored, first moment in 8 bits",

@@ -18,21 +18,19 @@ from lightning_sketch.text import human_bytes
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-#: Codecs of (first moment, second moment of tables with sparse gradients, second moment of tables with dense ones),
-#: mildest first. Tables go down before hidden layers are touched: in docs/quality.md every step of their ladder is
-#: within a per cent of the exact optimizer, or better. As in the default policy, sparse gradients want a floor.
-#: CountSketch is no step of it: it takes more and is worse. Nor are 8 or 4 bits of both moments: a first moment in as
-#: many bits beside a second one in rows and columns takes half, and is as good.
-TABLE_LADDER: tuple[tuple[Codec, Codec, Codec], ...] = (
-    (Keep(), Keep(), Keep()),
-    (BFloat16(), BFloat16(), BFloat16()),
-    (BFloat16(), Factored(floor=1.0), Factored()),
-    (Quantized(), Factored(floor=1.0), Factored()),
-    (Drop(), Factored(floor=1.0), Factored()),
-    (Drop(), RowWise(compression=10), Factored()),
+#: Codecs of (first moment, second moment), mildest first. Tables go down before hidden layers are touched: in
+#: docs/quality.md every step of their ladder is within a per cent of the exact optimizer, or better. CountSketch is no
+#: step of it: it takes more and is worse. Nor are 8 or 4 bits of both moments: a first moment in as many bits beside a
+#: second one in rows and columns takes half, and is as good.
+TABLE_LADDER: tuple[tuple[Codec, Codec], ...] = (
+    (Keep(), Keep()),
+    (BFloat16(), BFloat16()),
+    (BFloat16(), Factored(floor=1.0)),
+    (Quantized(), Factored(floor=1.0)),
+    (Drop(), Factored(floor=1.0)),
 )
-#: After the hidden layers: what is left to save of dense tables is less than a number per row, and costs quality.
-SMALLEST_TABLES: tuple[Codec, Codec, Codec] = (Drop(), RowWise(compression=10), RowWise(compression=10))
+#: After the hidden layers: what is left to save of tables is less than a number per row, and costs quality.
+SMALLEST_TABLES: tuple[Codec, Codec] = (Drop(), RowWise(compression=10))
 HIDDEN_LADDER: tuple[tuple[Codec, Codec], ...] = (
     (Keep(), Keep()),
     (BFloat16(), BFloat16()),
@@ -84,16 +82,10 @@ def rules_for_budget(
 
 def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> Iterator[RuleSet]:
     """The policies for these layers, mildest first."""
-    tables: dict[bool, set[str]] = {}  # their roles, by whether gradients are sparse
-    for layer in layers:
-        if roles := layer.roles & {"embedding", "softmax"}:
-            tables.setdefault(layer.sparse, set()).update(roles)
+    tables = tuple(sorted({role for layer in layers for role in layer.roles & {"embedding", "softmax"}}))
 
-    def table_rules(first: Codec, *second: Codec) -> list[Rule]:
-        return [
-            Rule(role=tuple(sorted(roles)), sparse=sparse, first_moment=first, second_moment=second[not sparse])
-            for sparse, roles in tables.items()
-        ]
+    def table_rules(first: Codec, second: Codec) -> list[Rule]:
+        return [Rule(role=tables, first_moment=first, second_moment=second)] if tables else []
 
     if tables:
         for step in TABLE_LADDER:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from lightning_sketch.codecs import BFloat16, Drop, Factored, Quantized
 from lightning_sketch.policy.rule import Rule
@@ -11,11 +10,15 @@ from lightning_sketch.policy.rule import Rule
 
 def tables() -> list[Rule]:
     """Tables of 10,000 rows or more, where states are largest; everything else exactly."""
-    which: dict[str, Any] = {"role": ("embedding", "softmax"), "min_rows": 10_000, "optional": True}
-    first: dict[str, Any] = {"exp_avg": Drop(), "first_moment": BFloat16()}
     return [
-        Rule(**which, sparse=True, **first, second_moment=Factored(floor=1.0)),
-        Rule(**which, sparse=False, **first, second_moment=Factored()),
+        Rule(
+            role=("embedding", "softmax"),
+            min_rows=10_000,
+            optional=True,
+            exp_avg=Drop(),
+            first_moment=BFloat16(),
+            second_moment=Factored(floor=1.0),
+        )
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lightning_sketch import RowWise, compress, default_policy, plan
+from lightning_sketch import Factored, compress, default_policy, plan
 from lightning_sketch.layers.roles import named_layers
 from tests.tiny import on_table
 
@@ -98,4 +98,4 @@ def test_a_large_copied_table_is_one_for_the_default_policy(sparse):
     optimizer = AdamW([p for p in made.parameters() if p.requires_grad])
     (planned,) = plan(made, optimizer, default_policy()).layers
     assert planned.layer.fqn == "modules_to_save.default.weight"
-    assert isinstance(planned.layer.codecs["exp_avg_sq"], RowWise) == sparse
+    assert planned.layer.codecs["exp_avg_sq"] == Factored(floor=1.0)

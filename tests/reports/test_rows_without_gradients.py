@@ -23,7 +23,8 @@ SKETCH, LAZY = CountSketch(), CountSketch(lazy=True)
 FIRST = {"Drop": Drop(), "Keep": Keep(), "BFloat16": BFloat16(), "CountSketch, lazy": LAZY, "CountSketch": SKETCH}
 SECOND = {
     "RowWise": RowWise(), "RowWise sketched": RowWise(compression=10), "Factored": Factored(), "SM3": SM3(),
-    "Factored with a floor": Factored(floor=1.0), "BFloat16": BFloat16(), "CountSketch, lazy": LAZY, "CountSketch": SKETCH,
+    "Factored with a floor": Factored(floor=1.0), "BFloat16": BFloat16(),
+    "CountSketch, lazy": LAZY, "CountSketch": SKETCH,
 }  # fmt: skip
 #: Second moments that other rows make larger than zero.
 SHARED = ("RowWise sketched", "Factored with a floor", "CountSketch")
