@@ -47,8 +47,8 @@ PAGE = DOCS / "sharding.md"
 
 #: Codecs of the second moment: label, and what makes them. There is no first one (`Drop`), as by default.
 CODECS: dict[str, tuple[str, Callable[[], ls.Codec]]] = {
-    "factored": ("`Factored()`: the default for dense gradients", ls.Factored),
-    "rw_10": ("`RowWise(compression=10)`: the default for sparse ones", lambda: ls.RowWise(compression=10)),
+    "factored": ("`Factored()`", ls.Factored),
+    "rw_10": ("`RowWise(compression=10)`", lambda: ls.RowWise(compression=10)),
     "rw": ("`RowWise()`", ls.RowWise),
     "cs20_sync": ("`CountSketch(20, sync=True)`", lambda: ls.CountSketch(20, sync=True)),
     "cs20": ("`CountSketch(20)`", lambda: ls.CountSketch(20)),

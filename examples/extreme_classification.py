@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch import Drop, Policy, RowWise, Rule, compress, report
+from lightning_sketch import Drop, Factored, Policy, RowWise, Rule, compress, report
 
 FOLDERS = ("ao", "distributed", "fx", "nn", "_dynamo", "_inductor")  # of PyTorch's own source
 DIM, HASHES, BUCKETS, BATCH, EPOCHS = 64, 4, 256, 32, 6
 IMPORT = re.compile(r"(?m)^[ \t]*(?:from ([\w.]+) )?import (\([^)]*\)|.*)$")
 POLICY = Policy(
     [
-        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=RowWise(compression=10)),
+        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=Factored(floor=1)),
         Rule(name="head.weight", exp_avg=Drop(), exp_avg_sq=RowWise()),  # a plain nn.Linear: found by name
     ]
 )

@@ -35,8 +35,7 @@ class Factored(Codec):
 
     Args:
         bounded: hold steps to what exact second moments allow: the product may be far below what a single element has,
-            where columns differ by row, and that element then goes further than it ever would by an exact state. For
-            fine-tuning a pretrained model.
+            where columns differ by row, and that element then goes further than it ever would by an exact state.
         floor: how many times the mean of all rows is added to each row's for a step, at least 0. For tables with rows
             that seldom have a gradient.
 
