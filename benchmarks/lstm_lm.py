@@ -197,9 +197,8 @@ def main() -> None:
 
 
 def _epsilons(method: Method) -> tuple[float, ...]:
-    """Those that are tried: the default alone under a full softmax, and for what should do with it."""
-    one = method.softmax == "full"
-    return EPSILONS[method.family][:1] if one else EPSILONS[method.family]
+    """Those that are tried: torch's default alone under a full softmax."""
+    return EPSILONS[method.family][:1] if method.softmax == "full" else EPSILONS[method.family]
 
 
 if __name__ == "__main__":

@@ -57,22 +57,23 @@ def build(method: Method, model: nn.Module, *, lr: float) -> list[Optimizer]:
     return [ls.compress(optimizer, model, method.policy(ls), step_in_backward=method.in_backward)]
 
 
-def _matrices(second: Callable[[Any], Any]) -> Policy:
-    """The matrices of all layers, without a first moment."""
+def _without_first(second: Callable[[Any], Any], **layers: Any) -> Policy:
+    """These layers, as a rule selects them, without a first moment."""
 
     def policy(ls: Any) -> Any:
-        return ls.Policy([ls.Rule(name="*.weight", first_moment=ls.Drop(), second_moment=second(ls))])
+        return ls.Policy([ls.Rule(**layers, first_moment=ls.Drop(), second_moment=second(ls))])
 
     return policy
+
+
+def _matrices(second: Callable[[Any], Any]) -> Policy:
+    """The matrices of all layers."""
+    return _without_first(second, name="*.weight")
 
 
 def _words(second: Callable[[Any], Any]) -> Policy:
-    """The words alone, without a first moment."""
-
-    def policy(ls: Any) -> Any:
-        return ls.Policy([ls.Rule(role="embedding", first_moment=ls.Drop(), second_moment=second(ls))])
-
-    return policy
+    """The words alone."""
+    return _without_first(second, role="embedding")
 
 
 def _tables(ls: Any) -> Any:

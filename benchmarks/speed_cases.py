@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -177,10 +177,7 @@ def sparse_uncoalesced(sizes: Sizes) -> list[Contestant]:
 def sparse_adagrad(sizes: Sizes) -> list[Contestant]:
     """Adagrad with sparse gradients."""
     gradients = [[row_gradient(*sizes.sparse, sizes.touched)] for _ in range(GRADIENTS)]
-    chosen = {
-        "rw": Codecs("RowWise", ls.RowWise(), row_state=2 * LINE),
-        "floored": Codecs("Factored(floor=1)", ls.Factored(floor=1.0), row_state=2 * LINE, passes=2),
-    }
+    chosen = {key: replace(SPARSE[key], first=None) for key in ("rw", "floored")}
     return _sparse_race(sizes, Adagrad, "adagrad", "Adagrad", chosen, gradients)
 
 

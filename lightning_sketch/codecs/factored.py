@@ -178,27 +178,26 @@ class _Factored(ScaledState):
         )
 
     def settle(self) -> None:
-        self.shape, self.added = self._shape(), self._added()
+        self.factors = self._factors(self.floor)
 
     def read(self, block: Block, x: Tensor) -> Tensor:
-        return self._product(block, self.shape, self.added)
+        return self._product(block, *self.factors)
 
     def commit(self) -> None:
-        del self.shape, self.added  # a bound state outlives the step
+        del self.factors  # a bound state outlives the step
 
     def estimate(self, block: Block) -> Tensor:
-        return self._product(block, self._shape(), None)
+        return self._product(block, *self._factors(floor=0.0))
 
-    def as_read(self, block: Block) -> Tensor:
-        return self._product(block, self._shape(), self._added())
+    def as_read(self, estimate: Tensor) -> Tensor:
+        return estimate + self._own_columns(self.col) * (self.floor * self.scale) if self.floor else estimate
 
-    def _shape(self) -> Tensor:
+    def _factors(self, floor: float) -> tuple[Tensor, Tensor | None]:
+        """The columns over their mean, and what is added to every row."""
+        mean = self._mean()
         # 0/0 := 0 before the first gradient
-        return (self._own_columns(self.col) / self._mean()).nan_to_num_(nan=0.0)
-
-    def _added(self) -> Tensor | None:
-        """What is added to every row in a step."""
-        return self._mean() * self.floor if self.floor else None
+        shape = (self._own_columns(self.col) / mean).nan_to_num_(nan=0.0)
+        return shape, mean * floor if floor else None
 
     def _mean(self) -> Tensor:
         """Mean of all columns of the layer; of all of its rows it is the same."""

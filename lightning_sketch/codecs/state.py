@@ -250,9 +250,9 @@ class CodecState(ABC):
     def estimate(self, block: Block) -> Tensor:
         """The stored state at the block's rows, broadcastable to ``[k, *row_shape]``; not to be modified."""
 
-    def as_read(self, block: Block) -> Tensor:
-        """The stored state as `read` would give it: another one than `estimate` where a codec adds to it for steps."""
-        return self.estimate(block)
+    def as_read(self, estimate: Tensor) -> Tensor:
+        """What `read` would give where `estimate` gave this: another value where a codec adds to it for steps."""
+        return estimate
 
 
 def add_scaled(target: Tensor, x: Tensor, weight: Number) -> Tensor:

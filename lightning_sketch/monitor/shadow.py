@@ -115,8 +115,8 @@ class Shadow:
                 found[name] = Stored(fresh, fresh, False)
                 continue
             bound = codec.bind(replace(spec, on_device=on_device), state)
-            values, as_read = bound.estimate(self.block), bound.as_read(self.block)
-            found[name] = Stored(values.expand(shape), as_read.expand(shape), bound.bounded)
+            values = bound.estimate(self.block)
+            found[name] = Stored(values.expand(shape), bound.as_read(values).expand(shape), bound.bounded)
         return found
 
     def take(self, optimizer: CompressedGroups, own: PendingUpdate, gradient: RowGradient) -> Taken:

@@ -1,11 +1,12 @@
 """Rows that never get a gradient (padding, masks) do not stay where they are under a sketched first moment: say so.
 
 A sketch answers for every row, also for one that was never inserted: with what other rows left in its buckets. That
-moves the row, unless its second moment is zero, which it is only where that is not sketched, too, and has no floor. The
-states cannot
-tell which rows had a gradient. A bit for each row would be a further state to save, shard and move, and to set it means
-reading all of a dense gradient once more at every step: of 65,536 x 256 on one thread, in plain PyTorch, that took two
-thirds as long as the whole step of two sketches. And `lazy` does it already, for those who need it.
+moves the row, unless its second moment is zero, which it is only where that is not sketched, too, and has no floor.
+
+The states cannot tell which rows had a gradient. A bit for each row would be a further state to save, shard and move,
+and to set it means reading all of a dense gradient once more at every step: of 65,536 x 256 on one thread, in plain
+PyTorch, that took two thirds as long as the whole step of two sketches. And `lazy` does it already, for those who need
+it.
 """
 
 from __future__ import annotations

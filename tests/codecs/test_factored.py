@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import Adagrad
 
-from lightning_sketch import Factored
+from lightning_sketch import Factored, Policy, Rule, compress
 from lightning_sketch.codecs import allocate, encode
 from lightning_sketch.sharding import Shard
 from tests.codecs.harness import Driver, make_spec
@@ -50,6 +52,22 @@ def test_a_floor_adds_the_mean_of_all_rows_to_each(shape):
     columns = without.mean(dim=0, keepdim=True)  # row means and column means of the product are those it is made of
     torch.testing.assert_close(found, without + 3 * columns)
     assert floored.state.tolist() == plain.state.tolist()  # it is of steps, and not of what is stored
+
+
+def test_a_floor_holds_back_the_first_step_of_a_rare_row():
+    def moved(floor):
+        model = nn.ParameterDict({"table": torch.zeros(10, 4)})
+        optimizer = Adagrad(model.parameters(), lr=1.0, eps=0.0)
+        optimizer = compress(optimizer, model, Policy([Rule(name="table", sum=Factored(floor=floor))]))
+        values = torch.tensor([[1.0] * 4, [0.01] * 4])  # a frequent row's, a rare one's
+        model.table.grad = torch.sparse_coo_tensor(torch.tensor([[3, 7]]), values, (10, 4), check_invariants=True)
+        optimizer.step()
+        return model.table[:, 0].tolist()
+
+    free, held = moved(0.0), moved(10.0)
+    assert free[3] == pytest.approx(free[7], rel=1e-5)  # the sign alone
+    assert abs(held[7]) < 0.02 * abs(held[3])
+    assert abs(held[3]) == pytest.approx(abs(free[3]) / (2 + 1e-4) ** 0.5, rel=1e-3)  # ten means of ten rows: one more
 
 
 @pytest.mark.parametrize("floor", [-1.0, float("inf"), float("nan")])
