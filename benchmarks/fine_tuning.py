@@ -70,9 +70,6 @@ METHODS: dict[str, Method] = {
     "table_8bit": Method("table: first Quantized, second Factored", _table(Quantized(), Factored())),
     "table_dropped": Method("table: first dropped, second exact", _table(Drop(), Keep())),
     "table_8bit_second": Method("table: first dropped, second Quantized", _table(Drop(), Quantized())),
-    "table_bounded": Method(
-        "table: first dropped, second Factored(bounded=True)", _table(Drop(), Factored(bounded=True))
-    ),
     "table_factored": Method("table: first dropped, second Factored", _table(Drop(), Factored())),
     "table_row_wise": Method("table: first dropped, second RowWise", _table(Drop(), RowWise())),
     "whole_model": Method('preset "whole-model"', _compressed(Policy.preset("whole-model"))),

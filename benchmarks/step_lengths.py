@@ -3,8 +3,7 @@
 SmolLM2-135M is trained by exact AdamW as in :mod:`benchmarks.fine_tuning`. Beside it the squares of the table's
 gradient are kept exactly, as row means and column means, and as row means alone. Compared is the gradient divided by
 the root of each, which is the step of an optimizer without a first moment, in learning rates: rows of the step's tokens
-and all the others apart. "Bounded" is what `Factored(bounded=True)` does: the second moment is taken for no less than
-the step's own square.
+and all the others apart.
 
     pip install -e .[benchmark,transformers] gguf
     python -m benchmarks.step_lengths --steps 80
@@ -61,9 +60,6 @@ def show(step: int, gradient: Tensor, second: Tensor, tokens: Tensor) -> None:
     estimates = {"exact": second, "Factored": product, "Factored(floor=1)": product + column, "RowWise": row}
     for name, estimate in estimates.items():
         print(line(step, name, length(gradient, estimate, correction), exact, tokens), flush=True)
-        if name != "exact":
-            least = torch.maximum(estimate, (1 - BETA2) * gradient.square())
-            print(line(step, f"{name}, bounded", length(gradient, least, correction), exact, tokens), flush=True)
 
 
 def length(gradient: Tensor, second: Tensor, correction: float) -> Tensor:

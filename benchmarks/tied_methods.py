@@ -180,10 +180,15 @@ METHODS: dict[str, Method] = {
     "all_8bit_factored": Method("all layers: Factored, first moment in 8 bits", rules=_all_layers(_8bit, _factored)),
     "all_4bit": Method("all layers: 4 bits of both moments", rules=_all_layers(_4bit, _4bit)),
     "whole_model": Method(
-        'table: Factored, no first moment; hidden: Factored, first moment in 8 bits (preset "whole-model")',
+        'table: Factored(floor=1), no first moment; hidden: Factored, first moment in 8 bits (preset "whole-model")',
         rules=_preset("whole-model"),
     ),
+    "whole_floored": Method(
+        "table: Factored(floor=1), no first moment; hidden: Factored(floor=1), first moment in 8 bits",
+        rules=lambda ls: _table(_drop, _floored)(ls) + _hidden(_8bit, _floored)(ls),
+    ),
     "floored_drop": Method("table: Factored(floor=1), no first moment", rules=_table(_drop, _floored)),
+    "floored_8bit": Method("table: Factored(floor=1), first moment in 8 bits", rules=_table(_8bit, _floored)),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
     # The SM3 paper's optimizers, each by SM3's schedule (quadratic warm-up, then constant) and by AdamW's.
     "sm3_linear": Method(

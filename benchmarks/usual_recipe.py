@@ -118,6 +118,8 @@ METHODS: dict[str, Method] = {
     ),
     "tied_drop_factored": Method("Factored, no first moment", True, words=(DROP, FACTORED)),
     "tied_drop_floored": Method('Factored(floor=1), no first moment (preset "tables")', True, words=(DROP, FLOORED)),
+    "tied_eps4": Method("AdamW, exact; eps = 1e-4 on the table", True, table_eps=1e-4),
+    "tied_8bit_floored": Method("Factored(floor=1), first moment in 8 bits", True, words=(EIGHT, FLOORED)),
     "tied_8bit_factored": Method("Factored, first moment in 8 bits", True, words=(EIGHT, FACTORED)),
     "tied_b5": Method("AdamW, exact; beta1 = 0.5 on the table", True, (0.5, 0.5)),
     "tied_drop_rows": Method("RowWise, no first moment", True, words=(DROP, ROWS)),
@@ -143,6 +145,10 @@ METHODS: dict[str, Method] = {
     ),
     "untied_8bit_factored": Method(
         "both tables: Factored, first moment in 8 bits", False, words=(EIGHT, FACTORED), head=(EIGHT, FACTORED)
+    ),
+    "untied_head_8bit_floored": Method(
+        "embedding: Factored(floor=1), no first moment; head: Factored(floor=1), first moment in 8 bits",
+        False, words=(DROP, FLOORED), head=(EIGHT, FLOORED),
     ),
     "untied_drop_rows": Method(
         "both tables: RowWise, no first moment", False, words=(DROP, ROWS), head=(DROP, ROWS)

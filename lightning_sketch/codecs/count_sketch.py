@@ -255,7 +255,7 @@ class LinearSketch(_Sketch):
     def __init__(self, codec: CountSketch, spec: StateSpec, tensors: Tensors) -> None:
         super().__init__(codec, spec, tensors)
         self.elementwise = self.exact
-        self.bounded = spec.signed and not self.exact  # a count-min sketch is never too small
+        self.bounded = spec.signed and not self.exact
 
     def begin(self, *, decay: Number, weight: Number, step: Count, rows: Tensor | None) -> None:
         super().begin(decay=decay, weight=weight, step=step, rows=rows)

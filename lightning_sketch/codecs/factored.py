@@ -34,8 +34,6 @@ class Factored(Codec):
     what a larger eps does, in units that follow the gradients; the means that are stored are without it.
 
     Args:
-        bounded: hold steps to what exact second moments allow: the product may be far below what a single element has,
-            where columns differ by row, and that element then goes further than it ever would by an exact state.
         floor: how many times the mean of all rows is added to each row's for a step, at least 0. For tables with rows
             that seldom have a gradient.
 
@@ -46,7 +44,6 @@ class Factored(Codec):
         Shazeer and Stern, *Adafactor*, ICML 2018, https://arxiv.org/abs/1804.04235, Algorithm 2
     """
 
-    bounded: bool = False
     floor: float = 0.0
 
     live_blocks: ClassVar[int] = 7
@@ -97,7 +94,7 @@ class _Factored(ScaledState):
 
     def __init__(self, spec: StateSpec, tensors: Tensors, codec: Factored) -> None:
         super().__init__(spec, tensors)
-        self.bounded, self.floor = codec.bounded, codec.floor
+        self.floor = codec.floor
 
     def share(self, shared: Shared) -> None:
         super().share(shared)

@@ -91,7 +91,7 @@ class CodecState(ABC):
     ``decay = beta, weight = 1 - beta``, Adagrad's sum ``1, 1``, a momentum buffer ``momentum, 1 - dampening``.
     """
 
-    #: Whether a rule is to hold its step to the bound of exact moments, which estimates may break; see
+    #: Whether a rule is to hold this first moment to the bound of exact ones, which an estimate may break; see
     #: `rules.base.moment_bound`.
     bounded: bool = False
     #: Whether every element is stored by itself.

@@ -21,7 +21,6 @@ from lightning_sketch.rules.base import (
     UpdateRule,
     add_moments,
     begin_momentum,
-    bounded,
     learning_rate,
     precondition,
     read_second,
@@ -50,7 +49,7 @@ class AdagradRule(UpdateRule):
         add_moments(layer, total, None, weight_decay)
         for block, g in layer.gradients(weight_decay):
             s = read_second(total, block, g)
-            update = safe_divide(bounded(g, s, _bound(total)), s.sqrt().add_(eps), s)
+            update = safe_divide(g, s.sqrt().add_(eps), s)
             layer.apply(block, precondition(layer, block, update), lr)
             del s, update  # else they would be held while the next block's are made
         total.commit()
@@ -61,16 +60,11 @@ class AdagradRule(UpdateRule):
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         lr, eps, weight_decay = layer.numbers
-        total = self._begin(layer)
-        return layer.fuse("sum", None, lr=lr, eps=eps, weight_decay=weight_decay, bound=_bound(total))
+        self._begin(layer)
+        return layer.fuse("sum", None, lr=lr, eps=eps, weight_decay=weight_decay)
 
     def _begin(self, layer: LayerStep) -> CodecState:
         total = layer.begin("sum", decay=1.0, weight=1.0)
         assert total is not None  # `Drop` refuses second moments
         begin_momentum(layer)
         return total
-
-
-def _bound(total: CodecState) -> float:
-    """The largest ``|g| / sqrt(sum)``, where a step is to be held to that; see `moment_bound`."""
-    return 1.0 if total.bounded else 0.0

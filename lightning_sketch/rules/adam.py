@@ -54,7 +54,7 @@ class AdamRule(UpdateRule):
     def reference(self, layer: LayerStep) -> Tensor | None:
         numbers: _Hyperparameters = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
-        bound = moment_bound(exp_avg, exp_avg_sq, numbers.beta1, numbers.beta2)
+        bound = moment_bound(exp_avg, numbers.beta1, numbers.beta2)
         left_out = layer.observe(exp_avg, exp_avg_sq)
         add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
         for block, g in layer.gradients(numbers.weight_decay):
@@ -74,7 +74,7 @@ class AdamRule(UpdateRule):
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         numbers: _Hyperparameters = layer.numbers
-        exp_avg, exp_avg_sq = self._begin(layer)
+        exp_avg, _ = self._begin(layer)
         return layer.fuse(
             "exp_avg_sq",
             "exp_avg",
@@ -83,7 +83,7 @@ class AdamRule(UpdateRule):
             eps=numbers.eps,
             weight_decay=numbers.weight_decay,
             correction=numbers.correction,
-            bound=moment_bound(exp_avg, exp_avg_sq, numbers.beta1, numbers.beta2),
+            bound=moment_bound(exp_avg, numbers.beta1, numbers.beta2),
         )
 
     def _begin(self, layer: LayerStep) -> tuple[CodecState | None, CodecState]:

@@ -138,25 +138,19 @@ def safe_divide(numerator: Tensor, denominator: Tensor, second_moment: Tensor) -
     return (numerator / denominator).masked_fill_(second_moment == 0, 0.0)
 
 
-def moment_bound(first: CodecState | None, second: CodecState, beta1: float, beta2: float) -> float:
-    r"""The largest :math:`|m| / \sqrt v` of exact moments, where a step is to be held to that; else 0.
+def moment_bound(first: CodecState | None, beta1: float, beta2: float) -> float:
+    r"""The largest :math:`|m| / \sqrt v` of exact moments, where a first moment is to be held to that; else 0.
 
     Two EMAs of the same gradients obey :math:`|m| \le \sqrt v (1-\beta_1) / \sqrt{(1-\beta_2)(1-\beta_1^2/\beta_2)}`
-    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults, and 32 times without a first moment. A rare row that
-    collides with a frequent one holds the other's `m`, and a mean over several elements may be far below what one of
-    them has. Either would make a huge update.
+    (Cauchy-Schwarz), 7.3 times the root at Adam's defaults. A rare row that collides with a frequent one in a sketch
+    holds the other's `m`, which would make a huge update.
 
     Args:
         first: holds m; ``None`` where m is the gradient.
-        second: holds v.
         beta1, beta2: as in Adam.
     """
-    if not (second.bounded or (first is not None and first.bounded)):
-        return 0.0
-    if first is None:
-        beta1 = 0.0
-    if beta2 >= 1 or (beta1 > 0 and beta1**2 >= beta2):
-        return 0.0  # there is none
+    if first is None or not first.bounded or beta2 >= 1 or (beta1 > 0 and beta1**2 >= beta2):
+        return 0.0  # none is asked for, or there is none
     ratio = beta1**2 / beta2 if beta1 > 0 else 0.0
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio))
 

@@ -22,9 +22,7 @@ from lightning_sketch.rules.base import (
     UpdateRule,
     add_moments,
     begin_momentum,
-    bounded,
     learning_rate,
-    moment_bound,
     precondition,
     read_second,
     safe_divide,
@@ -69,8 +67,6 @@ class RMSpropRule(UpdateRule):
         grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha) if centered else None
         buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0) if momentum > 0 else None
         begin_momentum(layer)
-        # A variance may be any part of g**2.
-        bound = moment_bound(None, square_avg, 0.0, alpha) if grad_avg is None else 0.0
         left_out = layer.observe(square_avg, grad_avg, buffer)
         add_moments(layer, square_avg, grad_avg, weight_decay)
 
@@ -78,7 +74,7 @@ class RMSpropRule(UpdateRule):
             v = read_second(square_avg, block, g)
             if grad_avg is not None:
                 v = _variance(v, grad_avg, block, g)
-            return safe_divide(bounded(g, v, bound), v.sqrt().add_(eps), v)
+            return safe_divide(g, v.sqrt().add_(eps), v)
 
         if buffer is None:
             for block, g in layer.gradients(weight_decay):
@@ -105,11 +101,9 @@ class RMSpropRule(UpdateRule):
 
     def fuse(self, layer: LayerStep) -> FusedStep:
         alpha, _, _, lr, eps, weight_decay = layer.numbers
-        square_avg = layer.begin("square_avg", decay=alpha, weight=1 - alpha)
-        assert square_avg is not None  # `Drop` refuses second moments
+        layer.begin("square_avg", decay=alpha, weight=1 - alpha)
         begin_momentum(layer)
-        bound = moment_bound(None, square_avg, 0.0, alpha)
-        return layer.fuse("square_avg", None, lr=lr, eps=eps, weight_decay=weight_decay, bound=bound)
+        return layer.fuse("square_avg", None, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 def _variance(v: Tensor, grad_avg: CodecState, block: Block, g: Tensor) -> Tensor:

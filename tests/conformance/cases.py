@@ -99,7 +99,6 @@ OPTION_SETS: dict[type[Codec], dict[str, Variant]] = {
     },
     Factored: {
         "Factored": Variant(Factored(), exact_vectors=True),
-        "Factored, bounded": Variant(Factored(bounded=True), exact_vectors=True),
         "Factored with a floor": Variant(Factored(floor=2.0)),
     },
     Halves: {

@@ -134,20 +134,20 @@ def test_updates_are_compared_as_the_parameter_moves(name):
 
 
 def test_updates_are_bounded_as_steps_are():
-    """Of `Factored` the elements that stand out of their row and column."""
+    """Of a sketch of one bucket all rows read the first row's first moment, and are held to what their second allow."""
     model, optimizer, monitor = watched(
         Case(AdamW, {"lr": 1.0, "weight_decay": 0.0, "eps": 0.0}),
-        {"first_moment": Drop(), "second_moment": Factored(bounded=True)},
+        {"first_moment": CountSketch(width=1, depth=1), "second_moment": Keep()},
     )
     before = model.table.weight.detach().clone()
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-4)
-    model.table.weight.grad.fill_diagonal_(1.0)
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    model.table.weight.grad[0] = 1.0
     optimizer.step()
-    moved = model.table.weight.detach() - before
-    assert 0.99 < moved.abs().max() <= 1.001
+    moved = (model.table.weight.detach() - before).abs()
+    assert 2 < moved.max() < 3  # without the bound: a million
     (figures,) = monitor.by_layer().values()
-    assert figures.norm_ratio == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-4)  # exactly all move by 1
+    assert figures.norm_ratio == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-3)  # exactly all move by 1
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
