@@ -92,6 +92,7 @@ DENSE = {
     "rw": Codecs("RowWise", ls.RowWise(), _DROP),
     "sm3": Codecs("SM3-II", ls.SM3(), _DROP),
     "factored": Codecs("Factored", ls.Factored(), _DROP, passes=2),
+    "floored": Codecs("Factored(floor=1)", ls.Factored(floor=1.0), _DROP, passes=2),
     "rw10": Codecs("RowWise in a 10x sketch", ls.RowWise(compression=10), _DROP, passes=2),
     "rw_bf16": Codecs("RowWise, bf16 first moment", ls.RowWise(), _BF16, state=4),
     "sm3_bf16": Codecs("SM3-II, bf16 first moment", ls.SM3(), _BF16, state=4),

@@ -97,7 +97,7 @@ class Run {
 
     static void finish_columns(StepArgs& layer) {
         State& state = layer.second;
-        float* shape = static_cast<float*>(state.scratch);
+        float* roots = static_cast<float*>(state.scratch);  // of the columns over their mean
         double total = 0.0;
         for (int64_t c = 0; c < layer.columns; c++) {
             float sum = 0.0f;
@@ -106,10 +106,10 @@ class Run {
             total += state.columns[c];
         }
         float mean = static_cast<float>(total / static_cast<double>(layer.columns));
-        std::fill(shape, shape + padded(layer.columns), 0.0f);
+        std::fill(roots, roots + padded(layer.columns), 0.0f);
         for (int64_t c = 0; c < layer.columns; c++) {
             float ratio = state.columns[c] / mean;
-            shape[c] = ratio == ratio ? ratio : 0.0f;  // 0/0 := 0 before the first gradient
+            roots[c] = std::sqrt(ratio == ratio ? ratio : 0.0f);  // 0/0 := 0 before the first gradient
         }
         state.floor *= mean;  // what is added to every row
     }

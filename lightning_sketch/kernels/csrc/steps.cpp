@@ -154,7 +154,7 @@ void apply(const StepArgs& layer, int64_t begin, int64_t end, float* largest_col
                     update(layer, numbers, place, first_hashes, k, sm3, buffers);
                     largest_row = sm3.largest_row;
                 } else if (second.kind == FACTORED) {
-                    FactoredSecond factored{(const float*)second.scratch + c, same(row_v)};
+                    FactoredSecond factored{(const float*)second.scratch + c, same(__builtin_sqrtf(row_v))};
                     update(layer, numbers, place, first_hashes, k, factored, buffers);
                 } else if (second.kind == NONE) {
                     NoSecond none{layer.nesterov};

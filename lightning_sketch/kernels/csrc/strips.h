@@ -136,7 +136,7 @@ void update_strip(const StepArgs& layer, const Strip& strip, Target target) {
         for (int64_t j = 0; j < count; j += LANES) {
             F v = combined<depth, false>(false, second, sign, j, LANES) * scale;
             F m = both ? combined<depth, false>(true, first, sign, j, LANES) * first_scale : load(g + j);
-            target.template take<!whole>(numbers, j, Root(v).precondition(numbers, m), least(count - j, LANES));
+            target.template take<!whole>(numbers, j, Root{square_root(v)}.precondition(numbers, m), least(count - j, LANES));
         }
     }
 }

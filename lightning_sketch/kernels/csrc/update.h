@@ -25,14 +25,13 @@ struct Numbers {
 
 INLINE F clamp(F x, F limit) { return minimum(maximum(x, F{} - limit), limit); }
 
-// What is known of 16 elements before their first state: v, and its square root.
+// What is known of 16 elements before their first state: the square root of v, 0 where v is.
 struct Root {
-    F v, root;
+    F root;
 
-    INLINE explicit Root(F x) : v(x), root(square_root(x)) {}
     INLINE F precondition(const Numbers& numbers, F m) const {
         if (numbers.use_bound) m = clamp(m, root * numbers.bound);
-        return unless_zero(v, m / (root * numbers.correction + numbers.eps));
+        return unless_zero(root, m / (root * numbers.correction + numbers.eps));
     }
 };
 
@@ -68,18 +67,18 @@ struct BufferSecond {  // v was computed before
 
     template <bool part>
     INLINE Root look(int64_t j, F, int64_t) {
-        return Root(load(v + j));
+        return {square_root(load(v + j))};
     }
     INLINE F update(const Numbers& numbers, const Root& found, F, F m) { return found.precondition(numbers, m); }
 };
 
-struct FactoredSecond {  // v = row * shape of the columns
-    const float* shape;  // padded
+struct FactoredSecond {  // v = row * column over the columns' mean; the root of the product by those of both
+    const float* columns;  // padded
     F row;
 
     template <bool part>
     INLINE Root look(int64_t j, F, int64_t) {
-        return Root(load(shape + j) * row);
+        return {load(columns + j) * row};
     }
     INLINE F update(const Numbers& numbers, const Root& found, F, F m) { return found.precondition(numbers, m); }
 };
@@ -92,7 +91,7 @@ struct Sm3Second {  // v = min(row, column) + weight * g * g, and the largest v
     template <bool part>
     INLINE Root look(int64_t j, F g, int64_t some) {
         F v = minimum(row, load(column + j)) + g * g * weight;
-        Root found(v);
+        Root found{square_root(v)};
         if (part)  // beyond the row there are zeros in g, but not in v
             for (int64_t lane = some; lane < LANES; lane++) v.set(lane, 0.0f);
         largest_row = maximum(largest_row, v);
