@@ -170,6 +170,8 @@ METHODS: dict[str, Method] = {
     "bf16_both": Method("table: BFloat16 of both moments", rules=_table(_bf16, _bf16)),
     "hidden_bf16": Method("hidden: BFloat16 of both moments", rules=_hidden(_bf16, _bf16)),
     "hidden_factored": Method("hidden: Factored, first moment BFloat16", rules=_hidden(_bf16, _factored)),
+    "hidden_8bit_factored": Method("hidden: Factored, first moment in 8 bits", rules=_hidden(_8bit, _factored)),
+    "hidden_8bit_floored": Method("hidden: Factored(floor=1), first moment in 8 bits", rules=_hidden(_8bit, _floored)),
     "hidden_sm3": Method("hidden: SM3-II (EMA), first moment kept", rules=_hidden(None, _sm3)),
     "sm3_recipe": Method(
         "SM3-II with momentum 0.9 everywhere, its own schedule", "adagrad", _sm3_alone("II"), schedule="quadratic"

@@ -7,21 +7,28 @@
 namespace {
 
 constexpr int64_t CHUNK = 1024;     // floats of a row that are worked on together: they stay in the first-level cache
-constexpr int64_t PREFETCH = 1024;  // elements: the processor's own prefetching ends with each page
+constexpr int64_t PREFETCH = 1024;  // elements ahead
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Processors prefetch what is read from end to end, and are slowed down by half if it is prefetched for them. Not so where gradient,
+// states and parameter are read in turn, a row or a chunk of one while the others wait.
+inline bool reads_in_turn(const StepArgs& layer) {
+    const State& second = layer.second;
+    bool row_first = second.kind == ROW && second.weight != 0.0f && layer.first.kind == NONE;
+    return !layer.ids && (row_first || second.kind == QUANTIZED);
+}
 // Rows up to here, in elements, are prefetched by the step of the row before.
 constexpr int64_t PREFETCHED_ROW = 1 << 15;
 // How many elements ahead to prefetch the gradient where a row is looked at and then stepped: in the first pass over it, and in
-// the second. To prefetch it twice would be in the way of what else the second one prefetches.
+// the second.
 inline int64_t ahead_in_first(const StepArgs& layer) {
-    return layer.ids || layer.columns > PREFETCHED_ROW ? PREFETCH : 0;
+    return layer.ids || (reads_in_turn(layer) && layer.columns > PREFETCHED_ROW) ? PREFETCH : 0;
 }
 inline int64_t ahead_in_second(const StepArgs& layer) {
-    return layer.ids ? 0 : layer.columns > PREFETCHED_ROW ? PREFETCH : most(PREFETCH, layer.columns);
+    return !reads_in_turn(layer) ? 0 : layer.columns > PREFETCHED_ROW ? PREFETCH : most(PREFETCH, layer.columns);
 }
 
 inline int64_t row_of(const StepArgs& layer, int64_t i) { return layer.ids ? layer.ids[i] : i; }
@@ -41,14 +48,12 @@ inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) 
     if (dtype == BFLOAT16) {
         const uint16_t* half = (const uint16_t*)from;
         for (int64_t i = 0; i < whole; i += LANES) {
-            __builtin_prefetch(half + i + PREFETCH, 0, 3);
             store(to + i, widen(load_half(half + i)));
         }
         if (whole < count) store(to + whole, widen(load_half_part(half + whole, count - whole)));
     } else {
         const float* full = (const float*)from;
         for (int64_t i = 0; i < whole; i += LANES) {
-            __builtin_prefetch(full + i + PREFETCH, 0, 3);
             store(to + i, load(full + i));
         }
         if (whole < count) store(to + whole, load_part(full + whole, count - whole));
@@ -170,7 +175,6 @@ inline float add_squares(const StepArgs& layer, int64_t i, float* buffer, float*
         float* partial = columns + c;
         for (; j + 4 * LANES <= count; j += 4 * LANES)
             for (int k = 0; k < 4; k++) {
-                __builtin_prefetch(g + j + k * LANES + PREFETCH, 0, 3);
                 F x = load(g + j + k * LANES), square = x * x;
                 squares.total[k] += square;
                 store(partial + j + k * LANES, load(partial + j + k * LANES) + square);
@@ -196,7 +200,7 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     alignas(64) float buffer[CHUNK];
     bool clean = true;
     for (int64_t i = begin; i < end && clean; i++) {
-        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, PREFETCH);
+        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, 0);
         layer.sums[i] = mean;
         if (layer.left) {
             layer.left[i] = 0;
@@ -209,7 +213,7 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     for (int64_t c = 0; partial_columns && c < layer.columns; c++) partial_columns[c] = 0.0f;
     for (int64_t i = begin; i < end; i++)
         if (!layer.left[i])
-            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, PREFETCH);
+            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, 0);
 }
 
 }  // namespace

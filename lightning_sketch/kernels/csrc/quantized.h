@@ -59,7 +59,7 @@ INLINE void fold_values(const State& state, const Blocks& blocks, int64_t count,
         };
         int64_t j = begin;
         for (; j + LANES <= end; j += LANES, codes += LANES * bits / 8) {
-            __builtin_prefetch(x + j + PREFETCH, 0, 3);
+            if (ahead) __builtin_prefetch(x + j + PREFETCH, 0, 3);
             take(j, fold(j, decoded<bits, is_signed>(codes, decayed)));
         }
         if (j < end) {
@@ -126,7 +126,7 @@ void fold_blocks(const StepArgs& layer, const State& state, int64_t row, int64_t
     blocks.row = (uint32_t)mix64((uint64_t)(row + layer.row_offset), state.seed);
     blocks.width = state.width;
     uint32_t most[MOST_BLOCKS * LANES];
-    fold_values<bits, is_signed>(state, blocks, count, x, square, !layer.ids, to, most);
+    fold_values<bits, is_signed>(state, blocks, count, x, square, reads_in_turn(layer), to, most);
     bool finite = scale<bits, is_signed>(blocks, count, most);
     encode<bits, is_signed>(blocks, count, to);
     // Of a block that is not finite there are zeros beside the NaN, as in the reference.

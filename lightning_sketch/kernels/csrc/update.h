@@ -118,7 +118,6 @@ struct NoState {
     INLINE F next(int64_t, F x, int64_t) const {
         return x;
     }
-    INLINE void prefetch(int64_t, int64_t) const {}
 };
 
 struct BufferState {
@@ -128,7 +127,6 @@ struct BufferState {
     INLINE F next(int64_t j, F, int64_t) const {
         return load(values + j);
     }
-    INLINE void prefetch(int64_t, int64_t) const {}
 };
 
 struct FloatState {
@@ -141,7 +139,6 @@ struct FloatState {
         put<part>(values + j, s, some);
         return s;
     }
-    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct ScaledState {
@@ -154,7 +151,6 @@ struct ScaledState {
         put<part>(values + j, s, some);
         return s * scale;
     }
-    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct HalfState {
@@ -167,7 +163,6 @@ struct HalfState {
         put<part>(values + j, to_halves(s), some);
         return widen(s);
     }
-    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 struct StochasticState {
@@ -184,7 +179,6 @@ struct StochasticState {
         put<part>(values + j, to_halves(s), some);
         return widen(s);
     }
-    INLINE void prefetch(int64_t j, int64_t ahead) const { __builtin_prefetch(values + j + ahead, 1, 3); }
 };
 
 // Where updates go: param <- decay_factor * param - lr * update, or a buffer.
@@ -245,11 +239,9 @@ INLINE void with_state(const StepArgs& layer, const State& state, int64_t row, i
 void fold(const StepArgs& layer, const State& state, int64_t row, int64_t c, int64_t count, const float* x, bool square,
           float* to) {
     if (state.kind == QUANTIZED) return fold_quantized(layer, state, row, c, count, x, square, to);
-    int64_t ahead = layer.ids ? 0 : PREFETCH;
     with_state(layer, state, row, c, [&](const auto& values) {
         int64_t j = 0;
         for (; j + LANES <= count; j += LANES) {
-            if (ahead) values.prefetch(j, ahead);
             F value = load(x + j);
             store(to + j, values.template next<false>(j, square ? value * value : value, LANES));
         }
@@ -275,7 +267,6 @@ void update_chunk(const Numbers& of_layer, int64_t count, int64_t ahead, int64_t
         for (; j + 2 * LANES <= count; j += LANES) {
             if (ahead) {
                 __builtin_prefetch(g + j + ahead_g, 0, 3);
-                first.prefetch(j, ahead);
                 target.prefetch(j, ahead);
             }
             F x_after = load(g + j + LANES), m_after = first.template next<false>(j + LANES, x_after, LANES);
@@ -305,8 +296,7 @@ template <class Second, class First>
 INLINE void update_into(const StepArgs& layer, const Numbers& numbers, const Place& place, Second& second,
                         const First& first, float* buffer) {
     int64_t at = place.row * layer.columns + place.c;
-    // Rows follow each other in memory unless there are ids; the processor's own prefetching ends with each page.
-    int64_t ahead = layer.ids ? 0 : PREFETCH, ahead_g = ahead_in_second(layer);
+    int64_t ahead = reads_in_turn(layer) ? PREFETCH : 0, ahead_g = ahead_in_second(layer);
     if (layer.momentum.kind != NONE) {
         update_chunk(numbers, place.count, ahead, ahead_g, place.g, second, first, ToBuffer{buffer});
         fold(layer, layer.momentum, place.row, place.c, place.count, buffer, false, buffer);
