@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.make_tables import DOCS, replace_between
-from benchmarks.speed_marks import MARKS, OFFLOAD_MARKS, marks_table, ratio_lines
+from benchmarks.speed_marks import OFFLOAD_MARKS, marks_table, ratio_lines
 from benchmarks.speed_plot import plot
 from benchmarks.summary import RESULTS
 
@@ -45,7 +45,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--results", type=Path, default=RESULTS / "speed.json")
     parser.add_argument("--offload", type=Path, default=RESULTS / "speed_offload.json")
-    parser.add_argument("--fast-memory", type=Path, default=RESULTS / "speed_fast_memory.json")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     arguments = parser.parse_args()
@@ -61,10 +60,6 @@ def main() -> None:
         found: KernelState = json.loads(arguments.offload.read_text())
         tables |= {f"speed_{group}": race_table(found, group) for group in OFFLOAD_RACES}
         tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_MARKS))}
-    if arguments.fast_memory.exists():  # the same marks on another processor
-        other: KernelState = json.loads(arguments.fast_memory.read_text())
-        parts = [machine(other), "\n".join(ratio_lines(other, MARKS)), race_table(other, "dense")]
-        tables["speed_fast_memory"] = "\n\n".join(parts)
     text = arguments.page.read_text()
     for name, table in tables.items():
         text = replace_between(text, name, table, arguments.page.name)
