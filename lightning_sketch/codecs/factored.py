@@ -35,7 +35,7 @@ class Factored(Codec):
 
     Args:
         floor: how many times the mean of all rows is added to each row's for a step, at least 0. For tables with rows
-            that seldom have a gradient.
+            that seldom have a gradient; in hidden layers, whose rows all have one, it only makes steps shorter.
 
     Raises:
         ValueError: an option is out of range.
