@@ -85,7 +85,7 @@ def test_allow_empty_from_the_command_line():
 
 def test_an_optimizer_from_the_command_line_is_compressed_too():
     write_config(policy={"rules": [{"role": "embedding", "sum": "SM3"}]})
-    _, trainer = fit("--optimizer", "Adagrad")
+    _, trainer = fit("--optimizer", "torch.optim.Adagrad")  # bitsandbytes has one, too
     assert type(trainer.optimizers[0]).__qualname__ == "CompressedAdagrad"
     assert "sum_dim0" in trainer.optimizers[0].state[trainer.lightning_module.table.weight]
 
