@@ -47,15 +47,11 @@ inline void widen_to(float* to, const void* from, int32_t dtype, int64_t count) 
     int64_t whole = count / LANES * LANES;
     if (dtype == BFLOAT16) {
         const uint16_t* half = (const uint16_t*)from;
-        for (int64_t i = 0; i < whole; i += LANES) {
-            store(to + i, widen(load_half(half + i)));
-        }
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, widen(load_half(half + i)));
         if (whole < count) store(to + whole, widen(load_half_part(half + whole, count - whole)));
     } else {
         const float* full = (const float*)from;
-        for (int64_t i = 0; i < whole; i += LANES) {
-            store(to + i, load(full + i));
-        }
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(full + i));
         if (whole < count) store(to + whole, load_part(full + whole, count - whole));
     }
 }
