@@ -6,7 +6,11 @@ within each row, averaged over the rows; within each column, averaged over the c
 sqrt(V / shared) - 1: how far steps come out wrong that the exact V would have made of length 1, when V is shared by
 rows, by columns, or as the product of both (`Factored`).
 
-    python -m benchmarks.second_moments --methods tied_adamw,untied_adamw --workers 2   # results/second_moments.json
+    python -m benchmarks.second_moments --methods tied_adamw --seed 1   # results/second_moments.json
+    python -m benchmarks.second_moments --methods untied_adamw
+    python -m benchmarks.second_moments --methods ''               # only write and print it, from finished runs
+
+A run counts as one of the usual recipe's, too.
 """
 
 from __future__ import annotations
@@ -17,33 +21,38 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks.gcide import cache_folder
 from benchmarks.summary import RESULTS
 from benchmarks.sweep import Setting, each
-from benchmarks.usual_recipe import EPS, METHODS, make, train
+from benchmarks.usual_recipe import BETAS, EPS, METHODS, cache, run
 
+PREFIX = "second_moments_"  # of files in the cache
 SNAPSHOTS = (1, 10, 100, 200, 500, 1_000, 1_500, 2_000)  # steps
 TINY = 1e-30  # columns and rows of words that never came are left out
 
 
-def measure(name: str, *, lr: float) -> None:
+def measure(name: str, *, lr: float, seed: int) -> None:
     """Train once and keep what was found beside the other finished runs."""
-    path = cache_folder() / f"second_moments_{name}.json"
+    path = cache_folder() / f"{PREFIX}{name}.json"
     if path.exists():
         return
-    setting = Setting(name, lr, EPS, seed=0)
-    model, optimizer = make(setting)
-    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[str, dict[str, Any]] = {}
-    for step, _ in enumerate(train(model, optimizer, setting), start=1):
+
+    def watch(step: int, model: nn.Module, optimizer: Optimizer) -> None:
         if step in SNAPSHOTS:
-            for parameter, state in optimizer.state.items():
+            correction = 1 - BETAS[1] ** step
+            for of, parameter in model.named_parameters():
                 if parameter.ndim == 2:
-                    correction = 1 - optimizer.param_groups[0]["betas"][1] ** step
-                    found.setdefault(names[parameter], {})[str(step)] = ratios(state["exp_avg_sq"] / correction)
-    path.write_text(json.dumps({"label": METHODS[name].label, "lr": lr, "layers": found}))
+                    found.setdefault(of, {})[str(step)] = ratios(optimizer.state[parameter]["exp_avg_sq"] / correction)
+
+    setting = Setting(name, lr, EPS, seed)
+    result = run(setting, watch)
+    if cache().find(setting) is None:
+        cache().add(setting, result)
+    path.write_text(json.dumps({"label": METHODS[name].label, "lr": lr, "seed": seed, "layers": found}))
 
 
 def ratios(second_moment: Tensor) -> dict[str, float]:
@@ -76,13 +85,15 @@ def _error(v: Tensor, shared: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--methods", default="tied_adamw,untied_adamw", help="exact methods of usual_recipe")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--methods", default="tied_adamw,untied_adamw", help="exact methods of usual_recipe, or none")
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     arguments = parser.parse_args()
-    names = arguments.methods.split(",")
-    each(functools.partial(measure, lr=arguments.lr), names, workers=arguments.workers)
-    found = {name: json.loads((cache_folder() / f"second_moments_{name}.json").read_text()) for name in names}
+    names = arguments.methods.split(",") if arguments.methods else []
+    each(functools.partial(measure, lr=arguments.lr, seed=arguments.seed), names, workers=arguments.workers)
+    kept = sorted(cache_folder().glob(f"{PREFIX}*.json"))
+    found = {path.stem.removeprefix(PREFIX): json.loads(path.read_text()) for path in kept}
     (RESULTS / "second_moments.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
@@ -94,9 +105,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "| update off by: a number a row | a column | Factored |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kind, run in found.items():
+    for kind, stored in found.items():
         types: dict[str, list[dict[str, dict[str, float]]]] = {}
-        for name, by_step in run["layers"].items():
+        for name, by_step in stored["layers"].items():
             parts = name.split(".")
             types.setdefault(".".join(part for part in parts if not part.isdigit()), []).append(by_step)
         for name, layers in types.items():

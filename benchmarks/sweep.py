@@ -55,12 +55,15 @@ class Cache:
     def run(self, setting: Setting, train: Callable[[Setting], Result]) -> Result:
         """The run's result, trained now if it has not been before."""
         found = self.find(setting)
-        if found is None:
-            found = {"setting": asdict(setting)} | train(setting)
-            line = json.dumps(found) + "\n"
-            with self.path.open("a") as file:  # one write of one line: appends do not interleave
-                file.write(line)
-            print(line, end="", flush=True)
+        return self.add(setting, train(setting)) if found is None else found
+
+    def add(self, setting: Setting, result: Result) -> Result:
+        """Keep a finished run."""
+        found = {"setting": asdict(setting)} | result
+        line = json.dumps(found) + "\n"
+        with self.path.open("a") as file:  # one write of one line: appends do not interleave
+            file.write(line)
+        print(line, end="", flush=True)
         return found
 
 

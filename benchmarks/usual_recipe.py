@@ -161,12 +161,21 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def run(setting: Setting) -> Result:
-    """Train once; perplexities (None if it diverged), state bytes and seconds."""
+def run(setting: Setting, watch: Callable[[int, nn.Module, Optimizer], None] | None = None) -> Result:
+    """Train once; perplexities (None if it diverged), state bytes and seconds.
+
+    Args:
+        watch: called after every step, with how many there were.
+    """
     began = time.perf_counter()
     corpus = _corpus()
     model, optimizer = make(setting)
-    finite = all(norm.isfinite() for norm in train(model, optimizer, setting))
+    finite = True
+    for step, norm in enumerate(train(model, optimizer, setting), start=1):
+        if not (finite := bool(norm.isfinite())):
+            break
+        if watch is not None:
+            watch(step, model, optimizer)
     trained = time.perf_counter()
     return {
         "valid": _perplexity(model, corpus.valid) if finite else None,

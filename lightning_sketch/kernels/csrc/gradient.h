@@ -188,16 +188,18 @@ inline float add_squares(const StepArgs& layer, int64_t i, float* buffer, float*
 // Finds the rows that are to be left out.
 void check_rows(const StepArgs& layer, int64_t begin, int64_t end) {
     int64_t left_out = 0;
-    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i, PREFETCH);
+    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i, layer.ids ? PREFETCH : 0);
     count_left_out(layer, left_out);
 }
 
 void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* partial_columns) {
     alignas(64) float buffer[CHUNK];
+    auto add = [&](int64_t i) {
+        return layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, 0);
+    };
     bool clean = true;
     for (int64_t i = begin; i < end && clean; i++) {
-        float mean = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, 0);
-        layer.sums[i] = mean;
+        float mean = add(i);
         if (layer.left) {
             layer.left[i] = 0;
             clean = finite_by_mean(layer, i, mean);
@@ -208,8 +210,7 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     check_rows(layer, begin, end);
     for (int64_t c = 0; partial_columns && c < layer.columns; c++) partial_columns[c] = 0.0f;
     for (int64_t i = begin; i < end; i++)
-        if (!layer.left[i])
-            layer.sums[i] = partial_columns ? add_squares(layer, i, buffer, partial_columns) : mean_square(layer, i, buffer, 0);
+        if (!layer.left[i]) add(i);
 }
 
 }  // namespace
