@@ -4,7 +4,7 @@
 #   make docs          the documentation as a site, in site/
 #   make dist          what is published, in dist/: a source distribution, a wheel with kernels and one without
 #   make bench         the speed measurements behind docs/performance.md (ten minutes; leave the machine alone)
-#   make bench-quality the measurements behind docs/quality.md (hours on two cores; continues where it stopped)
+#   make bench-quality perplexities of two tasks of docs/quality.md (hours on two cores; continues where it stopped)
 # `make TORCH=torch demo` takes the newest torch with CUDA instead of the CPU build of the tested version.
 
 PYTHON ?= python3

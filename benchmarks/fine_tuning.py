@@ -5,7 +5,7 @@ over 10 %, then linearly to 0, the gradient's norm clipped to 1; all parameters 
 process of one thread and takes half an hour; the peak is the system's figure for it from the optimizer's making on, the
 model included.
 
-    pip install -e .[benchmark,transformers] gguf bitsandbytes
+    pip install -e '.[benchmark,transformers]' gguf bitsandbytes
     python -m benchmarks.fine_tuning --workers 2                # results/fine_tuning.json
     python -m benchmarks.fine_tuning --lr 1e-3 --workers 2      # another learning rate
 """

@@ -30,9 +30,9 @@ import lightning_sketch
 from benchmarks import gpu_peers, roofline, speed, speed_cases
 from benchmarks.gpu_measure import allocated, by_each, event_time, kernels_on
 from benchmarks.speed_cases import FULL, QUICK, Sizes
-from benchmarks.speed_marks import MARKS
 from benchmarks.speed_measure import Row, race
 from benchmarks.speed_peers import NOT_INSTALLED, version
+from benchmarks.speed_targets import TARGETS
 from benchmarks.step_cost import transient
 from benchmarks.summary import RESULTS
 
@@ -154,7 +154,7 @@ def table(group: str, found: Any) -> Iterator[str]:
     sparse = group in SPARSE
     temporaries = "temporaries / gradient" if sparse else "temporaries, B/param"
     yield f"{group}:"
-    yield f"| | ms (quartiles) | bound | ratio | against | mark set for CPUs | state, B/param | {temporaries} |"
+    yield f"| | ms (quartiles) | bound | ratio | against | target set for CPUs | state, B/param | {temporaries} |"
     yield "|---" * 8 + "|"
     for row in found:
         yield f"| {row['label']}{CHECKS[row['nonfinite']]} | {' | '.join(_cells(row, group, sparse))} |"
@@ -167,25 +167,25 @@ def _cells(row: Row, group: str, sparse: bool) -> list[str]:
     low, high = row["quartiles"]
     bound = f"{row['bound_milliseconds']:.3g}" if "bound_milliseconds" in row else "-"
     share = row["transient_per_gradient_byte"] if sparse else row["transient_bytes_per_parameter"]
-    mark = _mark(group, row)
+    target = _target(group, row)
     return [
         f"{row['milliseconds']:.3g} ({low:.3g}-{high:.3g})",
         bound,
         f"{row['ratio']:.2f}",
         row["against"],
-        "-" if mark is None else f"{mark:.2f}",
+        "-" if target is None else f"{target:.2f}",
         f"{row['state_bytes_per_parameter']:.3g}",
         f"{share:.3g}",
     ]
 
 
-def _mark(group: str, row: Row) -> float | None:
+def _target(group: str, row: Row) -> float | None:
     """The largest ratio that was aimed at on CPUs."""
     key = row["key"].split(" (")[0]
-    for mark in MARKS:
-        named = any(key == wanted or (wanted.endswith("_") and key.startswith(wanted)) for wanted in mark.keys)
-        if mark.group == group and named and row["name"] != row["against"]:
-            return mark.most
+    for target in TARGETS:
+        named = any(key == wanted or (wanted.endswith("_") and key.startswith(wanted)) for wanted in target.keys)
+        if target.group == group and named and row["name"] != row["against"]:
+            return target.most
     return None
 
 

@@ -15,7 +15,7 @@ from benchmarks.make_tables import DOCS, Rows, against, perplexity, replace_betw
 from benchmarks.summary import RESULTS
 
 PAGE = DOCS / "papers.md"
-MARK = 0.3  # points of accuracy that a compressed ResNet may lose
+TARGET = 0.3  # points of accuracy that a compressed ResNet may lose
 
 #: Perplexities of the count-sketch paper (Spring et al., 2019), by setting and family here, by row there.
 TABLES: dict[tuple[str, str], tuple[int, dict[str, float]]] = {
@@ -73,7 +73,7 @@ def resnet_table(rows: Rows) -> str | None:
     """Accuracies; each method beside the exact optimizer that it compresses."""
     lines = [
         "| optimizer | table 5 of the paper | here, test accuracy (range over 3 seeds) | against exact, points "
-        f"| within {MARK} of exact | state | lr |",
+        f"| within {TARGET} of exact | state | lr |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, method in resnet.METHODS.items():
@@ -87,7 +87,7 @@ def resnet_table(rows: Rows) -> str | None:
             columns += ["", ""]
         else:
             columns += [f"{mean(gains):+.2f} ({min(gains):+.2f} to {max(gains):+.2f})"]
-            columns += ["yes" if mean(gains) >= -MARK else "**no**"]
+            columns += ["yes" if mean(gains) >= -TARGET else "**no**"]
         columns += [share(rows[name], exact), f"{chosen['lr']:g}"]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines) if len(lines) > 2 else None

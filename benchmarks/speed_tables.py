@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.make_tables import DOCS, replace_between
-from benchmarks.speed_marks import OFFLOAD_MARKS, marks_table, ratio_lines
 from benchmarks.speed_plot import plot
+from benchmarks.speed_targets import OFFLOAD_TARGETS, ratio_lines, targets_table
 from benchmarks.summary import RESULTS
 
 PAGE = DOCS / "performance.md"
@@ -51,7 +51,7 @@ def main() -> None:
     stored: KernelState = json.loads(arguments.results.read_text())
     makers: dict[str, Callable[[KernelState], str]] = {
         "speed_machine": machine,
-        "speed_marks": marks_table,
+        "speed_targets": targets_table,
         "speed_cold": cold_table,
     }
     makers |= {f"speed_{group}": partial(race_table, group=group) for group in RACES}
@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.offload.exists():
         found: KernelState = json.loads(arguments.offload.read_text())
         tables |= {f"speed_{group}": race_table(found, group) for group in OFFLOAD_RACES}
-        tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_MARKS))}
+        tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_TARGETS))}
     text = arguments.page.read_text()
     for name, table in tables.items():
         text = replace_between(text, name, table, arguments.page.name)

@@ -74,7 +74,7 @@ class Sweep:
     Args:
         train: one run, whose result has a figure of validation and one of test, None where it diverged.
         cache: of finished runs.
-        searches: by method, the first learning rate, and values of eps, of which the first is torch's default.
+        searches: by method, the first learning rate, and values of eps, of which the search begins with the first.
         default_eps_too: methods that are repeated at the default eps, too, at the best learning rate tried there.
     """
 

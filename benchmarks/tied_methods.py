@@ -30,6 +30,7 @@ class Method:
     family: Literal["adam", "adagrad", "adagrad_momentum", "adafactor", "came"] = "adam"
     rules: Rules | None = None  # None: exact
     table_momentum: bool = True  # beta1 = 0.9 on the table; False: 0, with the stock class
+    epsilons: tuple[float, ...] = ()  # of the table alone, to search, the first one first; empty: torch's, everywhere
     schedule: Literal["linear", "quadratic", "inverse_root"] = "linear"  # after the warm-up; see `tied_transformer`
     start_lr: float | None = None  # of the search; None: the family's
     peer: str = ""  # another library's class in place of torch's: its module and name
@@ -68,6 +69,8 @@ def build(method: Method, model: nn.Module, table: nn.Embedding, *, lr: float, e
     else:
         if not method.table_momentum:
             groups[0]["betas"] = (0.0, 0.999)
+        if method.epsilons:
+            groups[1]["eps"] = 1e-8
         optimizer = AdamW(groups, lr=lr, eps=eps, fused=True)
     if method.rules is None:
         return optimizer
@@ -154,9 +157,15 @@ def _sm3_alone(variant: str) -> Rules:
     return lambda ls: [ls.Rule(name="*", sum=ls.SM3(variant, momentum=0.9))]
 
 
+LARGER = (1e-4, 1e-5, 1e-3)
+
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW, exact"),
     "adamw_b0": Method("AdamW, exact; beta1 = 0 on the table", table_momentum=False),
+    "adamw_eps": Method("AdamW, exact; a larger eps on the table", epsilons=LARGER),
+    "adamw_b0_eps": Method(
+        "AdamW, exact; beta1 = 0 and a larger eps on the table", table_momentum=False, epsilons=LARGER
+    ),
     "rw_drop": Method("table: RowWise, no first moment", rules=_table(_drop, _row_wise)),
     "rw_keep": Method("table: RowWise, first moment kept", rules=_table(None, _row_wise)),
     "rw_bf16": Method("table: RowWise, first moment BFloat16", rules=_table(_bf16, _row_wise)),

@@ -4,7 +4,8 @@ The 20,000 commonest words, full softmax, 2 layers, width 128, 4 heads, context 
 words, warm-up over 10 % and a linear fall to 2 % (SM3's own schedule: a quadratic warm-up over 10 %,
 then constant; Adafactor's: a linear one, then the inverse root of the step), the gradient's norm
 clipped to 1. AdamW's fused class at its defaults but the learning rate, which is tuned by factors of
-two on validation blocks with seed 0 and shared by the table and the hidden layers.
+two on validation blocks with seed 0 and shared by the table and the hidden layers. Where it says so, the table's eps is
+tuned as well.
 
     python -m benchmarks.tied_transformer --methods adamw,rw_bf16 --workers 2  # results/tied_transformer.json
     python -m benchmarks.tied_transformer --summarise                # only write it, from finished runs
@@ -119,7 +120,7 @@ def _perplexity(model: CausalLM, blocks: gcide.Ids, sequences: int) -> float | N
 
 def main() -> None:
     searches = {
-        name: (method.start_lr or START_LR[method.family], [DEFAULT_EPS[method.family]])
+        name: (method.start_lr or START_LR[method.family], method.epsilons or (DEFAULT_EPS[method.family],))
         for name, method in METHODS.items()
     }
     sweep = Sweep(run, Cache(gcide.cache_folder() / "tied_transformer.jsonl"), searches)

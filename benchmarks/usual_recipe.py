@@ -136,7 +136,7 @@ METHODS: dict[str, Method] = {
         "both tables: Factored, no first moment", False, words=(DROP, FACTORED), head=(DROP, FACTORED)
     ),
     "untied_drop_floored": Method(
-        'both tables: Factored(floor=1), no first moment (preset "tables")',
+        "both tables: Factored(floor=1), no first moment",
         False, words=(DROP, FLOORED), head=(DROP, FLOORED),
     ),
     "untied_head_8bit": Method(

@@ -13,13 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sketch import CountSketch, Drop, Policy, RowWise, Rule, compress, report
+from lightning_sketch import Drop, Factored, Policy, Rule, compress, report
 
 POLICY = Policy(
-    [
-        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=CountSketch(compression=20)),
-        Rule(name="head.weight", exp_avg=Drop(), exp_avg_sq=RowWise()),  # a plain nn.Linear: found by name
-    ]
+    [Rule(role=("embedding", "softmax"), exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0))],
+    role_hints={"head.weight": "softmax"},  # a plain nn.Linear
 )
 
 

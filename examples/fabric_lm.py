@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_sketch import BFloat16, CountSketch, Drop, Policy, RowWise, Rule, compress, report
+from lightning_sketch import BFloat16, Drop, Factored, Policy, RowWise, Rule, compress, report
 
 CONTEXT, DIM = 4, 64
 
@@ -35,7 +35,7 @@ class NextWord(nn.Module):
 
 POLICY = Policy(
     [
-        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=CountSketch(compression=20)),
+        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0)),
         Rule(role="softmax", name="*.weight", exp_avg=BFloat16(), exp_avg_sq=RowWise()),
     ],
     role_hints={"output.weight": "softmax"},  # a plain nn.Linear does not say what it is for

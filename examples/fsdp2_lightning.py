@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_sketch import BFloat16, CountSketch, Drop, Policy, RowWise, Rule, report
+from lightning_sketch import BFloat16, Drop, Factored, Policy, RowWise, Rule, report
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
 
 CONTEXT, DIM, PROCESSES = 4, 64, 2
@@ -59,7 +59,7 @@ class Training(L.LightningModule):
 
 POLICY = Policy(
     [
-        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=CountSketch(compression=20)),
+        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0)),
         Rule(name="model.output.weight", exp_avg=BFloat16(), exp_avg_sq=RowWise()),
     ]
 )

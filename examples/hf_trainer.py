@@ -14,13 +14,13 @@ from pydoc_data.topics import topics
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from lightning_sketch import SM3, CountSketch, Drop, Policy, Rule, report
+from lightning_sketch import BFloat16, Drop, Factored, Policy, Rule, report
 from lightning_sketch.integrations.transformers import compressed_optimizer
 
 POLICY = Policy(
     [
-        Rule(role="embedding", min_rows=1_000, exp_avg=Drop(), exp_avg_sq=CountSketch(compression=20)),
-        Rule(name="*.mlp.*", min_numel=1_000, exp_avg_sq=SM3()),
+        Rule(role="embedding", min_rows=1_000, exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0)),
+        Rule(name="*.mlp.*", min_numel=1_000, exp_avg=BFloat16(), exp_avg_sq=Factored()),
     ]
 )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sketch import BFloat16, CountSketch, Drop, Policy, RowWise, Rule, report
+from lightning_sketch import BFloat16, Drop, Factored, Policy, RowWise, Rule, report
 from lightning_sketch.integrations.lightning import OptimizerStateCompression
 
 CONTEXT, DIM = 4, 64
@@ -44,7 +44,7 @@ class NextWord(L.LightningModule):
 
 POLICY = Policy(
     [
-        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=CountSketch(compression=20)),
+        Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0)),
         Rule(role="softmax", name="*.weight", exp_avg=BFloat16(), exp_avg_sq=RowWise()),
     ],
     role_hints={"output.weight": "softmax"},  # a plain nn.Linear does not say what it is for

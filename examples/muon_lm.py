@@ -20,7 +20,7 @@ CONTEXT, DIM, BATCH, STEPS = 4, 32, 128, 60
 
 POLICY = Policy(
     [
-        Rule(role=("embedding", "softmax"), first_moment=Drop(), second_moment=Factored()),
+        Rule(role=("embedding", "softmax"), first_moment=Drop(), second_moment=Factored(floor=1.0)),
         Rule(role="hidden", first_moment=BFloat16()),
     ]
 )

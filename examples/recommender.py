@@ -15,16 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch import Drop, Policy, RowWise, Rule, compress, report
+from lightning_sketch import Drop, Factored, Policy, Rule, compress, report
 
 FOLDERS = ("ao", "distributed", "fx", "nn", "_dynamo", "_inductor")  # of PyTorch's own source
 DIM, BATCH, STEPS = 32, 4096, 300
-POLICY = Policy(
-    [
-        Rule(name="names.weight", exp_avg=Drop(), exp_avg_sq=RowWise(compression=10)),
-        Rule(name="files.weight", exp_avg=Drop(), exp_avg_sq=RowWise()),
-    ]
-)
+POLICY = Policy([Rule(role="embedding", exp_avg=Drop(), exp_avg_sq=Factored(floor=1.0))])
 
 
 def observed() -> tuple[Tensor, int, int]:

@@ -72,5 +72,8 @@ def _in_tmp_path(request, _shared_folder) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog) -> None:
+def _quiet(caplog) -> Iterator[None]:
     caplog.handler.setLevel(logging.WARNING)  # for `set_level` all loggers forget what they have cached
+    yield
+    if (package := logging.getLogger("lightning_sketch")).level:  # scripts of benchmarks silence it
+        package.setLevel(logging.NOTSET)

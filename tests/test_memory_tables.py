@@ -1,4 +1,4 @@
-"""docs/memory.md has the measured tables, and the marks in it are met or said not to be."""
+"""docs/memory.md has the measured tables, and the targets in it are met or said not to be."""
 
 from __future__ import annotations
 

@@ -86,13 +86,18 @@ def policy_of(text: str, model: nn.Module, optimizer: Optimizer) -> Policy:
         ValueError: there is none.
         OSError: the file cannot be read.
     """
-    if text in PRESETS:
-        return Policy.preset(text)
     if text.startswith("budget:"):
         return Policy.for_budget(model, optimizer, text.removeprefix("budget:"))
+    return named_policy(text, " nor budget:SIZE")
+
+
+def named_policy(text: str, or_else: str = "") -> Policy:
+    """The same without budgets; `or_else` ends the message of the error."""
+    if text in PRESETS:
+        return Policy.preset(text)
     if text.endswith((".yaml", ".yml")):
         return Policy.from_yaml(text)
-    raise ValueError(f"--policy {text}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file nor budget:SIZE")
+    raise ValueError(f"--policy {text}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file{or_else}")
 
 
 def batch_of(text: str) -> dict[str, Tensor]:

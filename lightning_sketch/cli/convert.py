@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 
 from lightning_sketch.checkpoints.rewrite import convert_checkpoint
-from lightning_sketch.cli.arguments import dtype_of, model_of
-from lightning_sketch.policy.policy import Policy
+from lightning_sketch.cli.arguments import dtype_of, model_of, named_policy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the checkpoint")
     parser.add_argument("destination", help="where to write; must not exist")
     parser.add_argument("--to", choices=("plain", "compressed"), required=True, help="form of the states")
-    parser.add_argument("--policy", help="YAML file of a policy (with --to compressed); default: as it was written")
+    parser.add_argument("--policy", help="a preset or a YAML file (with --to compressed); default: as it was written")
     parser.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
@@ -36,7 +35,7 @@ def run(options: argparse.Namespace) -> str:
         options.source,
         options.destination,
         to=options.to,
-        policy=Policy.from_yaml(options.policy) if options.policy else None,
+        policy=named_policy(options.policy) if options.policy else None,
         model=model_of(options.model) if options.model else None,
         world_size=options.world_size,
         dtype=dtype_of(options.dtype),

@@ -19,8 +19,8 @@ class Drop(Codec):
     drops: ClassVar[bool] = True
     live_blocks: ClassVar[int] = 6
     refuses_unsigned: ClassVar[str | None] = (
-        "without a second moment the update is plain SGD at another learning rate; choose RowWise or SM3, "
-        "which need a few numbers per row"
+        "without a second moment the update is plain SGD at another learning rate; choose Factored or RowWise, "
+        "which need about one number per row"
     )
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:

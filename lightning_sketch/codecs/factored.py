@@ -48,7 +48,7 @@ class Factored(Codec):
 
     live_blocks: ClassVar[int] = 7
     refuses_signed: ClassVar[str | None] = (
-        "a product of row and column means holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
+        "a product of row and column means holds non-negative values only; choose Drop, Quantized, BFloat16 or Keep"
     )
 
     def __post_init__(self) -> None:

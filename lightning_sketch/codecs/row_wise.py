@@ -52,7 +52,7 @@ class RowWise(Codec):
 
     live_blocks: ClassVar[int] = 6
     refuses_signed: ClassVar[str | None] = (
-        "one mean per row says nothing about the signs of its elements; choose Drop, BFloat16, CountSketch or Keep"
+        "one mean per row says nothing about the signs of its elements; choose Drop, Quantized, BFloat16 or Keep"
     )
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class SM3(Codec):
     momentum: float = 0.0
 
     refuses_signed: ClassVar[str | None] = (
-        "a minimum of maxima holds non-negative values only; choose Drop, BFloat16, CountSketch or Keep"
+        "a minimum of maxima holds non-negative values only; choose Drop, Quantized, BFloat16 or Keep"
     )
 
     def __post_init__(self) -> None:

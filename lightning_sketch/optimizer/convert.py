@@ -81,7 +81,8 @@ def compress(
     before. A converted optimizer may be converted again with the same policy, which does nothing.
 
     Rules of ours step Adam, AdamW, SparseAdam, Adagrad, RMSprop and SGD, with every codec. An optimizer of any other
-    class takes element-wise codecs (`BFloat16`): its own step works on decoded states, a few layers at a time.
+    class takes element-wise codecs (`BFloat16`, `Quantized`): its own step works on decoded states, a few layers at a
+    time.
 
     Args:
         optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list
@@ -99,6 +100,8 @@ def compress(
             is complete, which is then freed; ``optimizer.step()``, called after every backward pass, steps the others.
             The results are the same bits. For training without DDP and DeepSpeed, accumulation, clipping by the norm
             of all gradients and GradScaler, which raise where they can be seen; see `optimizer.in_backward`.
+        monitor: a `Monitor`, which keeps exact states of a few rows beside the compressed ones and says how far apart
+            they are; docs/monitor.md.
 
     Returns:
         `optimizer`; of several, a list of them.

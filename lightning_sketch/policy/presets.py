@@ -9,7 +9,7 @@ from lightning_sketch.policy.rule import Rule
 
 
 def tables() -> list[Rule]:
-    """Tables of 10,000 rows or more, where states are largest; everything else exactly."""
+    """Tables of 10,000 rows or more: no first moment, row and column means with a floor; the rest exactly."""
     return [
         Rule(
             role=("embedding", "softmax"),

@@ -51,8 +51,8 @@ class StockRule(UpdateRule):
                 name = stock_class(self._optimizer).__name__
                 raise ValueError(
                     f"{type(codec).__name__} cannot hold {state} of {fqn}: there is no update rule for {name}, so its "
-                    "own step works on decoded states, and those must be stored element by element: use BFloat16(), or "
-                    "Keep() (leave the state out of the rule)"
+                    "own step works on decoded states, and those must be stored element by element: use BFloat16(), "
+                    "Quantized(), or Keep() (leave the state out of the rule)"
                 )
 
     def numbers(self, group: Mapping[str, Any], step: int | Tensor) -> Any:

@@ -155,6 +155,18 @@ def test_another_policy_for_a_compressed_file(tmp_path):
     train(model, fresh, [2])
 
 
+def test_a_preset_for_a_plain_file(tmp_path):
+    model = Tiny()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "plain.pt")
+    arguments = ["convert", str(tmp_path / "plain.pt"), str(tmp_path / "new.pt"), "--to", "compressed"]
+    assert main([*arguments, "--policy", "8bit", "--model", f"{__name__}:model_of_the_tests"]) == 0
+    fresh = compress(AdamW(model.parameters()), model, Policy.preset("8bit"))
+    fresh.load_state_dict(torch.load(tmp_path / "new.pt"))
+    assert fresh.state[model.table.weight].keys() >= {"exp_avg_codes", "exp_avg_sq_codes"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,6 +178,7 @@ def test_another_policy_for_a_compressed_file(tmp_path):
         (["old.pt", "new.pt", "--to", "plain", "--dtype", "int"], None),
         (["old.pt", "new.pt", "--to", "plain", "--dtype", "Tensor"], "not a torch dtype"),
         (["old.pt", "new.pt", "--to", "compressed", "--policy", "policy.yaml"], "needs the model"),
+        (["old.pt", "new.pt", "--to", "compressed", "--policy", "budget:1GiB"], "--policy budget:1GiB: neither"),
         (["old.pt", "new.pt", "--to", "compressed", "--model", "no_such:thing"], "no_such"),
         (["garbage.pt", "new.pt", "--to", "plain"], "cannot be read"),
         (["other.pt", "new.pt", "--to", "plain"], "found 0"),

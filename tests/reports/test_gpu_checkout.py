@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -49,8 +48,7 @@ def test_the_benchmark_runs_from_a_checkout(checkout):
     assert json.loads((checkout / "runs/gpu_quick.json").read_text())["groups"]["bandwidth"]["copy"] > 0
 
 
-def test_the_check_runs_every_section_and_sums_up(monkeypatch, tmp_path, capsys, caplog):
-    caplog.set_level(logging.ERROR, "lightning_sketch")  # as the script sets it; restored afterwards
+def test_the_check_runs_every_section_and_sums_up(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("OUT", os.fspath(tmp_path / "out"))
     for section in (*gpu_check.SECTIONS, "summary"):
         monkeypatch.setattr(sys, "argv", ["gpu_check", section, "--device", "cpu", "--quick"])

@@ -81,7 +81,7 @@ def test_a_codec_that_is_not_elementwise_is_refused_with_what_to_use():
     optimizer = torch.optim.Adamax(model.parameters())
     reason = (
         r"RowWise cannot hold exp_inf of table.weight: there is no update rule for Adamax, so its own step works on "
-        r"decoded states, and those must be stored element by element: use BFloat16\(\), or Keep\(\)"
+        r"decoded states, and those must be stored element by element: use BFloat16\(\), Quantized\(\), or Keep\(\)"
     )
     with pytest.raises(ValueError, match=reason):
         compress(optimizer, model, Policy([Rule(name="table.*", second_moment=RowWise())]))
