@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md about the usual recipe, from ``results/usual_recipe.json``.
+"""The tables of docs/quality.md about the usual recipe: ``results/usual_recipe.json``, ``results/second_moments.json``.
 
 python -m benchmarks.usual_recipe_tables
 """
@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+from benchmarks import second_moments
 from benchmarks.make_tables import PAGE, against, replace_between, share
 from benchmarks.make_tables import perplexity as tested
 from benchmarks.summary import RESULTS
@@ -74,6 +75,8 @@ def main() -> None:
     text = PAGE.read_text()
     for name, made in usual_recipe_tables(stored["runs"]).items():
         text = replace_between(text, name, made, PAGE.name)
+    made = second_moments.table(json.loads((RESULTS / "second_moments.json").read_text()))
+    text = replace_between(text, "second_moments", made, PAGE.name)
     PAGE.write_text(text)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import second_moments
 from benchmarks.frontier import TASKS, Point, is_on_the_frontier, measured, table
 from benchmarks.make_tables import PAGE, fine_tuning_table
 from benchmarks.summary import RESULTS
@@ -23,16 +24,21 @@ def test_the_page_has_the_measured_frontier(name):
     assert is_in_the_page(f"frontier_{name}", table(found, TASKS[name], least))
 
 
-def test_the_default_of_sparse_tables_trains_in_what_plain_sgd_takes():
+def test_the_default_of_sparse_tables_trains_in_little_more_than_plain_sgd():
     found, least = measured("sparse_lm")
-    (default,) = [point for point in found if point.name == "rw_10"]
-    assert default.peak < 1.01 * least
+    (default,) = [point for point in found if point.name == "floored"]
+    assert default.peak < 1.03 * least
 
 
 def test_the_page_has_what_the_usual_recipe_came_to():
     stored = json.loads((RESULTS / "usual_recipe.json").read_text())
     for name, made in usual_recipe_tables(stored["runs"]).items():
         assert is_in_the_page(name, made), name
+
+
+def test_the_page_has_how_alike_second_moments_are():
+    stored = json.loads((RESULTS / "second_moments.json").read_text())
+    assert is_in_the_page("second_moments", second_moments.table(stored))
 
 
 def test_the_page_has_what_fine_tuning_came_to():
