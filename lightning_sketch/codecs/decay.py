@@ -90,6 +90,11 @@ class ScaledState(CodecState):
         # As of the step that was begun last.
         self.scale: Number = self._scale if spec.on_device else 1.0 if is_fake(self._scale) else self._scale.item()
         self._decay = 1.0
+        self._renormalized = False
+
+    @property
+    def renormalized(self) -> bool:
+        return self._renormalized
 
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self._scale, self._decay
@@ -133,6 +138,7 @@ class ScaledState(CodecState):
         assert not isinstance(decay, Tensor)
         self._decay = decay
         before: float = self._scale.item()
+        self._renormalized = before * decay < MIN_SCALE
         scale = decayed(before, decay, (getattr(self, name) for name in self.divided))
         if scale != before:  # writing takes four times as long as reading
             self._scale.fill_(scale)

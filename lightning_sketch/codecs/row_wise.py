@@ -219,6 +219,10 @@ class _SketchedRows(CodecState):
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self.inner.deferred_scale()
 
+    @property
+    def renormalized(self) -> bool:
+        return self.inner.renormalized
+
     def follow(self, leader: CodecState) -> None:
         self.inner.follow(leader)
 

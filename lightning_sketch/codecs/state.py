@@ -220,6 +220,11 @@ class CodecState(ABC):
         """The scale, if there is one, and by what it is to decay, of a step that is `deferred`."""
         return None, 1.0
 
+    @property
+    def renormalized(self) -> bool:
+        """Whether the step that was begun last has multiplied what is stored by its scale."""
+        return False
+
     def follow(self, leader: CodecState) -> None:  # noqa: B027
         """Let the scale decay as `leader`'s did, which was the same, in the step that it began."""
 

@@ -159,7 +159,6 @@ class Prepared:
     def _step(self, rule: UpdateRule, leave_out: bool) -> Tensor:
         grads, states = self._grads, self._states
         begun = [layer.numbers_of(rule) for layer in self._leaders]  # all of them before anything changes
-        before = [layer.scales() for layer in self._leaders]
         _count(self._leaders)
         steps = [layer.fuse(rule, of_step, leave_out) for layer, of_step in zip(self._leaders, begun, strict=True)]
         if not self._program.takes(steps, grads):  # they are laid out otherwise, or hyperparameters ask for other code
@@ -172,9 +171,7 @@ class Prepared:
             ]
             return self._kernel(every)
         renormalized = {
-            layer
-            for layer, scales in zip(self._leaders, before, strict=True)
-            if any(now > was for now, was in zip(layer.scales(), scales, strict=True))
+            layer for layer in self._leaders if any(state.renormalized for state in layer.bound.states.values())
         }
         for layer in self._followers:
             if layer.leader in renormalized:
@@ -218,10 +215,6 @@ class _Layer:
         states = tuple((name, state.spec.alike()) for name, state in self.bound.states.items())
         values = tuple(cell.value for *_, cell in self.numbers)
         return id(self.own.group), part.shard, self.dtype, tuple(part.layer.codecs.items()), states, values
-
-    def scales(self) -> list[float]:
-        """The scales of its states."""
-        return [cell.value for key, *_, cell in self.numbers if key != "step"]
 
     def numbers_of(self, rule: UpdateRule) -> tuple[Any, int, bool]:
         """Of its next step `UpdateRule.numbers`, the step's number, and whether to maximize."""

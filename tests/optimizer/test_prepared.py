@@ -136,9 +136,12 @@ def test_every_step_but_the_first_is_prepared_while_nothing_changes(codecs: tupl
     assert _train(codecs, _another_count_of_one)[1][3:6] == [True, False, True]
 
 
+@pytest.mark.parametrize("betas", [(0.01, 0.001), (0.0, 0.0)])  # by 0 a scale goes from 1 to 1
 @pytest.mark.parametrize("codecs", CODECS.values(), ids=CODECS)
-def test_scales_of_followers_are_renormalized_with_those_that_lead(codecs: tuple[Codec, Codec]) -> None:
-    options = {"betas": (0.01, 0.001)}
+def test_scales_of_followers_are_renormalized_with_those_that_lead(
+    codecs: tuple[Codec, Codec], betas: tuple[float, float]
+) -> None:
+    options = {"betas": betas}
     found, prepared = _train(codecs, _nothing, **options)
     assert sum(prepared) == STEPS - 1
     assert_same(found, _train(codecs, _nothing, forget=True, **options)[0])
