@@ -1,7 +1,7 @@
 """Some rows of a layer with the states that torch's optimizer would keep of them, stepped beside the compressed ones.
 
 The rules themselves step these rows, over states that are dense, in plain PyTorch. A moment that the policy drops is
-dropped here, too: beta1 is what the policy says, and figures are about what it meant to keep.
+dropped here, too: beta1 is what the policy says, and figures are about what it meant to keep. A floor is added here, too.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ class Stored:
 
     Args:
         values: ``[n, *row_shape]``.
-        as_read: the same as rules get it, see `CodecState.as_read`.
-        bounded: see `CodecState`.
+        state: whose values they are; ``None`` where the layer has not been stepped.
     """
 
     values: Tensor
-    as_read: Tensor
-    bounded: bool
+    state: CodecState | None
+
+    def given(self, values: Tensor, *, bounded: bool) -> _Given:
+        """These or other values of the state, as rules get them: see `CodecState.as_read` and `CodecState.bounded`."""
+        if self.state is None:
+            return _Given(values, False)
+        return _Given(self.state.as_read(values).expand(values.shape), bounded and self.state.bounded)
 
 
 class Shadow:
@@ -112,11 +116,10 @@ class Shadow:
             spec = part.spec(name, param, group)
             if not state:
                 fresh = torch.full(shape, spec.fill, dtype=self.dtype, device=self.rows.device)
-                found[name] = Stored(fresh, fresh, False)
+                found[name] = Stored(fresh, None)
                 continue
             bound = codec.bind(replace(spec, on_device=on_device), state)
-            values = bound.estimate(self.block)
-            found[name] = Stored(values.expand(shape), bound.as_read(values).expand(shape), bound.bounded)
+            found[name] = Stored(bound.estimate(self.block).expand(shape), bound)
         return found
 
     def take(self, optimizer: CompressedGroups, own: PendingUpdate, gradient: RowGradient) -> Taken:
@@ -170,7 +173,8 @@ class Shadow:
     def updates(self, rule: UpdateRule, taken: Taken, stored: Mapping[str, Stored]) -> tuple[Tensor, Tensor]:
         """The update of this step by the compressed states, and by the exact ones; of rows with a gradient.
 
-        Both are ``[m, *row_shape]``, without learning rate and weight decay. Waits for the device.
+        Both are ``[m, *row_shape]``, without learning rate and weight decay, and with the floor that the codec adds. Waits
+        for the device.
         """
         own, shown, steps = taken.own, taken.shown, int(taken.own.state["step"])
         rows = None if shown is None else all_of_rows(shown)
@@ -182,8 +186,8 @@ class Shadow:
             return layer.param if rows is None else layer.param[rows]
 
         return (
-            update({name: _Given(state.as_read, state.bounded) for name, state in stored.items()}),
-            update({name: _Given(values, False) for name, values in self.states.items()}),
+            update({name: state.given(state.values, bounded=True) for name, state in stored.items()}),
+            update({name: stored[name].given(values, bounded=False) for name, values in self.states.items()}),
         )
 
 
