@@ -29,6 +29,9 @@ class Factored(Codec):
     gradients, in constant time. Where ranks divide the parameter, they are those of one process: a row that lies on
     several ranks has one mean, and column means are over all rows.
 
+    A row whose mean of squares is 2**90 (1.2e27) or more is left out of a step as if it were not finite: sums over all
+    rows must not overflow.
+
     With a `floor` :math:`\varphi` steps are made by :math:`(r_i + \varphi \bar r) c_j / \bar c`: the mean of all rows
     is added to each as often as that, so that no row's steps are much longer than those of a row like the mean. It is
     what a larger eps does, in units that follow the gradients; the means that are stored are without it.
@@ -91,6 +94,7 @@ class _Factored(ScaledState):
     divided = ("row", "col")
     can_follow: ClassVar[bool] = True
     takes_sums: ClassVar[bool] = True
+    shares_squares: ClassVar[bool] = True
 
     def __init__(self, spec: StateSpec, tensors: Tensors, codec: Factored) -> None:
         super().__init__(spec, tensors)

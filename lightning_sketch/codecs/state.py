@@ -108,6 +108,8 @@ class CodecState(ABC):
     #: `StateSpec.alike`, the codec, the scale and what `begin` is given. From step to step seeds of such states go on
     #: by the same number.
     can_follow: ClassVar[bool] = False
+    #: Whether estimates of all rows share sums of squares: then a row of too large ones is left out, see `MOST_MEAN`.
+    shares_squares: ClassVar[bool] = False
     #: Whether `observe_sums` serves in its place.
     takes_sums: ClassVar[bool] = False
     #: What all ranks add in the step that is to begin, where they share the state; `begin` takes it.

@@ -244,6 +244,9 @@ MOST_DEPTH = 8
 #: Elements of a block of quantized states that fused kernels take.
 MOST_BLOCK = 1024
 
+#: Where estimates of all rows share sums of squares (`Kind.FACTORED`), a row whose mean of squares is this (1.2e27) or
+#: more is left out as if it were not finite: sums that overflow would spoil every row, for good.
+MOST_MEAN = 2.0**90
 #: Scales below this are multiplied into what they scale. Far from float32's smallest number, so that even tiny second
 #: moments keep their full precision, and rare: with beta2 = 0.999 once in 22,000 steps.
 MIN_SCALE = 2.0**-32

@@ -1,11 +1,12 @@
 """Some rows of a layer with the states that torch's optimizer would keep of them, stepped beside the compressed ones.
 
 The rules themselves step these rows, over states that are dense, in plain PyTorch. A moment that the policy drops is
-dropped here, too: beta1 is what the policy says, and figures are about what it meant to keep. A floor is added here, too.
+dropped here, too: beta1 is what the policy says, and figures are about what it meant to keep. So is a floor added.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_sketch.codecs import CodecState, Keep, StateSpec
 from lightning_sketch.kernels.reference import over_rows
+from lightning_sketch.kernels.schema import MOST_MEAN
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.monitor.sample import all_of_rows, choose_rows, take_rows
 from lightning_sketch.optimizer.amp import amp_on_device
@@ -156,7 +158,9 @@ class Shadow:
         self.steps += 1
         if len(self.rows):
             taken.leave_out = taken.leave_out and leave_out
-            _leave_out(taken, by_element=bool(own.bound and own.bound[0].unit[1]))
+            states = own.bound[0].states.values() if own.bound else ()
+            most_mean = MOST_MEAN if any(state.shares_squares for state in states) else math.inf
+            _leave_out(taken, most_mean, by_element=bool(own.bound and own.bound[0].unit[1]))
             anything = torch.empty_like(taken.gradient)
             rule.advance(_layer_step(rule, own.group, self.steps, anything, taken.gradient, self._bound(taken)))
         return True
@@ -173,8 +177,8 @@ class Shadow:
     def updates(self, rule: UpdateRule, taken: Taken, stored: Mapping[str, Stored]) -> tuple[Tensor, Tensor]:
         """The update of this step by the compressed states, and by the exact ones; of rows with a gradient.
 
-        Both are ``[m, *row_shape]``, without learning rate and weight decay, and with the floor that the codec adds. Waits
-        for the device.
+        Both are ``[m, *row_shape]``, without learning rate and weight decay, and with the floor that the codec adds.
+        Waits for the device.
         """
         own, shown, steps = taken.own, taken.shown, int(taken.own.state["step"])
         rows = None if shown is None else all_of_rows(shown)
@@ -191,12 +195,16 @@ class Shadow:
         )
 
 
-def _leave_out(taken: Taken, *, by_element: bool) -> None:
-    """Find what is absent or not finite, by row, or by element where all states are element-wise; it becomes 0."""
+def _leave_out(taken: Taken, most_mean: float, *, by_element: bool) -> None:
+    """Find what is absent or not finite, by row, or by element where all states are element-wise; it becomes 0.
+
+    Args:
+        most_mean: as in `finite_rows`.
+    """
     values, finite = taken.gradient, None
     if taken.leave_out and by_element:
         finite = None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
-    elif taken.leave_out and (rows := finite_rows(values)) is not None:
+    elif taken.leave_out and (rows := finite_rows(values, most_mean)) is not None:
         finite = over_rows(rows, values.ndim)
     present = None if taken.present is None else over_rows(taken.present, values.ndim)
     taken.shown = present if finite is None else finite if present is None else present & finite

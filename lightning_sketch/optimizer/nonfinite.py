@@ -155,7 +155,7 @@ def _judge(nonfinite: NonFinite, skipped: Counter[str], steps: list[dict[str, li
             f"NaN or inf in the gradient of {named}{when}. "
             "They were left out: parameters and states did not change there. Everything else was stepped, so training "
             'can go on. Use compress(..., nonfinite="skip") to have such rows left out with a warning, or "propagate" '
-            "to let them through as torch.optim does"
+            "to let them through as torch.optim does. Under Factored rows count as infinite from a mean square of 1e27"
         )
     for step in steps:
         for fqn, count in step.items():

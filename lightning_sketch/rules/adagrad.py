@@ -45,7 +45,7 @@ class AdagradRule(UpdateRule):
     def reference(self, layer: LayerStep) -> Tensor | None:
         lr, eps, weight_decay = layer.numbers
         total = self._begin(layer)
-        left_out = layer.observe(total)
+        left_out = layer.observe(total, weight_decay=weight_decay)
         add_moments(layer, total, None, weight_decay)
         for block, g in layer.gradients(weight_decay):
             s = read_second(total, block, g)

@@ -55,7 +55,7 @@ class AdamRule(UpdateRule):
         numbers: _Hyperparameters = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)
         bound = moment_bound(exp_avg, numbers.beta1, numbers.beta2)
-        left_out = layer.observe(exp_avg, exp_avg_sq)
+        left_out = layer.observe(exp_avg, exp_avg_sq, weight_decay=numbers.weight_decay)
         add_moments(layer, exp_avg_sq, exp_avg, numbers.weight_decay)
         for block, g in layer.gradients(numbers.weight_decay):
             m = g if exp_avg is None else exp_avg.read(block, g)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.codecs.state import add_scaled
 from lightning_sketch.kernels.reference import over_rows
-from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
+from lightning_sketch.kernels.schema import DTYPES, MOST_MEAN, DeviceNumbers, FusedStep, KernelState, StepCache
 from lightning_sketch.sharding import Block
 from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
 
@@ -134,17 +134,18 @@ class LayerStep:
             self.on_device,
         )
 
-    def observe(self, *states: CodecState | None) -> Tensor | None:
+    def observe(self, *states: CodecState | None, weight_decay: float = 0.0) -> Tensor | None:
         """Find what the reference leaves out of this step, before its first pass over the gradient.
 
         Args:
             states: all that the step changes.
+            weight_decay: the coupled one.
 
         Returns:
             how many rows or elements, 0-d int64 on the gradient's device, for which it does not wait; ``None`` for
             none, where that is known.
         """
-        count = self._observe(states)
+        count = self._observe(states, weight_decay)
         if (skipped := self.skipped) is not None:  # then all of it is left out, and nothing is counted
             stepped = skipped.logical_not()
             count = None if count is None else count * stepped
@@ -153,18 +154,29 @@ class LayerStep:
                 self.finite = all_rows if self.finite is None else self.finite & all_rows
         return count
 
-    def _observe(self, states: Sequence[CodecState | None]) -> Tensor | None:
+    def _observe(self, states: Sequence[CodecState | None], weight_decay: float) -> Tensor | None:
         values = self.gradient.values
         if not self.leave_out or values.numel() == 0:
             return None
         if not all(state is None or state.elementwise for state in states):
-            self.finite = finite_rows(values)
+            shares_squares = any(state is not None and state.shares_squares for state in states)
+            self.finite = self._small_rows(weight_decay) if shares_squares else finite_rows(values)
             return None if self.finite is None else self.finite.logical_not().sum()
         if values.device.type == "cpu" and all_finite(values):
             return None
         self.by_element = True
         spans = [values[block.span] for block in self.gradient.blocks]
         return values.numel() - torch.stack([_is_finite(span).sum() for span in spans]).sum()
+
+    def _small_rows(self, weight_decay: float) -> Tensor | None:
+        """Which rows have no such squares as would spoil what all rows share; ``None`` for all, as in `finite_rows`."""
+        if not weight_decay and (self.on_device is None or self.on_device.grad_scale is None):
+            return finite_rows(self.gradient.values, MOST_MEAN)
+        found = [(len(g), finite_rows(g, MOST_MEAN)) for _, g in self.gradients(weight_decay)]
+        if all(small is None for _, small in found):
+            return None
+        every = self.gradient.values.new_ones(self.gradient.values.shape[0], dtype=torch.bool)
+        return torch.cat([every[:rows] if small is None else small for rows, small in found])
 
     def gradients(self, weight_decay: float = 0.0) -> Iterator[tuple[Block, Tensor]]:
         """The gradient by blocks, ``[k, *row_shape]`` in `dtype`, after ``maximize`` and coupled weight decay.

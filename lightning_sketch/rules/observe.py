@@ -68,7 +68,7 @@ def observe_agreed(layers: Sequence[ToObserve]) -> None:
         if _takes_sums(each.layer, states):
             by_kernel.append((each, states))
             continue
-        each.layer.observe(*states)
+        each.layer.observe(*states, weight_decay=each.weight_decay)
         for block, g in each.layer.gradients(each.weight_decay):
             for state in states:
                 state.observe_agreed(block, g if state.spec.signed else g.square())
@@ -131,13 +131,13 @@ def _observe(each: ToObserve, states: Sequence[CodecState], observing: list[Code
     """`observe` in plain PyTorch."""
     layer, weight_decay, marks = each
     on_host = layer.gradient.values.device.type == "cpu"
-    if layer.leave_out and (not on_host or not observing):
-        layer.observe(*states)
+    if layer.leave_out and (not on_host or not observing or any(state.shares_squares for state in states)):
+        layer.observe(*states, weight_decay=weight_decay)
     before = [(x, x.clone()) for state in observing for x in _added(state)]  # parts share it
     _add(layer, observing, weight_decay)
     if layer.leave_out and on_host and not all(bool(x.sum().isfinite()) for x, _ in before):
         # A row that is not finite is in the sums. Once more without it.
-        layer.observe(*states)
+        layer.observe(*states, weight_decay=weight_decay)
         for x, was in before:
             x.copy_(was)
         _add(layer, observing, weight_decay)

@@ -67,7 +67,7 @@ class RMSpropRule(UpdateRule):
         grad_avg = layer.begin("grad_avg", decay=alpha, weight=1 - alpha) if centered else None
         buffer = layer.begin("momentum_buffer", decay=momentum, weight=1.0) if momentum > 0 else None
         begin_momentum(layer)
-        left_out = layer.observe(square_avg, grad_avg, buffer)
+        left_out = layer.observe(square_avg, grad_avg, buffer, weight_decay=weight_decay)
         add_moments(layer, square_avg, grad_avg, weight_decay)
 
         def preconditioned(block: Block, g: Tensor) -> Tensor:

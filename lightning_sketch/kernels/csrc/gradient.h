@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t CHUNK = 1024;     // floats of a row that are worked on together: they stay in the first-level cache
 constexpr int64_t PREFETCH = 1024;  // elements ahead
+constexpr float MOST_MEAN = 0x1p90f;  // of squares, see schema.py
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -96,8 +97,10 @@ inline bool finite_row(const StepArgs& layer, int64_t i, int64_t ahead) {
     return finite(element(layer.grad, layer.dtype, i * layer.columns), layer.columns, layer.dtype, ahead);
 }
 
-// The same of a row whose mean of squares is known: where that is finite, so is the row; finite squares may overflow.
+// The same of a row whose mean of squares is known: where that is finite, so is the row; finite squares may overflow, but not
+// where all rows share their sums.
 inline bool finite_by_mean(const StepArgs& layer, int64_t i, float mean) {
+    if (layer.second.kind == FACTORED) return mean < MOST_MEAN;
     return mean - mean == 0.0f || finite_row(layer, i, 0);  // it was read just now
 }
 
@@ -207,8 +210,15 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     }
     if (clean) return;
     // The columns have taken in a row that they must not. Once more: the sums of the others are the same then.
-    check_rows(layer, begin, end);
-    for (int64_t c = 0; partial_columns && c < layer.columns; c++) partial_columns[c] = 0.0f;
+    if (partial_columns) {
+        std::memset(partial_columns, 0, layer.columns * sizeof(float));
+        int64_t left_out = 0;
+        for (int64_t i = begin; i < end; i++)
+            left_out += layer.left[i] = !finite_by_mean(layer, i, mean_square(layer, i, buffer, 0));
+        count_left_out(layer, left_out);
+    } else {
+        check_rows(layer, begin, end);
+    }
     for (int64_t i = begin; i < end; i++)
         if (!layer.left[i]) add(i);
 }

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import math
+
 import triton.language as tl
 
+from lightning_sketch.kernels.schema import MOST_MEAN
 from lightning_sketch.kernels.triton.bits import bucket_of, gradient
 from lightning_sketch.kernels.triton.jit import FACTORED, ROW_SKETCH, inlined, kernel
 from lightning_sketch.kernels.triton.quantized import store_hashes
@@ -36,6 +39,9 @@ from lightning_sketch.kernels.triton.table import (
     unaligned,
     values,
 )
+
+_MOST_MEAN = tl.constexpr(MOST_MEAN)
+_INFINITY = tl.constexpr(math.inf)
 
 
 @inlined
@@ -122,12 +128,15 @@ def _settle(
     good = present
     if LEAVE_OUT:
         # A finite sum has finite terms only. One that is not may just have overflowed.
-        doubtful = present & ((sums < float("inf")) == 0)
+        LIMIT: tl.constexpr = _MOST_MEAN if KIND == FACTORED else _INFINITY
+        doubtful = present & ((means < LIMIT) == 0)
         if tl.max(doubtful.to(tl.int32), axis=0) != 0:
-            # A narrow tile, whose registers do not matter to what is done every time.
-            bad = bad_rows(
-                values(layer, GRAD, HALF, ALIGNED), i, doubtful, columns, BLOCK_ROWS, max(1, 2048 // BLOCK_ROWS)
-            )
+            bad = doubtful
+            if KIND != FACTORED:
+                # A narrow tile, whose registers do not matter to what is done every time.
+                bad = bad_rows(
+                    values(layer, GRAD, HALF, ALIGNED), i, doubtful, columns, BLOCK_ROWS, max(1, 2048 // BLOCK_ROWS)
+                )
             good = present & (bad == 0)
             means = tl.where(bad, float("nan"), means)
             tl.atomic_add(
