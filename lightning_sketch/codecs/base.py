@@ -16,6 +16,9 @@ from lightning_sketch.codecs.state import CodecState, StateSpec, Tensors, key_of
 from lightning_sketch.sharding import Cut, Shard
 from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 
+#: Types of options, in words.
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
+
 
 class Codec(ABC):
     """How one state of one layer is stored. Subclasses are frozen dataclasses of validated options.
@@ -71,6 +74,21 @@ class Codec(ABC):
                 "class, so choose another name"
             )
         Codec.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        """Check that options are of the types of their defaults; their values are for subclasses.
+
+        Raises:
+            ValueError: one is not, e.g. text where there should be a number.
+        """
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, option.name), type(option.default)
+            if kind not in _KINDS or type(value) is kind or (kind is float and type(value) is int):
+                continue
+            hint = ""
+            if isinstance(value, str) and kind in (int, float):
+                hint = " (YAML takes 1e-1 for text: write 1.0e-1)" if "e" in value.lower() else ", not text"
+            raise ValueError(f"{type(self).__name__}({option.name}={value!r}): must be {_KINDS[kind]}{hint}")
 
     def check(self, spec: StateSpec) -> None:
         """Raise ValueError, naming layer and state, if this codec cannot hold that state."""

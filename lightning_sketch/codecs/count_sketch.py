@@ -68,11 +68,12 @@ class CountSketch(Codec):
     sync: bool = False
 
     def __post_init__(self) -> None:
-        if not self.compression >= 1:
-            raise ValueError(f"CountSketch(compression={self.compression}): must be >= 1")
+        super().__post_init__()
+        if not 1 <= self.compression < math.inf:
+            raise ValueError(f"CountSketch(compression={self.compression}): must be finite and >= 1")
         if self.depth < 1:
             raise ValueError(f"CountSketch(depth={self.depth}): must be >= 1")
-        if self.width is not None and not 1 <= self.width < 1 << 31:
+        if self.width is not None and not (type(self.width) is int and 1 <= self.width < 1 << 31):
             raise ValueError(f"CountSketch(width={self.width}): must be in [1, 2**31)")
         if self.update not in ("linear", "paper"):
             raise ValueError(f"CountSketch(update={self.update!r}): must be 'linear' or 'paper'")

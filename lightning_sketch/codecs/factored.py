@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,8 @@ from lightning_sketch.kernels.fields import Kind
 from lightning_sketch.kernels.reference import over_rows, row_mean
 from lightning_sketch.kernels.schema import KernelState
 from lightning_sketch.sharding import Block, Cut, Shard
+
+MOST_FLOOR = 1e6  # far more holds everything, and times a large mean it would overflow
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Factored(Codec):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor < math.inf:
-            raise ValueError(f"Factored(floor={self.floor}): must be finite and >= 0")
+        super().__post_init__()
+        if not 0 <= self.floor <= MOST_FLOOR:
+            raise ValueError(f"Factored(floor={self.floor}): must be in [0, {MOST_FLOOR:g}]")
 
     def allocate(self, spec: StateSpec) -> dict[str, Any]:
         shard = spec.shard

@@ -66,6 +66,7 @@ class Quantized(Codec):
     block: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in (4, 8):
             raise ValueError(f"Quantized(bits={self.bits}): must be 8 or 4")
         if not 16 <= self.block <= BLOCK_NUMEL or self.block & (self.block - 1):

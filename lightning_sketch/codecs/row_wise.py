@@ -56,6 +56,7 @@ class RowWise(Codec):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.sketch()  # validates the shared options
         if self.compression == 1 and self.depth != 3:
             raise ValueError(f"RowWise(depth={self.depth}) needs compression > 1: without it there is no sketch")

@@ -63,6 +63,7 @@ class SM3(Codec):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in ("I", "II"):
             raise ValueError(f"SM3(variant={self.variant!r}): must be 'I' or 'II'")
         if not 0 <= self.momentum < 1:

@@ -194,3 +194,33 @@ def test_rows_that_share_a_bucket_do_not_add_up_the_initial_value():
     for codec in (CountSketch(compression=10), RowWise(), RowWise(compression=10), Factored(), SM3()):
         tensors = encode(codec, spec, dense)
         torch.testing.assert_close(decode(codec, spec, tensors), dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"codec": "Factored", "floor": "1e-1"},
+            r"Factored\(floor='1e-1'\): must be a number \(YAML takes 1e-1 for text",
+        ),
+        ({"codec": "Factored", "floor": "one"}, r"Factored\(floor='one'\): must be a number"),
+        ({"codec": "Factored", "floor": True}, r"Factored\(floor=True\): must be a number"),
+        ({"codec": "Factored", "floor": None}, r"Factored\(floor=None\): must be a number"),
+        ({"codec": "RowWise", "compression": [10]}, r"RowWise\(compression=\[10\]\): must be a number"),
+        ({"codec": "CountSketch", "depth": 2.5}, r"CountSketch\(depth=2.5\): must be an integer"),
+        ({"codec": "CountSketch", "width": 2.5}, r"CountSketch\(width=2.5\): must be in"),
+        ({"codec": "CountSketch", "compression": float("inf")}, r"compression=inf\): must be finite"),
+        ({"codec": "Quantized", "bits": "8"}, r"Quantized\(bits='8'\): must be an integer, not text"),
+        ({"codec": "BFloat16", "stochastic": 1}, r"BFloat16\(stochastic=1\): must be True or False"),
+        ({"codec": "SM3", "variant": 2}, r"SM3\(variant=2\): must be text"),
+        ({"codec": "RowWise", "height": 2}, "codec RowWise: .*height"),
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        codec_from(options)
+    if "height" not in options:
+        name = options["codec"]
+        with pytest.raises(ValueError, match=message):
+            type(codec_from(name))(**{key: value for key, value in options.items() if key != "codec"})
