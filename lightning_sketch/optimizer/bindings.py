@@ -63,7 +63,10 @@ class Bindings:
     ) -> list[BoundPart] | None:
         """The parts of `param` that `bind` bound to just these, or ``None`` if something is not what it was."""
         kept = self._kept.get(id(param))
-        return kept.bound if kept is not None and kept.holds(param, parts, needed, tensors) else None
+        if kept is None or not kept.holds(param, parts, needed, tensors):
+            return None
+        sound = all(state.sound for part in kept.bound for state in part.states.values())
+        return kept.bound if sound else None
 
     def bind(
         self,

@@ -12,17 +12,21 @@ from lightning_sketch.codecs import BFloat16, Codec, Drop, Factored, Keep, Quant
 from lightning_sketch.layers.roles import NamedLayer, RoleHints, named_layers
 from lightning_sketch.policy.plan import plan_of
 from lightning_sketch.policy.rule import Rule, RuleSet
+from lightning_sketch.rules.families import rule_of
 from lightning_sketch.rules.inside import unwrap
+from lightning_sketch.rules.stock import StockRule
 from lightning_sketch.text import human_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+Ladder = tuple[tuple[Codec, Codec], ...]
+
 #: Codecs of (first moment, second moment), mildest first. Tables go down before hidden layers are touched: in
 #: docs/quality.md every step of their ladder is within a per cent of the exact optimizer, or better. CountSketch is no
 #: step of it: it takes more and is worse. Nor are 8 or 4 bits of both moments: a first moment in as many bits beside a
 #: second one in rows and columns takes half, and is as good.
-TABLE_LADDER: tuple[tuple[Codec, Codec], ...] = (
+TABLE_LADDER: Ladder = (
     (Keep(), Keep()),
     (BFloat16(), BFloat16()),
     (BFloat16(), Factored(floor=1.0)),
@@ -31,13 +35,15 @@ TABLE_LADDER: tuple[tuple[Codec, Codec], ...] = (
 )
 #: After the hidden layers: what is left to save of tables is less than a number per row, and costs quality.
 SMALLEST_TABLES: tuple[Codec, Codec] = (Drop(), RowWise(compression=10))
-HIDDEN_LADDER: tuple[tuple[Codec, Codec], ...] = (
+HIDDEN_LADDER: Ladder = (
     (Keep(), Keep()),
     (BFloat16(), BFloat16()),
     (BFloat16(), Factored()),
     (Quantized(), Factored()),
     (Drop(), Factored()),
 )
+#: Of optimizers without a rule of ours, whose states must be stored element by element.
+ELEMENTWISE_LADDER: Ladder = ((Keep(), Keep()), (BFloat16(), BFloat16()), (Quantized(), Quantized()))
 
 
 def parse_bytes(size: int | str) -> int:
@@ -67,33 +73,38 @@ def rules_for_budget(
     params = [p for group in inner.param_groups for p in group["params"]]
     counted = {id(p) for p in params if p.requires_grad or inner.state.get(p)}
     layers = [layer for key, layer in named_layers(model, role_hints).items() if key in counted]
-    for policy in _ladder(layers, seed, role_hints):
+    rule = rule_of(inner)
+    if not any(rule.states(group) for group in inner.param_groups):
+        raise ValueError(f"{type(inner).__name__} keeps no states (is momentum 0?): there is nothing to compress")
+    for policy in _ladder(layers, seed, role_hints, elementwise=isinstance(rule, StockRule)):
         needed = plan_of(model, optimizer, policy).bytes_after
         if needed <= limit:
             return policy
         least = needed if least is None else min(least, needed)
     if least is None:
         raise ValueError("the optimizer trains no embedding, softmax or hidden layer of the model, to compress")
-    raise ValueError(
-        f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)} (embedding and softmax "
-        "tables at a tenth of a number per row, hidden layers factored and without first moment)"
-    )
+    raise ValueError(f"no policy fits {human_bytes(limit)}: the smallest states are {human_bytes(least)}")
 
 
-def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints) -> Iterator[RuleSet]:
-    """The policies for these layers, mildest first."""
+def _ladder(layers: Sequence[NamedLayer], seed: int, role_hints: RoleHints, *, elementwise: bool) -> Iterator[RuleSet]:
+    """The policies for these layers, mildest first.
+
+    Args:
+        elementwise: whether the optimizer takes element-wise codecs only.
+    """
     tables = tuple(sorted({role for layer in layers for role in layer.roles & {"embedding", "softmax"}}))
+    of_tables, of_hidden = (ELEMENTWISE_LADDER, ELEMENTWISE_LADDER) if elementwise else (TABLE_LADDER, HIDDEN_LADDER)
 
     def table_rules(first: Codec, second: Codec) -> list[Rule]:
         return [Rule(role=tables, first_moment=first, second_moment=second)] if tables else []
 
     if tables:
-        for step in TABLE_LADDER:
+        for step in of_tables:
             yield RuleSet(table_rules(*step), seed, role_hints)
     hidden: list[Rule] = []
     if any("hidden" in x.roles and not x.roles & {"embedding", "softmax"} for x in layers):
-        for first, second in HIDDEN_LADDER[bool(tables) :]:
+        for first, second in of_hidden[bool(tables) :]:
             hidden = [Rule(role="hidden", first_moment=first, second_moment=second)]
-            yield RuleSet([*table_rules(*TABLE_LADDER[-1]), *hidden], seed, role_hints)
-    if tables:
+            yield RuleSet([*table_rules(*of_tables[-1]), *hidden], seed, role_hints)
+    if tables and not elementwise:
         yield RuleSet([*table_rules(*SMALLEST_TABLES), *hidden], seed, role_hints)

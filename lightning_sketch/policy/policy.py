@@ -67,7 +67,7 @@ class Policy(RuleSet):
             budget: bytes, as a number or like ``"1.5GiB"``; for all states of `optimizer` together.
 
         Raises:
-            ValueError: not a size, or nothing fits; says what the least is.
+            ValueError: not a size, or the optimizer keeps no states, or nothing fits; says what the least is.
         """
         found = rules_for_budget(model, optimizer, budget, seed, role_hints)
         return cls(found.rules, found.seed, found.role_hints)

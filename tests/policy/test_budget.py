@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sketch import Factored, Keep, Policy, RowWise, compress, plan, report
+from lightning_sketch import BFloat16, Factored, Keep, Policy, Quantized, RowWise, compress, plan, report
 
 
 def _model() -> nn.Module:
@@ -77,6 +77,23 @@ def test_an_impossible_budget_says_what_the_least_is():
     model = _model()
     with pytest.raises(ValueError, match=r"no policy fits 10 B: the smallest states are \d"):
         Policy.for_budget(model, torch.optim.AdamW(model.parameters()), 10)
+
+
+@pytest.mark.parametrize(("size", "codec"), [("8MB", Keep()), ("4MB", BFloat16()), ("2MB", Quantized())])
+def test_optimizers_without_a_rule_go_down_by_elements(size, codec):
+    model = nn.Sequential(nn.Embedding(20_000, 32), nn.Linear(32, 32))
+    optimizer = torch.optim.NAdam(model.parameters())
+    policy = Policy.for_budget(model, optimizer, size)
+    assert policy.rules[0].first_moment == policy.rules[0].second_moment == codec
+    compress(optimizer, model, policy)
+    with pytest.raises(ValueError, match="no policy fits"):
+        Policy.for_budget(model, optimizer, "1MB")
+
+
+def test_an_optimizer_without_states_has_nothing_to_compress():
+    model = _model()
+    with pytest.raises(ValueError, match=r"SGD keeps no states \(is momentum 0\?\)"):
+        Policy.for_budget(model, torch.optim.SGD(model.parameters(), lr=0.1), "1GB")
 
 
 def test_hidden_layers_alone():

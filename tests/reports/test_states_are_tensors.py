@@ -151,6 +151,7 @@ DAMAGED = {
     "underflow": lambda x: torch.tensor(2.0**-31, dtype=torch.float64).half(),
     "inf": lambda x: float("inf"),
     "nan": lambda x: x * float("nan"),
+    "nan in place": lambda x: x.fill_(float("nan")),
     "negative": lambda x: -x,
     "two": lambda x: x.repeat(2),
     "complex": lambda x: x.to(torch.complex128),
@@ -170,6 +171,20 @@ def test_a_damaged_scale_is_an_error_by_layer_before_anything_changes(change):
     found = snapshot(model, optimizer)
     assert type(found.pop("table.weight.exp_avg_sq_scale")) is type(damaged)
     assert_same(found, before)
+
+
+@pytest.mark.parametrize("kind", ["rows", "sketch", "factored"])
+def test_states_that_are_zeroed_in_place_are_reset(kind):
+    found = []
+    for in_place in (True, False):
+        model, optimizer = started(kind)
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                state[key] = value.zero_() if in_place else torch.zeros_like(value)
+        train(model, optimizer, [3, 4])
+        found.append(snapshot(model, optimizer))
+        assert all(bool(value.isfinite().all()) for value in found[-1].values())
+    assert_same(*found)
 
 
 def test_a_copy_has_its_own_scale():
