@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import second_moments
+from benchmarks import monitor_figures, second_moments
 from benchmarks.frontier import TASKS, Point, is_on_the_frontier, measured, table
 from benchmarks.make_tables import PAGE, fine_tuning_table
 from benchmarks.summary import RESULTS
@@ -44,6 +44,15 @@ def test_the_page_has_how_alike_second_moments_are():
 def test_the_page_has_what_fine_tuning_came_to():
     stored = json.loads((RESULTS / "fine_tuning.json").read_text())
     assert is_in_the_page("fine_tuning", fine_tuning_table(stored["runs"]))
+
+
+def test_the_page_of_the_monitor_has_its_figures():
+    stored = json.loads(monitor_figures.PATH.read_text())
+    made = monitor_figures.table(stored)
+    assert (
+        f"<!-- begin:monitor_figures -->\n\n{made}\n\n<!-- end:monitor_figures -->" in monitor_figures.PAGE.read_text()
+    )
+    assert stored.keys() == monitor_figures.POLICIES.keys()
 
 
 def test_the_frontier_is_what_nothing_beats_with_as_few_bytes():
