@@ -107,9 +107,7 @@ def test_a_complex_parameter_may_be_kept():
 @pytest.mark.parametrize("make", [lambda: CountSketch(width=0), lambda: CountSketch(compression=0.5), lambda:
                                   CountSketch(depth=0), lambda: RowWise(compression=0)])  # fmt: skip
 def test_a_sketch_without_room_is_refused_when_it_is_made(make):
-    with pytest.raises(
-        ValueError, match=r"\((width|compression|depth)=[0.5]+\): must be ((finite and )?>= 1|in \[1, 2\*\*31\))"
-    ):
+    with pytest.raises(ValueError, match=r"\((width|compression|depth)=[0.5]+\): must be (>= 1|in \[1, 2\*\*31\))"):
         make()
 
 

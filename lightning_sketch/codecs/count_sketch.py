@@ -70,7 +70,7 @@ class CountSketch(Codec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.compression < math.inf:
-            raise ValueError(f"CountSketch(compression={self.compression}): must be finite and >= 1")
+            raise ValueError(f"CountSketch(compression={self.compression}): must be >= 1 and finite")
         if self.depth < 1:
             raise ValueError(f"CountSketch(depth={self.depth}): must be >= 1")
         if self.width is not None and not (type(self.width) is int and 1 <= self.width < 1 << 31):

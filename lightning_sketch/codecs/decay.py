@@ -96,10 +96,6 @@ class ScaledState(CodecState):
     def renormalized(self) -> bool:
         return self._renormalized
 
-    @property
-    def sound(self) -> bool:
-        return self.spec.on_device or 0 < self._scale.item() < math.inf
-
     def deferred_scale(self) -> tuple[Tensor | None, float]:
         return self._scale, self._decay
 

@@ -221,10 +221,6 @@ class _SketchedRows(CodecState):
         return self.inner.deferred_scale()
 
     @property
-    def sound(self) -> bool:
-        return self.inner.sound
-
-    @property
     def renormalized(self) -> bool:
         return self.inner.renormalized
 

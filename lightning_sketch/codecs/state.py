@@ -223,11 +223,6 @@ class CodecState(ABC):
         return None, 1.0
 
     @property
-    def sound(self) -> bool:
-        """Whether no number on the host was overwritten by what it cannot be, which to bind anew says by name."""
-        return True
-
-    @property
     def renormalized(self) -> bool:
         """Whether the step that was begun last has multiplied what is stored by its scale."""
         return False

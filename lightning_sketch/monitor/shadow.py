@@ -6,8 +6,7 @@ dropped here, too: beta1 is what the policy says, and figures are about what it 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from lightning_sketch.codecs import CodecState, Keep, StateSpec
 from lightning_sketch.kernels.reference import over_rows
-from lightning_sketch.kernels.schema import MOST_MEAN
 from lightning_sketch.layers.record import LayerPart, compute_dtype
 from lightning_sketch.monitor.sample import all_of_rows, choose_rows, take_rows
 from lightning_sketch.optimizer.amp import amp_on_device
@@ -24,7 +22,7 @@ from lightning_sketch.optimizer.bound import PendingUpdate
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.rules import LayerStep, UpdateRule
 from lightning_sketch.sharding import Block, Shard
-from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
+from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows, small_rows
 
 
 @dataclass(slots=True)
@@ -159,8 +157,8 @@ class Shadow:
         if len(self.rows):
             taken.leave_out = taken.leave_out and leave_out
             states = own.bound[0].states.values() if own.bound else ()
-            most_mean = MOST_MEAN if any(state.shares_squares for state in states) else math.inf
-            _leave_out(taken, most_mean, by_element=bool(own.bound and own.bound[0].unit[1]))
+            good_rows = small_rows if any(state.shares_squares for state in states) else finite_rows
+            _leave_out(taken, good_rows, by_element=bool(own.bound and own.bound[0].unit[1]))
             anything = torch.empty_like(taken.gradient)
             rule.advance(_layer_step(rule, own.group, self.steps, anything, taken.gradient, self._bound(taken)))
         return True
@@ -195,16 +193,12 @@ class Shadow:
         )
 
 
-def _leave_out(taken: Taken, most_mean: float, *, by_element: bool) -> None:
-    """Find what is absent or not finite, by row, or by element where all states are element-wise; it becomes 0.
-
-    Args:
-        most_mean: as in `finite_rows`.
-    """
+def _leave_out(taken: Taken, good_rows: Callable[[Tensor], Tensor | None], *, by_element: bool) -> None:
+    """Find what is absent or not finite, by row, or by element where all states are element-wise; it becomes 0."""
     values, finite = taken.gradient, None
     if taken.leave_out and by_element:
         finite = None if values.device.type == "cpu" and all_finite(values) else values.isfinite()
-    elif taken.leave_out and (rows := finite_rows(values, most_mean)) is not None:
+    elif taken.leave_out and (rows := good_rows(values)) is not None:
         finite = over_rows(rows, values.ndim)
     present = None if taken.present is None else over_rows(taken.present, values.ndim)
     taken.shown = present if finite is None else finite if present is None else present & finite

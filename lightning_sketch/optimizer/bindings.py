@@ -11,6 +11,7 @@ which compares them.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -63,10 +64,7 @@ class Bindings:
     ) -> list[BoundPart] | None:
         """The parts of `param` that `bind` bound to just these, or ``None`` if something is not what it was."""
         kept = self._kept.get(id(param))
-        if kept is None or not kept.holds(param, parts, needed, tensors):
-            return None
-        sound = all(state.sound for part in kept.bound for state in part.states.values())
-        return kept.bound if sound else None
+        return kept.bound if kept is not None and kept.holds(param, parts, needed, tensors) else None
 
     def bind(
         self,
@@ -164,6 +162,8 @@ class _Binding:
         for key, number in self._numbers:  # put right when they were bound
             if tensors[key] is not number:
                 return False
+            if key.endswith("_scale") and number.is_cpu and not 0 < number.item() < math.inf:
+                return False  # overwritten in place: to bind it anew says so
         for key, reference, shape, dtype, contiguous in self._states:
             # Kernels work on what is compared here of their memory.
             tensor = reference()

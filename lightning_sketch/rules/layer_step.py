@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_sketch.codecs import CodecState
 from lightning_sketch.codecs.state import add_scaled
 from lightning_sketch.kernels.reference import over_rows
-from lightning_sketch.kernels.schema import DTYPES, MOST_MEAN, DeviceNumbers, FusedStep, KernelState, StepCache
+from lightning_sketch.kernels.schema import DTYPES, DeviceNumbers, FusedStep, KernelState, StepCache
 from lightning_sketch.sharding import Block
-from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows
+from lightning_sketch.sharding.gradient import RowGradient, all_finite, finite_rows, small_rows
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs
@@ -169,10 +169,10 @@ class LayerStep:
         return values.numel() - torch.stack([_is_finite(span).sum() for span in spans]).sum()
 
     def _small_rows(self, weight_decay: float) -> Tensor | None:
-        """Which rows have no such squares as would spoil what all rows share; ``None`` for all, as in `finite_rows`."""
+        """Which rows have no such squares as would spoil what all rows share; ``None`` for all, as in `small_rows`."""
         if not weight_decay and (self.on_device is None or self.on_device.grad_scale is None):
-            return finite_rows(self.gradient.values, MOST_MEAN)
-        found = [(len(g), finite_rows(g, MOST_MEAN)) for _, g in self.gradients(weight_decay)]
+            return small_rows(self.gradient.values)
+        found = [(len(g), small_rows(g)) for _, g in self.gradients(weight_decay)]
         if all(small is None for _, small in found):
             return None
         every = self.gradient.values.new_ones(self.gradient.values.shape[0], dtype=torch.bool)

@@ -131,11 +131,12 @@ def _observe(each: ToObserve, states: Sequence[CodecState], observing: list[Code
     """`observe` in plain PyTorch."""
     layer, weight_decay, marks = each
     on_host = layer.gradient.values.device.type == "cpu"
-    if layer.leave_out and (not on_host or not observing or any(state.shares_squares for state in states)):
+    looked = not on_host or not observing or any(state.shares_squares for state in states)
+    if layer.leave_out and looked:
         layer.observe(*states, weight_decay=weight_decay)
     before = [(x, x.clone()) for state in observing for x in _added(state)]  # parts share it
     _add(layer, observing, weight_decay)
-    if layer.leave_out and on_host and not all(bool(x.sum().isfinite()) for x, _ in before):
+    if layer.leave_out and not looked and not all(bool(x.sum().isfinite()) for x, _ in before):
         # A row that is not finite is in the sums. Once more without it.
         layer.observe(*states, weight_decay=weight_decay)
         for x, was in before:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.kernels import coalesced_rows
+from lightning_sketch.kernels.schema import MOST_MEAN
 from lightning_sketch.sharding import Block, Shard
 from lightning_sketch.sharding.base import ACCELERATOR_BLOCKS
 
@@ -62,26 +63,29 @@ class RowGradient:
         return RowGradient(self.shard, rows, values[rows], left_out)
 
 
-def finite_rows(values: Tensor, most_mean: float = math.inf) -> Tensor | None:
+def finite_rows(values: Tensor) -> Tensor | None:
     """Which rows are finite.
 
     Args:
         values: ``[k, *row_shape]``.
-        most_mean: the mean of a row's squares from which on it counts as not finite, too.
 
     Returns:
         bool ``[k]``; ``None`` for all, where that is known without waiting for a device.
     """
-    on_host = values.device.type == "cpu"
-    if values.numel() == 0 or (on_host and most_mean == math.inf and all_finite(values)):
+    if values.numel() == 0 or (values.device.type == "cpu" and all_finite(values)):
+        return None
+    largest: Tensor = torch.linalg.vector_norm(values.reshape(values.shape[0], -1), ord=torch.inf, dim=1)
+    return largest.isfinite()
+
+
+def small_rows(values: Tensor) -> Tensor | None:
+    """Which rows are finite and have a mean of squares below `MOST_MEAN`. As in `finite_rows`."""
+    if values.numel() == 0:
         return None
     rows = values.reshape(values.shape[0], -1)
-    if most_mean == math.inf:
-        norm: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
-        return norm.isfinite()
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
-    good = norm < math.sqrt(most_mean * rows.shape[1])
-    return None if on_host and all_finite(norm.where(good, torch.inf)) else good
+    good = norm < math.sqrt(MOST_MEAN * rows.shape[1])
+    return None if values.device.type == "cpu" and all_finite(norm.where(good, torch.inf)) else good
 
 
 def all_finite(values: Tensor) -> bool:

@@ -209,7 +209,7 @@ def test_rows_that_share_a_bucket_do_not_add_up_the_initial_value():
         ({"codec": "RowWise", "compression": [10]}, r"RowWise\(compression=\[10\]\): must be a number"),
         ({"codec": "CountSketch", "depth": 2.5}, r"CountSketch\(depth=2.5\): must be an integer"),
         ({"codec": "CountSketch", "width": 2.5}, r"CountSketch\(width=2.5\): must be in"),
-        ({"codec": "CountSketch", "compression": float("inf")}, r"compression=inf\): must be finite"),
+        ({"codec": "CountSketch", "compression": float("inf")}, r"compression=inf\): must be >= 1 and finite"),
         ({"codec": "Quantized", "bits": "8"}, r"Quantized\(bits='8'\): must be an integer, not text"),
         ({"codec": "BFloat16", "stochastic": 1}, r"BFloat16\(stochastic=1\): must be True or False"),
         ({"codec": "SM3", "variant": 2}, r"SM3\(variant=2\): must be text"),
