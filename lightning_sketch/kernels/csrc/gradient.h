@@ -188,11 +188,16 @@ inline float add_squares(const StepArgs& layer, int64_t i, float* buffer, float*
     return squares.mean(layer.columns);
 }
 
-// Finds the rows that are to be left out.
-void check_rows(const StepArgs& layer, int64_t begin, int64_t end) {
+// Rows that are to be left out are those that are not good.
+template <typename Good>
+inline void leave_out_rows(const StepArgs& layer, int64_t begin, int64_t end, Good good) {
     int64_t left_out = 0;
-    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !finite_row(layer, i, layer.ids ? PREFETCH : 0);
+    for (int64_t i = begin; i < end; i++) left_out += layer.left[i] = !good(i);
     count_left_out(layer, left_out);
+}
+
+void check_rows(const StepArgs& layer, int64_t begin, int64_t end) {
+    leave_out_rows(layer, begin, end, [&](int64_t i) { return finite_row(layer, i, layer.ids ? PREFETCH : 0); });
 }
 
 void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* partial_columns) {
@@ -212,10 +217,8 @@ void reduce_rows(const StepArgs& layer, int64_t begin, int64_t end, float* parti
     // The columns have taken in a row that they must not. Once more: the sums of the others are the same then.
     if (partial_columns) {
         std::memset(partial_columns, 0, layer.columns * sizeof(float));
-        int64_t left_out = 0;
-        for (int64_t i = begin; i < end; i++)
-            left_out += layer.left[i] = !finite_by_mean(layer, i, mean_square(layer, i, buffer, 0));
-        count_left_out(layer, left_out);
+        leave_out_rows(layer, begin, end,
+                       [&](int64_t i) { return finite_by_mean(layer, i, mean_square(layer, i, buffer, 0)); });
     } else {
         check_rows(layer, begin, end);
     }
