@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_sketch import estimate_memory
 from lightning_sketch.activations import BatchBytes, batch_memory, track
 from lightning_sketch.cli import main
+from tests.profiled import peak_bytes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
@@ -62,18 +62,6 @@ MODELS = {
 }
 
 
-def allocated(model, loss):
-    """The most bytes that torch's allocator gives out in forward and backward, beyond what there was."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss(model).backward()
-    events = recorded.profiler.kineto_results.events()
-    held = most = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        held += change
-        most = max(most, held)
-    return most
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_fake_tensors_count_what_real_ones_take(name):
     make, batch, loss = MODELS[name]
@@ -84,7 +72,8 @@ def test_fake_tensors_count_what_real_ones_take(name):
     assert counted.gradients == pytest.approx(tracked.gradients, rel=0.05)
     assert counted.activations == pytest.approx(tracked.activations, rel=0.05)
     model.zero_grad()
-    assert counted.activations + counted.gradients == pytest.approx(allocated(model, loss), rel=0.05)
+    allocated = peak_bytes(lambda: loss(model).backward())
+    assert counted.activations + counted.gradients == pytest.approx(allocated, rel=0.05)
 
 
 def test_torchs_tracker_counts_the_same_where_it_can():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -11,12 +10,12 @@ from accelerate import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Adam, AdamW, RMSprop
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
 from lightning_sketch.kernels import native
 from lightning_sketch.layers.temporaries import fused_step, transient_bytes
 from lightning_sketch.sharding.base import BLOCK_NUMEL
+from tests.profiled import peak_bytes
 from tests.tiny import ADAM, CODECS, LOSSY, Tiny, on_table, train
 
 TABLE, KEPT = 30 * 4, 4 * 3 + 3  # elements
@@ -120,14 +119,6 @@ def test_the_process_is_measured():
     found = report(ADAM.make(Tiny().parameters()))
     assert 50 << 20 < found.process <= found.process_peak * 1.1 < 1 << 40
     assert found.cuda_peak == 0
-
-
-def peak_bytes(step):
-    """Largest number of bytes that were allocated within a call and not yet freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = (e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    return max(itertools.accumulate(events))
 
 
 NARROW = ("exact", "sketch", "sketched rows")  # one number per row: hashes outweigh values

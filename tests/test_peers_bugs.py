@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 from functools import partial
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, SparseAdam
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, RowWise, compress, plan, report
 from lightning_sketch.kernels.reference import hash_rows
 from tests.kernels.fused_cases import threads
+from tests.profiled import live_bytes
 from tests.rules.oracle import Params, everywhere
 
 SECONDS = [CountSketch(width=3), CountSketch(width=1000), CountSketch(width=3, update="paper"), SM3(), SM3(variant="I"),
@@ -359,18 +358,7 @@ def _some_rows(w, count):
 def _measured_transient(optimizer) -> int:
     """Largest sum of live allocations within a step, bytes; the state exists already."""
     optimizer.step()
-    gc.collect()
-    gc.disable()  # optimizers of other tests would be freed in the middle of the step that is measured
-    try:
-        for _ in range(2):  # of what was kept before its first session, the profiler does not see when it is freed
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-                optimizer.step()
-    finally:
-        gc.enable()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert live == 0  # a step leaves nothing behind
-    return peak
+    live_bytes(optimizer.step)  # of what was kept before its first session, the profiler does not see when it is freed
+    found = live_bytes(optimizer.step)
+    assert found[-1] == 0  # a step leaves nothing behind
+    return max(found)

@@ -116,8 +116,8 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_dtype", "_keys", "_needed", "_numbers", "_shape", "_states", "_stride", "_tensors", "_views", "bound",
-        "param", "parts", "place",
+        "_dtype", "_keys", "_needed", "_numbers", "_on_device", "_shape", "_states", "_stride", "_tensors", "_views",
+        "bound", "param", "parts", "place",
     )
     # fmt: on
 
@@ -131,6 +131,7 @@ class _Binding:
     ) -> None:
         self.bound, self.param, self.parts = bound, param, parts
         self._needed, self._tensors, self._keys = needed, tensors, frozenset(tensors)
+        self._on_device = bound[0].on_device
         self.place = _Place(param) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
@@ -162,7 +163,7 @@ class _Binding:
         for key, number in self._numbers:  # put right when they were bound
             if tensors[key] is not number:
                 return False
-            if key.endswith("_scale") and number.is_cpu and not 0 < number.item() < math.inf:
+            if key.endswith("_scale") and not self._on_device and not 0 < number.item() < math.inf:
                 return False  # overwritten in place: to bind it anew says so
         for key, reference, shape, dtype, contiguous in self._states:
             # Kernels work on what is compared here of their memory.

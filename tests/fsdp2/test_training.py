@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from lightning_sketch import SM3, BFloat16, CountSketch, Drop, Factored, Keep, Policy, RowWise, Rule, compress, report
 from lightning_sketch.sharding.base import BLOCK_NUMEL
 from tests.fsdp2.tools import as_dtensor, chunk, codecs_for, keys, train_layers, train_shard
+from tests.profiled import peak_bytes
 from tests.ranks import run_ranks
-from tests.test_memory import peak_bytes
 from tests.tiny import ADAMW, CASES, assert_same
 
 pytestmark = pytest.mark.distributed
