@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -51,14 +51,20 @@ class Study:
         parser.add_argument("--methods", default=",".join(self.methods), help="names, comma-separated; default: all")
         parser.add_argument("--time", action="store_true", help="time trainings at the batches that were found before")
         parser.add_argument("--threads", type=int, default=2, help="of every training")
+        parser.add_argument("--cap", type=int, help="another cap, MiB; what is found below it is printed, not stored")
         parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
         parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
         arguments = parser.parse_args()
         if arguments.one:  # with the threads that its environment gives it
             answer(lambda: (self._seconds if arguments.time else self._needs)(arguments.one, arguments.batch))
             return
+        names = arguments.methods.split(",")
+        if arguments.cap is not None:
+            for name in names:
+                print(replace(self, cap=arguments.cap * MIB)._largest(name, arguments.threads))
+            return
         measure = self._time if arguments.time else self._find
-        measure(arguments.methods.split(","), arguments.threads)
+        measure(names, arguments.threads)
 
     def stored(self) -> dict[str, Any]:
         """What was found; methods that were not measured are absent."""

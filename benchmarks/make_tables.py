@@ -25,38 +25,38 @@ Rows = dict[str, dict[str, Any]]
 
 def main() -> None:
     text = PAGE.read_text()
-    tables = {
-        "sparse_lm": sparse_table,
-        "sparse_lm_targets": targets_table,
-        "step_cost": cost_table,
-        "dense_step_cost": dense_cost_table,
-        "tied_transformer": tied_table,
-        "extreme": extreme_table,
-    }
-    for name, make in tables.items():
-        source = RESULTS / f"{name.removesuffix('_marks')}.json"
-        if source.exists():
-            text = replace_between(text, name, make(json.loads(source.read_text())["methods"]), PAGE.name)
-    for name in ("sparse_lm", "tied_transformer"):
-        source = RESULTS / f"{name}.json"
-        if source.exists():
-            text = replace_between(text, f"{name}_untuned", untuned_table(json.loads(source.read_text())), PAGE.name)
-    sources = [RESULTS / f"{name}.json" for name in ("sparse_lm", "lstm_lm")]
-    if all(source.exists() for source in sources):
-        made = default_eps_table(*(json.loads(source.read_text())["methods"] for source in sources))
-        text = replace_between(text, "default_eps", made, PAGE.name)
-    source = RESULTS / "fine_tuning.json"
-    if source.exists():
-        made = fine_tuning_table(json.loads(source.read_text())["runs"])
-        text = replace_between(text, "fine_tuning", made, PAGE.name)
+    for name, made in tables().items():
+        text = replace_between(text, name, made, PAGE.name)
     PAGE.write_text(text)
     for name, title in {
         "sparse_lm": "Language model, two sparse tables of 109,213 words",
         "tied_transformer": "Transformer, tied table of 20,001 words",
     }.items():
-        source = RESULTS / f"{name}.json"
-        if source.exists():
-            plot(json.loads(source.read_text())["methods"], title, DOCS / "img" / f"quality_{name}.png")
+        plot(_stored(name)["methods"], title, DOCS / "img" / f"quality_{name}.png")
+
+
+def tables() -> dict[str, str]:
+    """All of the page, by the name of their marks, but those of `usual_recipe_tables` and `frontier`."""
+    sparse, tied, lstm = (_stored(name) for name in ("sparse_lm", "tied_transformer", "lstm_lm"))
+    usual = _stored("usual_recipe")["runs"]
+    return {
+        "sparse_lm": sparse_table(sparse["methods"]),
+        "sparse_lm_targets": targets_table(sparse["methods"]),
+        "sparse_lm_untuned": untuned_table(sparse),
+        "tied_transformer": tied_table(tied["methods"]),
+        "tied_transformer_untuned": untuned_table(tied),
+        "step_cost": cost_table(_stored("step_cost")["methods"]),
+        "dense_step_cost": dense_cost_table(_stored("dense_step_cost")["methods"]),
+        "extreme": extreme_table(_stored("extreme")["methods"]),
+        "default_eps": default_eps_table(sparse["methods"], lstm["methods"]),
+        "floors": floors_table(sparse["methods"], tied["methods"], usual),
+        "fine_tuning": fine_tuning_table(_stored("fine_tuning")["runs"]),
+    }
+
+
+def _stored(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 def sparse_table(rows: Rows) -> str:
@@ -162,22 +162,52 @@ def default_eps_table(sparse: Rows, lstm: Rows) -> str:
     return "\n".join(lines)
 
 
+def floors_table(sparse: Rows, tied: Rows, usual: list[dict[str, Any]]) -> str:
+    """Perplexity of the validation blocks with seed 0 by the floor of `Factored`, each at its best setting.
+
+    Args:
+        sparse: of `benchmarks.sparse_lm`.
+        tied: of `benchmarks.tied_transformer`.
+        usual: runs of `benchmarks.usual_recipe`, where all have one learning rate.
+    """
+    lines = ["| task | no floor | 0.3 | 1, the default | 3 |", "|---|---|---|---|---|"]
+    first = [run for run in usual if (run["setting"]["lr"], run["setting"]["seed"]) == (4e-3, 0)]
+    by_usual = {run["setting"]["method"]: run["valid"] for run in first}
+    names = {
+        "two sparse tables": (sparse, ("factored", "floored_less", "floored", "floored_more")),
+        "tied table, short recipe": (tied, ("factored_drop", "floored_less", "floored_drop", "floored_more")),
+    }
+    for task, (rows, methods) in names.items():
+        found = [f"{rows[name]['best']['valid']:.1f}" if name in rows else "" for name in methods]
+        lines.append(f"| {' | '.join([task, *found])} |")
+    methods = ("tied_drop_factored", "tied_drop_less", "tied_drop_floored", "tied_drop_more")
+    found = [f"{by_usual[name]:.1f}" if name in by_usual else "" for name in methods]
+    lines.append(f"| {' | '.join(['tied table, usual recipe at 4e-3', *found])} |")
+    return "\n".join(lines)
+
+
 def fine_tuning_table(runs: list[dict[str, Any]]) -> str:
-    """Every method at the best learning rate tried for it, with seed 0; losses are of held-out articles."""
+    """Every method at the learning rate that is best for it with seed 0, of those tried; of held-out articles."""
     lines = [
-        "| optimizer | loss, nats a token | state, MiB | peak of the process, MiB | lr | loss by lr |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | loss, nats a token | perplexity against AdamW | state, MiB | peak of the process, MiB | lr "
+        "| loss by lr, seed 0 |",
+        "|---|---|---|---|---|---|---|",
     ]
+    exact: dict[int, float] = {}  # by seed
     for name, method in FINE_TUNED.items():
-        own = [run for run in runs if run["setting"]["method"] == name and run["setting"]["seed"] == 0]
-        own = [run for run in own if run["valid"] is not None]
-        if own:
-            best = min(own, key=lambda run: run["valid"])
-            tried = sorted((run["setting"]["lr"], run["valid"]) for run in own)
-            columns = [method.label, f"{best['valid']:.4f}"]
-            columns += [f"{best[key] / 2**20:,.0f}" for key in ("state_bytes", "peak_bytes")]
-            columns += [f"{best['setting']['lr']:g}", ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried)]
-            lines.append(f"| {' | '.join(columns)} |")
+        finished = [run for run in runs if run["setting"]["method"] == name and run["valid"] is not None]
+        tried = {run["setting"]["lr"]: run for run in finished if run["setting"]["seed"] == 0}
+        if not tried:
+            continue
+        lr = min(tried, key=lambda lr: tried[lr]["valid"])
+        losses = {run["setting"]["seed"]: run["valid"] for run in finished if run["setting"]["lr"] == lr}
+        exact = exact or losses
+        ratios = [math.exp(losses[seed] - exact[seed]) for seed in sorted(losses.keys() & exact.keys())]
+        columns = [method.label, ", ".join(f"{losses[seed]:.4f}" for seed in sorted(losses))]
+        columns += ["" if exact is losses else percent(ratios)]
+        columns += [f"{tried[lr][key] / 2**20:,.0f}" for key in ("state_bytes", "peak_bytes")]
+        columns += [f"{lr:g}", ", ".join(f"{lr:g}: {tried[lr]['valid']:.4f}" for lr in sorted(tried))]
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

@@ -130,6 +130,8 @@ METHODS: dict[str, Method] = {
     "rw_20": Method("RowWise in a 20x sketch, no first moment", "adam", _codec("RowWise", compression=20), _DROP),
     "rw_5": Method("RowWise in a 5x sketch, no first moment", "adam", _codec("RowWise", compression=5), _DROP),
     "floored": Method("Factored(floor=1), no first moment", "adam", _codec("Factored", floor=1.0), _DROP),
+    "floored_less": Method("Factored(floor=0.3), no first moment", "adam", _codec("Factored", floor=0.3), _DROP),
+    "floored_more": Method("Factored(floor=3), no first moment", "adam", _codec("Factored", floor=3.0), _DROP),
     "adagrad_floored": Method("Adagrad, Factored(floor=1)", "adagrad", _codec("Factored", floor=1.0)),
     # Not in the package: an upper bound of what finding hot rows online could give.
     "hot20": Method("hot rows exact, known in advance, 20x, no first moment", "adam", _hot_rows(20), _DROP),

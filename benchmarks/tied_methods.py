@@ -116,8 +116,8 @@ def _row_wise_10(ls: Any) -> Any:
     return ls.RowWise(compression=10)
 
 
-def _floored(ls: Any) -> Any:
-    return ls.Factored(floor=1.0)
+def _floored(ls: Any, floor: float = 1.0) -> Any:
+    return ls.Factored(floor=floor)
 
 
 def _sketch(ls: Any) -> Any:
@@ -199,6 +199,12 @@ METHODS: dict[str, Method] = {
         rules=lambda ls: _table(_drop, _floored)(ls) + _hidden(_8bit, _floored)(ls),
     ),
     "floored_drop": Method("table: Factored(floor=1), no first moment", rules=_table(_drop, _floored)),
+    "floored_less": Method(
+        "table: Factored(floor=0.3), no first moment", rules=_table(_drop, lambda ls: _floored(ls, 0.3))
+    ),
+    "floored_more": Method(
+        "table: Factored(floor=3), no first moment", rules=_table(_drop, lambda ls: _floored(ls, 3.0))
+    ),
     "floored_8bit": Method("table: Factored(floor=1), first moment in 8 bits", rules=_table(_8bit, _floored)),
     "cs20_bf16": Method("table: CountSketch 20x, first moment BFloat16", rules=_table(_bf16, _sketch)),
     # The SM3 paper's optimizers, each by SM3's schedule (quadratic warm-up, then constant) and by AdamW's.

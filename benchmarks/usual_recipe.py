@@ -109,6 +109,7 @@ DROP, KEEP = (lambda ls: ls.Drop()), (lambda ls: ls.Keep())
 BF16, EIGHT = (lambda ls: ls.BFloat16()), (lambda ls: ls.Quantized())
 ROWS, ROWS_10 = (lambda ls: ls.RowWise()), (lambda ls: ls.RowWise(compression=10))
 FACTORED, FLOORED = (lambda ls: ls.Factored()), (lambda ls: ls.Factored(floor=1.0))
+FLOORED_LESS, FLOORED_MORE = (lambda ls: ls.Factored(floor=0.3)), (lambda ls: ls.Factored(floor=3.0))
 
 METHODS: dict[str, Method] = {
     "tied_adamw": Method("AdamW, exact", True),
@@ -118,6 +119,8 @@ METHODS: dict[str, Method] = {
     ),
     "tied_drop_factored": Method("Factored, no first moment", True, words=(DROP, FACTORED)),
     "tied_drop_floored": Method('Factored(floor=1), no first moment (preset "tables")', True, words=(DROP, FLOORED)),
+    "tied_drop_less": Method("Factored(floor=0.3), no first moment", True, words=(DROP, FLOORED_LESS)),
+    "tied_drop_more": Method("Factored(floor=3), no first moment", True, words=(DROP, FLOORED_MORE)),
     "tied_eps4": Method("AdamW, exact; eps = 1e-4 on the table", True, table_eps=1e-4),
     "tied_8bit_floored": Method("Factored(floor=1), first moment in 8 bits", True, words=(EIGHT, FLOORED)),
     "tied_8bit_factored": Method("Factored, first moment in 8 bits", True, words=(EIGHT, FACTORED)),

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import monitor_figures, second_moments
 from benchmarks.frontier import TASKS, Point, is_on_the_frontier, measured, table
-from benchmarks.make_tables import PAGE, fine_tuning_table
+from benchmarks.make_tables import PAGE, tables
 from benchmarks.summary import RESULTS
 from benchmarks.usual_recipe_tables import usual_recipe_tables
 
@@ -43,9 +43,9 @@ def test_the_page_has_how_alike_second_moments_are():
     assert is_in_the_page("second_moments", second_moments.table(stored))
 
 
-def test_the_page_has_what_fine_tuning_came_to():
-    stored = json.loads((RESULTS / "fine_tuning.json").read_text())
-    assert is_in_the_page("fine_tuning", fine_tuning_table(stored["runs"]))
+def test_the_page_has_all_other_tables():
+    for name, made in tables().items():
+        assert is_in_the_page(name, made), name
 
 
 def test_the_page_of_the_monitor_has_its_figures():
