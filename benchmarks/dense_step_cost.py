@@ -38,6 +38,9 @@ METHODS = {
     "rw_drop": Method("RowWise, no first moment", {}, {"exp_avg": ls.Drop(), "exp_avg_sq": ls.RowWise()}),
     "rw_bf16": Method("RowWise, first moment BFloat16", {}, {"exp_avg": ls.BFloat16(), "exp_avg_sq": ls.RowWise()}),
     "factored_drop": Method("Factored, no first moment", {}, {"exp_avg": ls.Drop(), "exp_avg_sq": ls.Factored()}),
+    "floored_drop": Method(
+        "Factored(floor=1), no first moment", {}, {"exp_avg": ls.Drop(), "exp_avg_sq": ls.Factored(floor=1.0)}
+    ),
     "sm3_drop": Method("SM3-II (EMA), no first moment", {}, {"exp_avg": ls.Drop(), "exp_avg_sq": ls.SM3()}),
     "cs20_drop": Method("CountSketch 20x, no first moment", {}, {"exp_avg": ls.Drop(), "exp_avg_sq": ls.CountSketch()}),
     "cs20_both": Method("CountSketch 20x, both moments", {}, {m: ls.CountSketch() for m in ("exp_avg", "exp_avg_sq")}),
