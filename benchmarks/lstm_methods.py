@@ -168,6 +168,9 @@ METHODS: dict[str, Method] = {
     "sampled_adam_rw10": Method(
         "Adam, RowWise in a 10x sketch, no first moment", "sampled", "adam", first=_drop, second=_rows(compression=10)
     ),
+    "sampled_adam_rw100": Method(
+        "Adam, RowWise in a 100x sketch, no first moment", "sampled", "adam", first=_drop, second=_rows(compression=100)
+    ),
     "sampled_adagrad_rw10": Method(
         "Adagrad, RowWise in a 10x sketch", "sampled", "adagrad", second=_rows(compression=10)
     ),

@@ -99,6 +99,11 @@ METHODS: dict[str, Method] = {
         "adam",
         _words(lambda ls: ls.RowWise(10)),
     ),
+    "words_100": Method(
+        "RowWise of the words in a 100x sketch, no first moment; classes exact",
+        "adam",
+        _words(lambda ls: ls.RowWise(100)),
+    ),
     "default": Method("default policy", "adam", lambda ls: ls.default_policy()),
     "default_all": Method("default policy, the classes named as a softmax layer", "adam", _tables),
     "default_in_backward": Method("the same, step_in_backward=True", "adam", _tables, in_backward=True),

@@ -49,6 +49,7 @@ def tables() -> dict[str, str]:
         "dense_step_cost": dense_cost_table(_stored("dense_step_cost")["methods"]),
         "extreme": extreme_table(_stored("extreme")["methods"]),
         "default_eps": default_eps_table(sparse["methods"], lstm["methods"]),
+        "goal": goal_table(),
         "floors": floors_table(sparse["methods"], tied["methods"], usual),
         "fine_tuning": fine_tuning_table(_stored("fine_tuning")["runs"]),
     }
@@ -160,6 +161,42 @@ def default_eps_table(sparse: Rows, lstm: Rows) -> str:
         columns = [f"{row['default_eps']['valid']:.1f} ({row['best']['valid']:.1f})" if row else "" for row in found]
         lines.append(f"| {' | '.join([task, *columns])} |")
     return "\n".join(lines)
+
+
+#: Of `goal_table`: task, the benchmark, its exact optimizer, the states' share of exact ones of the same tables (empty:
+#: what was measured), and the methods at about a thousandth and a ten-thousandth.
+GOALS = (
+    ("two sparse tables, SparseAdam", "sparse_lm", "adam", ("", ""), ("rw_10", "rw_100")),
+    ("LSTM, SparseAdam", "lstm_lm", "sampled_adam", ("", ""), ("sampled_adam_rw10", "sampled_adam_rw100")),
+    ("LSTM, full softmax, Adam", "lstm_lm", "full_adam", ("", ""), ("full_adam_rw10", "")),
+    ("LSTM, Adagrad", "lstm_lm", "sampled_adagrad", ("", ""), ("sampled_adagrad_rw10", "")),
+    ("LSTM, RMSprop", "lstm_lm", "sampled_rmsprop", ("", ""), ("sampled_rmsprop_rw10", "")),
+    ("tied table, AdamW", "tied_transformer", "adamw", ("1/2,560", "1/25,600"), ("rw10_drop", "rw100_drop")),
+    ("extreme classifier", "extreme", "sparse_adam", ("1/1,280", "1/12,800"), ("words_10", "words_100")),
+)
+
+
+def goal_table() -> str:
+    """What a thousandth and a ten-thousandth of the tables' states cost, against exact ones at their best setting."""
+    lines = ["| task | about 1/1,000 | about 1/10,000 |", "|---|---|---|"]
+    for task, source, exact, shares, methods in GOALS:
+        rows = _stored(source)["methods"]
+        cells = []
+        for name, known in zip(methods, shares, strict=True):
+            if name not in rows:
+                cells.append("")
+                continue
+            ways = rows[name]["best"], rows[exact]["best"]
+            apart = points_apart(*ways) if source == "extreme" else against(*ways)
+            cells.append(f"{known or share(rows[name], rows[exact])}: {apart}")
+        lines.append(f"| {' | '.join([task, *cells])} |")
+    return "\n".join(lines)
+
+
+def points_apart(chosen: dict[str, Any], exact: dict[str, Any]) -> str:
+    """Of P@1 in the extreme classifier: mean and range over seeds."""
+    apart = [100 * (chosen["test"][seed]["P@1"] - exact["test"][seed]["P@1"]) for seed in sorted(chosen["test"])]
+    return f"{mean(apart):+.1f} points of P@1 ({min(apart):+.1f} to {max(apart):+.1f})"
 
 
 def floors_table(sparse: Rows, tied: Rows, usual: list[dict[str, Any]]) -> str:

@@ -116,6 +116,10 @@ def _row_wise_10(ls: Any) -> Any:
     return ls.RowWise(compression=10)
 
 
+def _row_wise_100(ls: Any) -> Any:
+    return ls.RowWise(compression=100)
+
+
 def _floored(ls: Any, floor: float = 1.0) -> Any:
     return ls.Factored(floor=floor)
 
@@ -173,6 +177,7 @@ METHODS: dict[str, Method] = {
     "cs20_keep": Method("table: CountSketch 20x, first moment kept", rules=_table(None, _sketch)),
     "everything": Method("table: RowWise, first moment BFloat16; hidden: BFloat16 of both moments", rules=_everything),
     "rw10_drop": Method("table: RowWise in a 10x sketch, no first moment", rules=_table(_drop, _row_wise_10)),
+    "rw100_drop": Method("table: RowWise in a 100x sketch, no first moment", rules=_table(_drop, _row_wise_100)),
     "factored_bf16": Method("table: Factored, first moment BFloat16", rules=_table(_bf16, _factored)),
     "factored_drop": Method("table: Factored, no first moment", rules=_table(_drop, _factored)),
     "sm3_keep": Method("table: SM3-II (EMA), first moment kept", rules=_table(None, _sm3)),
