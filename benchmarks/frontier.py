@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks import usual_recipe_tables
 from benchmarks.make_tables import DOCS, PAGE, against, perplexity, replace_between
 from benchmarks.summary import RESULTS
 from benchmarks.training_peak import PATH, REFERENCE
@@ -28,10 +29,12 @@ class Task:
     parameters: int
 
 
-#: Both vocabularies have one word more, for all others.
+#: All vocabularies have one word more, for all others.
 TASKS = {
     "sparse_lm": Task("Language model, two sparse tables of 109,213 words", "adam", 2 * 109_213 * 64 + 82_240),
     "tied_transformer": Task("Transformer, tied table of 20,001 words", "adamw", 2_962_816),
+    "usual_tied": Task("Transformer by the usual recipe, tied table of 16,385 words", "tied_adamw", 2_508_160),
+    "usual_untied": Task("Transformer by the usual recipe, two tables of 16,385 words", "untied_adamw", 4_605_440),
 }
 
 
@@ -108,9 +111,16 @@ def plot(found: list[Point], task: Task, least: float, path: Path) -> None:
 def measured(name: str) -> tuple[list[Point], float]:
     """A task's points, and the peak of plain SGD in bytes per parameter."""
     peaks = json.loads(PATH.read_text())[name]
-    rows = json.loads((RESULTS / f"{name}.json").read_text())["methods"]
     parameters = TASKS[name].parameters
-    return points(rows, peaks, parameters), peaks[REFERENCE] / parameters
+    return points(_rows(name), peaks, parameters), peaks[REFERENCE] / parameters
+
+
+def _rows(name: str) -> dict[str, dict[str, Any]]:
+    if name.startswith("usual_"):
+        runs = json.loads((RESULTS / "usual_recipe.json").read_text())["runs"]
+        return usual_recipe_tables.rows(runs, name.removeprefix("usual_"))
+    found: dict[str, dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["methods"]
+    return found
 
 
 def main() -> None:

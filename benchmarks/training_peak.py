@@ -26,6 +26,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import sparse_lm, sparse_methods, tied_methods, tied_transformer, usual_recipe
 from benchmarks.causal_lm import CausalLM, draw_sequences, loss_of
+from benchmarks.command import chosen
 from benchmarks.memory_cap import MALLOC, begin_phase, status
 from benchmarks.precision import bfloat16_products
 from benchmarks.summary import RESULTS
@@ -75,12 +76,10 @@ def _tied_transformer(name: str) -> Training:
     return _causal(model, optimizer, tied_transformer.BATCH, tied_transformer.CONTEXT, corpus)
 
 
-def _usual_recipe(name: str) -> Training:
-    tied = name.startswith("tied") or name == REFERENCE
-    model, optimizer = usual_recipe.make(Setting("tied_adamw" if name == REFERENCE else name, 1e-3, 1e-8, seed=0))
+def _usual_recipe(name: str, kind: str) -> Training:
+    model, optimizer = usual_recipe.make(Setting(f"{kind}_adamw" if name == REFERENCE else name, 1e-3, 1e-8, seed=0))
     if name == REFERENCE:
         optimizer = SGD(model.parameters(), lr=1e-3)
-    assert tied == (model.head is None)
     return _causal(model, optimizer, usual_recipe.BATCH, usual_recipe.CONTEXT, usual_recipe._corpus())
 
 
@@ -99,7 +98,13 @@ def _causal(model: CausalLM, optimizer: Optimizer, batch: int, context: int, cor
 TASKS: dict[str, tuple[Callable[[str], Training], list[str]]] = {
     "sparse_lm": (_sparse_lm, list(sparse_methods.METHODS)),
     "tied_transformer": (_tied_transformer, [name for name, x in tied_methods.METHODS.items() if x.is_installed]),
-    "usual_recipe": (_usual_recipe, list(usual_recipe.METHODS)),
+    **{
+        f"usual_{kind}": (
+            functools.partial(_usual_recipe, kind=kind),
+            [name for name in usual_recipe.METHODS if name.startswith(f"{kind}_")],
+        )
+        for kind in ("tied", "untied")
+    },
 }
 
 
@@ -132,6 +137,7 @@ def _touch(optimizer: Optimizer) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, comma-separated; default: all")
+    parser.add_argument("--methods", help="names, comma-separated; default: all of the tasks")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -139,7 +145,8 @@ def main() -> None:
         return
     stored: dict[str, dict[str, int]] = json.loads(PATH.read_text()) if PATH.exists() else {}
     for task in arguments.tasks.split(","):
-        for name in [REFERENCE, *TASKS[task][1]]:
+        known = [REFERENCE, *TASKS[task][1]]
+        for name in known if arguments.methods is None else chosen(arguments.methods, known):
             command = [sys.executable, "-m", "benchmarks.training_peak", "--one", task, name]
             found = subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC

@@ -50,6 +50,20 @@ def _table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def rows(results: list[Result], kind: str) -> dict[str, dict[str, Any]]:
+    """Methods with their states' bytes and what they came to at the best rate, by name.
+
+    Args:
+        kind: one of `KINDS`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, method in METHODS.items():
+        own = [result for result in results if result["setting"]["method"] == name]
+        if own and name.startswith(f"{kind}_"):
+            found[name] = {"label": method.label, "state_bytes": own[0]["state_bytes"], "best": _at_best(own)}
+    return found
+
+
 def _at_best(own: list[Result]) -> dict[str, Any]:
     """What was found at the rate that is best on validation with seed 0."""
     best = min((result for result in own if result["setting"]["seed"] == 0), key=perplexity)
