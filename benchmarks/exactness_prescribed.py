@@ -29,6 +29,7 @@ ENGINES = {
     "zero3": "ZeRO-3",
 }
 LABELS = {
+    "default": "Drop + Factored(floor=1), the default of tables",
     "rows": "Drop + RowWise",
     "sketched_rows": "Keep + RowWise(compression)",
     "rounded": "BFloat16 of both",
@@ -50,7 +51,7 @@ Parameters = dict[str, Tensor]
 #: What trainings came to, by the names of `LABELS`.
 Found = dict[str, Parameters]
 #: For memory: a table large enough that borders and counters do not matter.
-LARGE = (4096, 24)
+LARGE = (8192, 24)
 
 
 def train(kind: str, steps: int = STEPS, *, seed: int = 0) -> Parameters:

@@ -41,6 +41,7 @@ ROWS, DIM, STEPS = 37, 12, 4
 TABLES: dict[str, dict[str, Any]] = {
     "sketch": {"exp_avg": CountSketch(compression=3), "exp_avg_sq": CountSketch(compression=3)},
     "exact": {"exp_avg": CountSketch(width=1 << 20), "exp_avg_sq": CountSketch(width=1 << 20)},
+    "default": {"exp_avg": Drop(), "exp_avg_sq": Factored(floor=1.0)},
     "rows": {"exp_avg": Drop(), "exp_avg_sq": RowWise()},
     "sketched_rows": {"exp_avg": Keep(), "exp_avg_sq": RowWise(compression=4)},
     "rounded": {"exp_avg": BFloat16(), "exp_avg_sq": BFloat16()},

@@ -213,7 +213,7 @@ def test_restore_changes_nothing_when_it_refuses(tmp_path):
     foreign = compress(AdamW(other.parameters()), other, LOSSY)
     train(other, foreign, range(2))
     torch.save(foreign.state_dict(), tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign.pt: group 0 of the checkpoint has 3 parameters, not 11"):
+    with pytest.raises(ValueError, match=r"foreign.pt: group 0 of the checkpoint has 3 parameters, not 12"):
         restore(optimizer, tmp_path / "foreign.pt")
     with pytest.raises(TypeError, match="needs a converted optimizer"):
         restore(Adagrad(model.parameters()), tmp_path / "foreign.pt")

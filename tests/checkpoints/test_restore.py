@@ -91,7 +91,7 @@ def check_moved(name: str, key: str, before: Tensor, after: Tensor) -> None:
     elif layer == "not_ours":  # float16, of other divisors where a row is cut otherwise
         assert (after - before).abs().max() <= 1e-3 * before.abs().max(), (name, key)
     elif state == "exp_avg_sq":
-        if layer in ("rows", "factored"):  # a row's mean, whatever pieces it is kept in
+        if layer in ("default", "rows", "factored"):  # a row's mean, whatever pieces it is kept in
             torch.testing.assert_close(after.mean(1), before.mean(1), rtol=1e-4, atol=0, msg=f"{name} {key}")
         elif layer == "sketched_rows":  # count-min: never less than the truth
             assert (after.mean(1) >= before.mean(1) * (1 - 1e-4)).all(), (name, key)
