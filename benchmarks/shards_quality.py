@@ -41,12 +41,13 @@ from benchmarks.sweep import Cache, Result, Setting
 WORDS, STEPS = 20_000, 500
 LR, EPS = 64e-3, 1e-8
 SHARDS = (1, 2, 4, 8, 64)
-#: Of one process and the defaults; everything else has the first.
-SEEDS, DEFAULTS = (0, 1, 2), ("factored", "rw_10")
+#: Of one process and what is or was the default; everything else has the first.
+SEEDS, DEFAULTS = (0, 1, 2), ("floored", "factored", "rw_10")
 PAGE = DOCS / "sharding.md"
 
 #: Codecs of the second moment: label, and what makes them. There is no first one (`Drop`), as by default.
 CODECS: dict[str, tuple[str, Callable[[], ls.Codec]]] = {
+    "floored": ("`Factored(floor=1)`", lambda: ls.Factored(floor=1.0)),
     "factored": ("`Factored()`", ls.Factored),
     "rw_10": ("`RowWise(compression=10)`", lambda: ls.RowWise(compression=10)),
     "rw": ("`RowWise()`", ls.RowWise),
@@ -55,6 +56,8 @@ CODECS: dict[str, tuple[str, Callable[[], ls.Codec]]] = {
 }
 #: Codecs, and whether ranks agree, in the table's order, with the numbers of shards that are measured.
 ROWS: dict[tuple[str, bool], tuple[int, ...]] = {
+    ("floored", True): SHARDS,
+    ("floored", False): SHARDS[1:],
     ("factored", True): SHARDS,
     ("factored", False): SHARDS[1:],
     ("rw_10", True): SHARDS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.shards_quality import PAGE, ROWS, SHARDS, method_of, quality_table
+from benchmarks.shards_quality import DEFAULTS, PAGE, ROWS, method_of, quality_table
 from benchmarks.summary import RESULTS
 
 
@@ -33,14 +33,14 @@ def test_every_number_of_shards_was_measured(runs):
 
 
 def test_the_default_is_one_process_at_every_number_of_shards(runs):
-    for codecs in ("factored", "rw_10"):
+    for codecs in DEFAULTS:
         alone = {
             run["setting"]["seed"]: run["test"]
             for run in runs
             if run["setting"]["method"] == method_of(codecs, 1, True)
         }
         assert len(alone) >= 3
-        for shards in SHARDS[1:]:
+        for shards in ROWS[codecs, True][1:]:
             (found,) = perplexities(runs, method_of(codecs, shards, True))
             assert found == pytest.approx(alone[0], rel=1e-3), (codecs, shards)
             # what seeds differ by is more
