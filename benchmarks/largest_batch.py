@@ -59,6 +59,8 @@ class Study:
             answer(lambda: (self._seconds if arguments.time else self._needs)(arguments.one, arguments.batch))
             return
         names = arguments.methods.split(",")
+        if arguments.cap is not None and arguments.time:
+            parser.error("--time is of the batches that were stored, which are those of the study's own cap")
         if arguments.cap is not None:
             for name in names:
                 print(replace(self, cap=arguments.cap * MIB)._largest(name, arguments.threads))
