@@ -142,7 +142,7 @@ def table(cases: list[dict[str, object]]) -> str:
     columns = [(bits, layer) for bits in (8, 4) for layer in LAYERS]
     heads = " | ".join(f"{bits} bits, {LAYERS[layer]}" for bits, layer in columns)
     lines = [f"| codes are spaced | {heads} |", "|---" * (1 + len(columns)) + "|"]
-    for spacing, zero in [*((spacing, False) for spacing in SPACINGS), ("root", True)]:
+    for spacing, zero in dict.fromkeys((spacing, zero) for _, spacing, zero in CASES):
         label = SPACINGS[spacing].label + (", and a second moment has a code for 0" if zero else "")
         cells = (f"{found[bits, spacing, zero, layer]:.2g}" for bits, layer in columns)
         lines.append(f"| {label} | {' | '.join(cells)} |")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer, SparseAdam
 
 BETA2 = 0.999
@@ -52,18 +52,19 @@ def build(method: Method, model: nn.Module, layers: list[nn.Embedding], *, lr: f
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all state tensors but the step counters."""
     return sum(
-        _bytes(value)
+        tensor.numel() * tensor.element_size()
         for state in optimizer.state.values()
         for key, value in state.items()
-        if torch.is_tensor(value) and key != "step"
+        if key != "step"
+        for tensor in tensors_of(value)
     )
 
 
-def _bytes(value: Any) -> int:
-    if hasattr(value, "__tensor_flatten__"):  # of several tensors, as torchao's states are
-        names, _ = value.__tensor_flatten__()
-        return sum(_bytes(getattr(value, name)) for name in names)
-    return int(value.numel() * value.element_size())
+def tensors_of(value: Any) -> list[Tensor]:
+    """Those that an entry of a state is, or is made of, as torchao's are; none of what is no tensor."""
+    if hasattr(value, "__tensor_flatten__"):
+        return [tensor for name in value.__tensor_flatten__()[0] for tensor in tensors_of(getattr(value, name))]
+    return [value] if torch.is_tensor(value) else []
 
 
 def _codec(name: str, **options: Any) -> Callable[[], Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import sparse_lm, sparse_methods, tied_methods, tied_transformer, usual_recipe
@@ -130,15 +130,8 @@ def _touch(optimizer: Optimizer) -> None:
     """Write to all states: pages of zeros that no row of these few steps lies in would not be counted."""
     for state in optimizer.state.values():
         for value in state.values():
-            for tensor in _tensors(value):
+            for tensor in sparse_methods.tensors_of(value):
                 tensor.copy_(tensor.clone())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Those that a state is, or is made of, as torchao's are."""
-    if hasattr(value, "__tensor_flatten__"):
-        return [tensor for name in value.__tensor_flatten__()[0] for tensor in _tensors(getattr(value, name))]
-    return [value] if torch.is_tensor(value) else []
 
 
 def main() -> None:

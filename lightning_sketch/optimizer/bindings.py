@@ -116,7 +116,7 @@ class _Binding:
 
     # fmt: off
     __slots__ = (
-        "_dtype", "_keys", "_needed", "_numbers", "_on_device", "_shape", "_states", "_stride", "_tensors", "_views",
+        "_dtype", "_keys", "_needed", "_numbers", "_scales", "_shape", "_states", "_stride", "_tensors", "_views",
         "bound", "param", "parts", "place",
     )
     # fmt: on
@@ -131,7 +131,6 @@ class _Binding:
     ) -> None:
         self.bound, self.param, self.parts = bound, param, parts
         self._needed, self._tensors, self._keys = needed, tensors, frozenset(tensors)
-        self._on_device = bound[0].on_device
         self.place = _Place(param) if is_dtensor(param) else None
         memory = local(param)
         self._shape, self._dtype = memory.shape, memory.dtype
@@ -141,6 +140,7 @@ class _Binding:
         self._views = [(view, view.data_ptr() - memory.data_ptr()) for view in views]
         states = [(key, x) for key, x in tensors.items() if isinstance(x, Tensor)]
         self._numbers = [(key, x) for key, x in states if key == "step" or key.endswith("_scale")]
+        self._scales = [] if bound[0].on_device else [x for key, x in self._numbers if key != "step"]
         others = [(key, x) for key, x in states if all(x is not number for _, number in self._numbers)]
         # Held weakly: memory must be free as soon as states are moved away from a device.
         self._states = [(key, weakref.ref(x), x.shape, x.dtype, x.is_contiguous()) for key, x in others]
@@ -163,8 +163,8 @@ class _Binding:
         for key, number in self._numbers:  # put right when they were bound
             if tensors[key] is not number:
                 return False
-            if key.endswith("_scale") and not self._on_device and not 0 < number.item() < math.inf:
-                return False  # overwritten in place: to bind it anew says so
+        if any(not 0 < scale.item() < math.inf for scale in self._scales):
+            return False  # overwritten in place: to bind it anew says so
         for key, reference, shape, dtype, contiguous in self._states:
             # Kernels work on what is compared here of their memory.
             tensor = reference()
