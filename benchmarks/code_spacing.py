@@ -17,19 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import gcide, tied_transformer
-from benchmarks.causal_lm import draw_sequences, loss_of
-from benchmarks.make_tables import DOCS, replace_between
-from benchmarks.precision import bfloat16_products
+from benchmarks import exact_training
+from benchmarks.exact_training import EPS
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS, environment
-from benchmarks.tied_methods import METHODS, build
-from benchmarks.tied_transformer import BATCH, CONTEXT, LARGEST_NORM, SCHEDULES
 
-LR, EPS, BETA1, BETA2 = 2e-3, 1e-8, 0.9, 0.999
+BETA1, BETA2 = 0.9, 0.999
 BLOCK, STEPS = 128, 100
 OCTAVES = 24
 LAYERS = {"words.weight": "tied table", "blocks.1.down.weight": "hidden matrix"}
@@ -102,21 +98,12 @@ class Adam:
 
 def measure(steps: int) -> list[dict[str, object]]:
     """Errors by case and layer."""
-    corpus = gcide.load(max_words=tied_transformer.WORDS)
-    batches = draw_sequences(corpus.train, steps * BATCH, np.random.default_rng(0), CONTEXT)
-    torch.manual_seed(0)
-    model = tied_transformer.make_model(corpus.vocabulary)
-    optimizer = build(METHODS["adamw"], model, model.words, lr=LR, eps=EPS)
+    model, optimizer, with_gradients = exact_training.make(steps)
     params = {name: param for name, param in model.named_parameters() if name in LAYERS}
     exact = {name: Adam(param.shape, None) for name, param in params.items()}
     coded = {(case, name): Adam(param.shape, _codes(*case)) for case in CASES for name, param in params.items()}
     errors: dict[tuple[tuple[int, str, bool], str], list[float]] = {key: [] for key in coded}
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * SCHEDULES["linear"](step)
-        with bfloat16_products():
-            loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+    for step in with_gradients:
         for name, param in params.items():
             assert param.grad is not None
             wanted = exact[name].update(param.grad, step + 1)
@@ -125,7 +112,6 @@ def measure(steps: int) -> list[dict[str, object]]:
                 if step >= steps // 2:
                     errors[case, name].append(float((found - wanted).norm() / wanted.norm()))
         optimizer.step()
-        optimizer.zero_grad()
     return [
         {"bits": bits, "spacing": spacing, "zero": zero, "layer": name, "error": mean(found)}
         for ((bits, spacing, zero), name), found in errors.items()
@@ -161,7 +147,7 @@ def main() -> None:
         stored = {"environment": environment(), "steps": arguments.steps, "cases": cases}
         path.write_text(json.dumps(stored, indent=1) + "\n")
     shown = table(json.loads(path.read_text())["cases"])
-    PAGE.write_text(replace_between(PAGE.read_text(), "code_spacing", shown, PAGE.name))
+    write_tables(PAGE, {"code_spacing": shown})
 
 
 if __name__ == "__main__":

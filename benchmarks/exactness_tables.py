@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.exactness_demo import ENGINES as DEMO_ENGINES
 from benchmarks.exactness_prescribed import ENGINES, LABELS
-from benchmarks.make_tables import DOCS, replace_between
+from benchmarks.pages import DOCS
 
 PAGE = DOCS / "sharding.md"
 
 
 def write_tables(found: dict[str, Any]) -> None:
     """Put the tables into the page."""
-    text = PAGE.read_text()
-    for name, made in tables(found).items():
-        text = replace_between(text, name, made, PAGE.name)
-    PAGE.write_text(text)
+    pages.write_tables(PAGE, tables(found))
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import usual_recipe_tables
-from benchmarks.make_tables import DOCS, PAGE, against, perplexity, replace_between
+from benchmarks.make_tables import PAGE, against, perplexity
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS
 from benchmarks.training_peak import PATH, REFERENCE
 
@@ -53,6 +54,11 @@ class Point:
         return mean(self.best["test"].values()) if self.best["test"] else float(self.best["valid"])
 
 
+def tables() -> dict[str, str]:
+    """One for each task, by the name of their marks."""
+    return {f"frontier_{name}": table(*measured(name), task) for name, task in TASKS.items()}
+
+
 def points(rows: dict[str, dict[str, Any]], peaks: dict[str, int], parameters: int) -> list[Point]:
     """All methods whose quality and peak were measured, the smallest peak first."""
     found = [
@@ -68,7 +74,7 @@ def is_on_the_frontier(point: Point, others: list[Point]) -> bool:
     return not any(other.quality < point.quality and other.peak < 1.01 * point.peak for other in others)
 
 
-def table(found: list[Point], task: Task, least: float) -> str:
+def table(found: list[Point], least: float, task: Task) -> str:
     """The smallest peak first; what nothing dominates is bold."""
     exact = next(point for point in found if point.name == task.exact)
     lines = [
@@ -83,7 +89,7 @@ def table(found: list[Point], task: Task, least: float) -> str:
     return "\n".join(lines)
 
 
-def plot(found: list[Point], task: Task, least: float, path: Path) -> None:
+def plot(found: list[Point], least: float, task: Task, path: Path) -> None:
     """Quality over the peak; stars are exact optimizers, the line is what nothing dominates."""
     import matplotlib
 
@@ -124,12 +130,9 @@ def _rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    text = PAGE.read_text()
+    write_tables(PAGE, tables())
     for name, task in TASKS.items():
-        found, least = measured(name)
-        text = replace_between(text, f"frontier_{name}", table(found, task, least), PAGE.name)
-        plot(found, task, least, DOCS / "img" / f"frontier_{name}.png")
-    PAGE.write_text(text)
+        plot(*measured(name), task, DOCS / "img" / f"frontier_{name}.png")
 
 
 if __name__ == "__main__":

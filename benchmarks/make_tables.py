@@ -1,33 +1,26 @@
 """The tables and plots of docs/quality.md, from ``results/*.json``.
 
-    python -m benchmarks.make_tables
-
-Text between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` is replaced; the rest of the page is
-written by hand.
+python -m benchmarks.make_tables
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from benchmarks.fine_tuning import METHODS as FINE_TUNED
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS
 
-DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "quality.md"
 Rows = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    for name, made in tables().items():
-        text = replace_between(text, name, made, PAGE.name)
-    PAGE.write_text(text)
+    write_tables(PAGE, tables())
     for name, title in {
         "sparse_lm": "Language model, two sparse tables of 109,213 words",
         "tied_transformer": "Transformer, tied table of 20,001 words",
@@ -365,18 +358,6 @@ def _ticks(low: float, high: float) -> list[float]:
     first = math.ceil(low / step)
     every = max(1, round((high - low) / step / 8))
     return [step * k for k in range(first, math.floor(high / step) + 1, every)]
-
-
-def replace_between(text: str, name: str, table: str, page: str) -> str:
-    """Put a table between the marks of `name` in the text of a page.
-
-    Raises:
-        ValueError: the page, named `page`, has no such marks.
-    """
-    pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"{page} has no <!-- begin:{name} --> ... <!-- end:{name} -->")
-    return pattern.sub(lambda match: match[1] + "\n" + table + "\n\n" + match[2], text)
 
 
 if __name__ == "__main__":

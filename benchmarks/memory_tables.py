@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import billion_word, largest_batch
-from benchmarks.make_tables import DOCS, replace_between
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS
 
 PAGE = DOCS / "memory.md"
@@ -29,10 +29,7 @@ def tables() -> dict[str, str]:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    for name, table in tables().items():
-        text = replace_between(text, name, table, PAGE.name)
-    PAGE.write_text(text)
+    write_tables(PAGE, tables())
 
 
 if __name__ == "__main__":

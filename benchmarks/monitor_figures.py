@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import sparse_lm
-from benchmarks.make_tables import DOCS, replace_between
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS
 from lightning_sketch import (
     SM3,
@@ -104,9 +104,7 @@ def main() -> None:
             found[policy] = measure(codecs)
             print(policy, found[policy], flush=True)
         PATH.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(
-        replace_between(PAGE.read_text(), "monitor_figures", table(json.loads(PATH.read_text())), PAGE.name)
-    )
+    write_tables(PAGE, {"monitor_figures": table(json.loads(PATH.read_text()))})
 
 
 if __name__ == "__main__":

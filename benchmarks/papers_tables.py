@@ -11,7 +11,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import long_run, lstm_methods, resnet
-from benchmarks.make_tables import DOCS, Rows, against, perplexity, replace_between, share
+from benchmarks.make_tables import Rows, against, perplexity, share
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.summary import RESULTS
 
 PAGE = DOCS / "papers.md"
@@ -162,10 +163,7 @@ def main() -> None:
         for name in names
         if (RESULTS / f"{name}.json").exists()
     }
-    text = PAGE.read_text()
-    for name, table in tables(stored).items():
-        text = replace_between(text, name, table, PAGE.name)
-    PAGE.write_text(text)
+    write_tables(PAGE, tables(stored))
 
 
 if __name__ == "__main__":

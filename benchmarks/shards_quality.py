@@ -33,7 +33,7 @@ from torch.optim import Adam, Optimizer
 
 import lightning_sketch as ls
 from benchmarks import gcide, sparse_lm
-from benchmarks.make_tables import DOCS, replace_between
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.simulated_ranks import SimulatedRanks
 from benchmarks.summary import RESULTS, environment
 from benchmarks.sweep import Cache, Result, Setting
@@ -168,7 +168,7 @@ def quality_table(runs: list[Result]) -> str:
 
 def write_table(stored: dict[str, Any]) -> None:
     """Put the table into the page."""
-    PAGE.write_text(replace_between(PAGE.read_text(), "shards_quality", quality_table(stored["runs"]), PAGE.name))
+    write_tables(PAGE, {"shards_quality": quality_table(stored["runs"])})
 
 
 @functools.cache

@@ -1,8 +1,6 @@
 """The tables and the picture of docs/performance.md, from ``results/speed*.json``.
 
-    python -m benchmarks.speed_tables
-
-Text between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` is replaced, as in :mod:`benchmarks.make_tables`.
+python -m benchmarks.speed_tables
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.make_tables import DOCS, replace_between
+from benchmarks.pages import DOCS, write_tables
 from benchmarks.speed_plot import plot
 from benchmarks.speed_targets import OFFLOAD_TARGETS, ratio_lines, targets_table
 from benchmarks.summary import RESULTS
@@ -60,10 +58,7 @@ def main() -> None:
         found: KernelState = json.loads(arguments.offload.read_text())
         tables |= {f"speed_{group}": race_table(found, group) for group in OFFLOAD_RACES}
         tables |= {"offload_machine": machine(found), "offload_marks": "\n".join(ratio_lines(found, OFFLOAD_TARGETS))}
-    text = arguments.page.read_text()
-    for name, table in tables.items():
-        text = replace_between(text, name, table, arguments.page.name)
-    arguments.page.write_text(text)
+    write_tables(arguments.page, tables)
     plot(stored, arguments.picture)
 
 

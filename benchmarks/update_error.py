@@ -9,20 +9,16 @@ and gradients at every step, and keep their own states. Compared is what each ad
 from __future__ import annotations
 
 import argparse
+import copy
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gcide, tied_transformer
-from benchmarks.causal_lm import draw_sequences, loss_of
-from benchmarks.precision import bfloat16_products
+from benchmarks import exact_training
+from benchmarks.exact_training import EPS, LR
 from benchmarks.tied_methods import METHODS, build
-from benchmarks.tied_transformer import BATCH, CONTEXT, LARGEST_NORM, SCHEDULES
 
 COMPARED = ("all_bf16", "all_8bit", "all_4bit")
-LR = 2e-3
-EPS = 1e-8
 EVERY = 50  # steps
 LAYERS = ("words.weight", "blocks.0.qkv.weight", "blocks.1.down.weight")
 
@@ -30,24 +26,16 @@ LAYERS = ("words.weight", "blocks.0.qkv.weight", "blocks.1.down.weight")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of updates by rounded states")
     parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
-    corpus = gcide.load(max_words=tied_transformer.WORDS)
-    batches = draw_sequences(corpus.train, steps * BATCH, np.random.default_rng(0), CONTEXT)
-    torch.manual_seed(0)
-    model, beside = tied_transformer.make_model(corpus.vocabulary), tied_transformer.make_model(corpus.vocabulary)
-    exact = build(METHODS["adamw"], model, model.words, lr=LR, eps=EPS)
+    model, exact, with_gradients = exact_training.make(parser.parse_args().steps)
+    beside = copy.deepcopy(model)
     others = {name: build(METHODS[name], beside, beside.words, lr=LR, eps=EPS) for name in COMPARED}
-    for step in range(steps):
-        for optimizer in (exact, *others.values()):
-            for group in optimizer.param_groups:
-                group["lr"] = LR * SCHEDULES["linear"](step)
-        with bfloat16_products():
-            loss_of(model, batches[step * BATCH : (step + 1) * BATCH]).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+    for step in with_gradients:
         before = [parameter.detach().clone() for parameter in model.parameters()]
         exact.step()
         wanted = updates(model, before)
         for name, optimizer in others.items():
+            for group in optimizer.param_groups:
+                group["lr"] = exact.param_groups[0]["lr"]
             for parameter, source, old in zip(beside.parameters(), model.parameters(), before, strict=True):
                 parameter.data.copy_(old)
                 parameter.grad = source.grad
@@ -56,7 +44,6 @@ def main() -> None:
                 found = updates(beside, before)
                 for layer in LAYERS:
                     print(f"{step + 1:4} {layer:22} {name:10} {compared(found[layer], wanted[layer])}", flush=True)
-        exact.zero_grad()
 
 
 def updates(model: nn.Module, before: list[Tensor]) -> dict[str, Tensor]:

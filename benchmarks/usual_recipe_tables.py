@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 from benchmarks import second_moments
-from benchmarks.make_tables import PAGE, against, replace_between, share
+from benchmarks.make_tables import PAGE, against, share
 from benchmarks.make_tables import perplexity as tested
+from benchmarks.pages import write_tables
 from benchmarks.summary import RESULTS
 from benchmarks.sweep import Result, over_seeds, perplexity
 from benchmarks.usual_recipe import METHODS
@@ -19,35 +20,19 @@ from benchmarks.usual_recipe import METHODS
 Runs = dict[str, list[Result]]
 
 
-def usual_recipe_tables(results: list[Result]) -> dict[str, str]:
-    """Both tables, by the name of their marks."""
-    runs: Runs = {name: [] for name in METHODS}
-    for result in results:
-        runs[result["setting"]["method"]].append(result)
-    return {f"usual_{kind}": _table({n: found for n, found in runs.items() if n.startswith(kind)}) for kind in KINDS}
-
-
 KINDS = ("tied", "untied")
 
 
-def _table(runs: Runs) -> str:
-    """Every method at the best learning rate tried for it, all of which are shown."""
-    kind = next(iter(runs)).split("_")[0]
-    lines = [
-        "| what is compressed | state | test perplexity | against exact | against exact, beta1 = 0 "
-        "| lr | valid by lr |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    exact, no_first_moment = runs[f"{kind}_adamw"], runs[f"{kind}_b0"]
-    references = [_at_best(own) for own in (exact, no_first_moment) if own]
-    for name, own in runs.items():
-        if own and exact:
-            best = _at_best(own)
-            columns = [METHODS[name].label, share(own[0], exact[0]), tested(best)]
-            columns += ["" if best == reference else against(best, reference) for reference in references]
-            columns += [""] * (2 - len(references)) + [f"{best['lr']:g}", _tried(own)]
-            lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+def tables() -> dict[str, str]:
+    """All, by the name of their marks."""
+    stored = json.loads((RESULTS / "usual_recipe.json").read_text())
+    moments = json.loads((RESULTS / "second_moments.json").read_text())
+    return usual_recipe_tables(stored["runs"]) | {"second_moments": second_moments.table(moments)}
+
+
+def usual_recipe_tables(results: list[Result]) -> dict[str, str]:
+    """Both tables, by the name of their marks."""
+    return {f"usual_{kind}": _table(_by_method(results, kind), kind) for kind in KINDS}
 
 
 def rows(results: list[Result], kind: str) -> dict[str, dict[str, Any]]:
@@ -56,12 +41,37 @@ def rows(results: list[Result], kind: str) -> dict[str, dict[str, Any]]:
     Args:
         kind: one of `KINDS`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for name, method in METHODS.items():
-        own = [result for result in results if result["setting"]["method"] == name]
-        if own and name.startswith(f"{kind}_"):
-            found[name] = {"label": method.label, "state_bytes": own[0]["state_bytes"], "best": _at_best(own)}
-    return found
+    return {
+        name: {"label": METHODS[name].label, "state_bytes": own[0]["state_bytes"], "best": _at_best(own)}
+        for name, own in _by_method(results, kind).items()
+    }
+
+
+def _by_method(results: list[Result], kind: str) -> Runs:
+    """The runs of each method that has any."""
+    runs: Runs = {name: [] for name in METHODS if name.startswith(f"{kind}_")}
+    for result in results:
+        if result["setting"]["method"] in runs:
+            runs[result["setting"]["method"]].append(result)
+    return {name: own for name, own in runs.items() if own}
+
+
+def _table(runs: Runs, kind: str) -> str:
+    """Every method at the best learning rate tried for it, all of which are shown."""
+    lines = [
+        "| what is compressed | state | test perplexity | against exact | against exact, beta1 = 0 "
+        "| lr | valid by lr |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    exact, no_first_moment = runs[f"{kind}_adamw"], runs[f"{kind}_b0"]
+    references = [_at_best(own) for own in (exact, no_first_moment)]
+    for name, own in runs.items():
+        best = _at_best(own)
+        columns = [METHODS[name].label, share(own[0], exact[0]), tested(best)]
+        columns += ["" if best == reference else against(best, reference) for reference in references]
+        columns += [f"{best['lr']:g}", _tried(own)]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def _at_best(own: list[Result]) -> dict[str, Any]:
@@ -85,13 +95,7 @@ def _rate(result: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    stored = json.loads((RESULTS / "usual_recipe.json").read_text())
-    text = PAGE.read_text()
-    for name, made in usual_recipe_tables(stored["runs"]).items():
-        text = replace_between(text, name, made, PAGE.name)
-    made = second_moments.table(json.loads((RESULTS / "second_moments.json").read_text()))
-    text = replace_between(text, "second_moments", made, PAGE.name)
-    PAGE.write_text(text)
+    write_tables(PAGE, tables())
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def batch_memory(model: nn.Module, batch: Batch) -> BatchBytes:
         copied = copy.deepcopy(model, fakes)  # which takes the fakes in their places, a tied one in all of its own
         with mode:
             return track(copied, lambda: _loss(copied, batch))
-    except Exception as error:
+    except Exception as error:  # whatever a model raises on tensors without values
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"activations cannot be counted: the model does not run on fake tensors, which have shapes and no values "

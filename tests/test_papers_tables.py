@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from benchmarks.pages import stale_tables
 from benchmarks.papers_tables import PAGE, tables
 from benchmarks.summary import RESULTS
 
@@ -18,9 +19,7 @@ def stored() -> dict[str, Any]:
 
 
 def test_the_page_has_the_measured_tables():
-    page = PAGE.read_text()
-    for name, table in tables(stored()).items():
-        assert f"<!-- begin:{name} -->\n\n{table}\n\n<!-- end:{name} -->" in page
+    assert stale_tables(PAGE, tables(stored())) == []
 
 
 def test_tables_that_were_not_measured_say_so():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.pages import stale_tables
 from benchmarks.shards_quality import DEFAULTS, PAGE, ROWS, method_of, quality_table
 from benchmarks.summary import RESULTS
 
@@ -22,8 +23,7 @@ def perplexities(runs: list[dict[str, Any]], method: str) -> list[float]:
 
 
 def test_the_document_has_the_measured_table(runs):
-    table = quality_table(runs)
-    assert f"<!-- begin:shards_quality -->\n\n{table}\n\n<!-- end:shards_quality -->" in PAGE.read_text()
+    assert stale_tables(PAGE, {"shards_quality": quality_table(runs)}) == []
 
 
 def test_every_number_of_shards_was_measured(runs):

@@ -324,7 +324,7 @@ def _nearest(rule: Rule, layers: Mapping[int, NamedLayer]) -> str:
 def _says_yes(match: Match, layer: NamedLayer) -> bool:
     try:
         return match(layer.fqn, layer.module, layer.param)
-    except Exception:
+    except Exception:  # whatever a predicate of the user's raises
         if layer.lazy:  # asked for the shape, which is not known yet
             return True
         raise

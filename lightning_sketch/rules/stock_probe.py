@@ -60,7 +60,7 @@ def learn(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> Lear
             try:
                 weights = [probe.step(magnitude, seen, closed=closed) for magnitude in _MAGNITUDES]
                 break
-            except Exception as error:
+            except Exception as error:  # whatever a step of somebody else's raises; the next way may suit it
                 first = error if first is None else first
         else:
             raise TypeError(
