@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lightning_sketch.checkpoints.contents import SavedLayer, SavedOptimizer
-from lightning_sketch.layers.dtensor_states import sharding_of
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.policy.recorded import policy_hint
 from lightning_sketch.sharding import shard_of
+from lightning_sketch.sharding.dtensor import sharding_of
 
 
 def needs_resharding(optimizer: CompressedOptimizer, saved: SavedOptimizer) -> bool:

@@ -29,7 +29,7 @@ from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.recode import ReplacedRecords
 from lightning_sketch.optimizer.stock import StockOptimizer
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding import global_shape, local, shard_of
+from lightning_sketch.sharding import global_shape, kept_shard_of, local, shard_of
 from lightning_sketch.sharding.wrapper import wrapper_of
 
 #: Options of the live group that a checkpoint does not change: what the class and the machine decide.
@@ -197,7 +197,7 @@ class _Restored:
         """torch's own state of a kept parameter."""
         saved_group = {**group, **self.saved.group_of(found.fqn)}
         layer = LayerRecord(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
-        part = LayerPart(layer, shard_of(param, found.fqn))
+        part = LayerPart(layer, kept_shard_of(param, found.fqn))
         sources = self._sources(found)
         self._check_complete(found, sources, layer.signed)
         state: dict[str, Any] = {}

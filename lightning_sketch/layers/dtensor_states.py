@@ -20,20 +20,13 @@ from lightning_sketch.codecs import Codec, key_of, scale_tensor
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.reshard import Source
 from lightning_sketch.sharding import Shard, is_dtensor, local
-from lightning_sketch.sharding.dtensor import even_shard, sharded_mesh_dim
+from lightning_sketch.sharding.dtensor import even_shard, sharding_of
 
 #: Beside the states of a sharded layer in a checkpoint: the number of shards, and the dimension they are cut along.
 SHARDS, SHARD_DIM = "shards", "shard_dim"
 #: Beside them where there are stacks: the step that each shard's states are of. Every rank writes its own, so that the
 #: files of two saves, side by side in a directory that was overwritten in part, are not taken for one checkpoint.
 SHARD_STEPS = "shard_steps"
-
-
-def sharding_of(param: Any, fqn: str) -> tuple[int, int]:
-    """Number of shards of a parameter, and the dimension they are cut along; ``(1, 0)`` if it is whole."""
-    mesh_dim = sharded_mesh_dim(param, fqn) if is_dtensor(param) else None
-    shards = 1 if mesh_dim is None else param.device_mesh.size(mesh_dim)
-    return (1, 0) if shards == 1 else (shards, param.placements[mesh_dim].dim)
 
 
 def wrap(part: LayerPart, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,12 +43,12 @@ def wrap(part: LayerPart, param: Any, state: Mapping[str, Any]) -> dict[str, Any
     if any(key != "step" and dim not in axes.get(key, ()) for key in ours):
         # Not in a layer without stacks: torch can load that into another number of shards.
         step = torch.tensor(float(state["step"]), dtype=torch.float64, device=param.device)
-        wrapped[SHARD_STEPS] = _wrap(step, (), param, dim)
+        wrapped[SHARD_STEPS] = _wrap(step, (), param, shards, dim)
     for key, value in ours.items():
         if key not in axes and key != "step":
             # Ranks may differ (one without rows, one whose layout agreed when it loaded), and any could be asked.
             value = torch.as_tensor(value, dtype=torch.float64, device=param.device)
-        wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, dim, key in same)
+        wrapped[key] = value if key == "step" else _wrap(value, axes.get(key, ()), param, shards, dim, key in same)
     return wrapped
 
 
@@ -222,23 +215,29 @@ def _between(old: Shard, live: Shard, dim: int) -> Shard | None:
     return replace(old, part_shape=(stop - start, *inner), column_offset=offset, even_columns=None)
 
 
-def _wrap(value: Tensor, along: tuple[int | None, ...], param: Any, dim: int, same: bool = False) -> Tensor:
-    placements = list(param.placements)
-    mesh_dim = next(i for i, placement in enumerate(placements) if not placement.is_replicate())
+def _wrap(
+    value: Tensor, along: tuple[int | None, ...], param: Any, shards: int, dim: int, same: bool = False
+) -> Tensor:
     if dim in along:
         axis = along.index(dim)
         shape = list(value.shape)
         shape[axis] = param.shape[dim]
-        placements[mesh_dim] = type(placements[mesh_dim])(axis)
-        return _from_local(value, param, placements, tuple(shape))
+        return _from_local(value, param, _along(param, axis), tuple(shape))
     if same:
         from torch.distributed.tensor import Replicate
 
-        placements = [Replicate()] * len(placements)
-        return _from_local(value, param, placements, tuple(value.shape))
-    placements[mesh_dim] = type(placements[mesh_dim])(0)
-    shards = param.device_mesh.size(mesh_dim)
-    return _from_local(value[None], param, placements, (shards, *value.shape))
+        return _from_local(value, param, [Replicate()] * len(param.placements), tuple(value.shape))
+    return _from_local(value[None], param, _along(param, 0), (shards, *value.shape))
+
+
+def _along(param: Any, axis: int) -> list[Any]:
+    """The parameter's placements, of a tensor that is cut along `axis`."""
+    placements = list(param.placements)
+    for i, placement in enumerate(placements):
+        if not placement.is_replicate():
+            strides = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+            placements[i] = type(placement)(axis, **strides)
+    return placements
 
 
 def _from_local(held: Tensor, param: Any, placements: list[Any], shape: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,7 @@ def encode_together(
     parts: Sequence[tuple[LayerPart, Mapping[str, Encoding]]],
     param: Tensor,
     group: Mapping[str, Any],
-    ranks: Any,
+    ranks: Sequence[Any],
 ) -> None:
     """Have ranks agree on the states that they share, each of which encodes what it holds. Collective.
 
@@ -30,7 +30,7 @@ def encode_together(
         parts: this rank's parts of them, with the states of each by name; those that are shared are begun.
         param: the tensor that they lie in.
         group: its parameter group.
-        ranks: the process group.
+        ranks: their process groups; see `reduce_together`.
 
     Raises:
         RuntimeError: another rank did not come.

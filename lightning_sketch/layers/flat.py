@@ -127,8 +127,8 @@ class FlatTensors:
     def __init__(
         self, layout: FlatLayout, layers: Mapping[int, NamedLayer], records: Mapping[str, LayerRecord]
     ) -> None:
-        self.engine, self.ranks = layout.engine, layout.ranks
-        cut: Cut | None = None if layout.ranks is None else "anywhere"
+        self.engine, self.ranks = layout.engine, () if layout.ranks is None else (layout.ranks,)
+        cut: Cut | None = "anywhere" if self.ranks else None
         self._by_id: dict[int, FlatTensor] = {}
         for (tensor, found), on_any_rank, borders in zip(
             layout.tensors, layout.params_on_any_rank, layout.borders, strict=True

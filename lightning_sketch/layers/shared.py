@@ -149,7 +149,7 @@ class Buffer:
         largest = torch.split(self.largest, [size for _, size in sizes])
         self.slots = {layer.fqn: layer.lay_out(*views) for layer, *views in zip(layers, sums, largest, strict=True)}
 
-    def reduce(self, ranks: Any) -> None:
-        """Have the ranks of a process group add up what they wrote. Collective; see `reduce_together`."""
+    def reduce(self, ranks: Sequence[Any]) -> None:
+        """Have the ranks add up what they wrote. Collective; see `reduce_together`."""
         reduce_together(self.sums, ranks)
         reduce_together(self.largest, ranks, largest=True)

@@ -68,7 +68,7 @@ def encode_part(
     Collective over the ranks that share states of a DTensor.
     """
     shared = part.shared if any(name in part.sharing for name in dense) else ()
-    ranks = ranks_of(param, part.layer.fqn) if shared else None
+    ranks = ranks_of(param, part.layer.fqn) if shared else ()
     (found,) = encode_parts([part], param, group, [dense], shared, ranks)
     return found
 
@@ -80,13 +80,13 @@ def encode_parts(
     group: Mapping[str, Any],
     dense: Sequence[Mapping[str, Tensor]],
     shared: Sequence[SharedLayer],
-    ranks: Any,
+    ranks: Sequence[Any],
 ) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """Encode dense states of all parts of layers in a tensor; of each as `encode_part`. Collective if `shared`.
 
     Args:
         shared: the layers in the tensor or its counterparts whose states ranks share.
-        ranks: their process group.
+        ranks: their process groups; see `reduce_together`.
     """
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     encodings: list[dict[str, Encoding]] = []

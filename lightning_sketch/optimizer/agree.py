@@ -36,10 +36,10 @@ def agree(
     Raises:
         RuntimeError: another rank did not come. No state was changed.
     """
-    by_ranks: dict[tuple[int, torch.device], list[PendingUpdate]] = {}
+    by_ranks: dict[tuple[tuple[int, ...], torch.device], list[PendingUpdate]] = {}
     for own in tensors:
-        if own.ranks is not None:
-            by_ranks.setdefault((id(own.ranks), own.param.device), []).append(own)
+        if own.ranks:
+            by_ranks.setdefault((tuple(map(id, own.ranks)), own.param.device), []).append(own)
     without: set[int] = set()
     for (_, device), sharing in by_ranks.items():
         wide = any(own.param.dtype == torch.float64 for own in sharing)

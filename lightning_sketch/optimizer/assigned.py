@@ -87,7 +87,7 @@ def find_assigned(
     parts: Sequence[LayerPart],
     state: dict[str, Any],
     shared: Sequence[SharedLayer],
-    ranks: Any,
+    ranks: Sequence[Any],
 ) -> Encoded | None:
     """What is to replace assigned states; ``None`` if all is as the codecs store it. Changes nothing.
 
@@ -99,7 +99,7 @@ def find_assigned(
         state: ``optimizer.state[tensor]``, not empty.
         shared: layers in it and its counterparts on other ranks with states that these share; where one was assigned,
             it must have been on all of them, which then encode it together.
-        ranks: their process group.
+        ranks: their process groups; see `reduce_together`.
 
     Raises:
         ValueError: a state is neither what its codec stores nor a dense one, or the step is no count.

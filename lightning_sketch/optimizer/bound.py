@@ -138,7 +138,7 @@ class PendingUpdate:
         scale: what `grad` is still to be divided by; ``None`` for nothing.
         on_device: whether the numbers of its steps stay on its device.
         shared: its layers with states that other ranks share.
-        ranks: the process group over which these are divided; ``None`` if nothing is shared.
+        ranks: the process groups over which these are divided; none if nothing is shared.
     """
 
     group: dict[str, Any]
@@ -152,4 +152,4 @@ class PendingUpdate:
     scale: float | None = None
     on_device: bool = False
     shared: tuple[SharedLayer, ...] = ()
-    ranks: Any = None
+    ranks: tuple[Any, ...] = ()

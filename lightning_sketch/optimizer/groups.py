@@ -78,15 +78,17 @@ class CompressedGroups(Converted):
         own = self.compression.plain
         return any(all(x is not y for y in own) for x in group["params"])
 
-    def shared_layers(self, param: Tensor, parts: tuple[LayerPart, ...]) -> tuple[tuple[SharedLayer, ...], Any]:
-        """The layers of a tensor with states that other ranks share, and these ranks' process group."""
+    def shared_layers(
+        self, param: Tensor, parts: tuple[LayerPart, ...]
+    ) -> tuple[tuple[SharedLayer, ...], tuple[Any, ...]]:
+        """The layers of a tensor with states that other ranks share, and these ranks' process groups."""
         if parts[0].span is not None:
             flat = self.compression.flat
             assert flat is not None
             shared = self.flat_tensor(param).shared
-            return shared, flat.ranks if shared else None
+            return shared, flat.ranks if shared else ()
         shared = parts[0].shared
-        return shared, ranks_of(param, parts[0].layer.fqn) if shared else None
+        return shared, ranks_of(param, parts[0].layer.fqn) if shared else ()
 
     def flat_group(self, flat: FlatTensor) -> dict[str, Any]:
         """The group of a flat tensor with compressed layers. Under ZeRO-3 no group shows it between steps."""

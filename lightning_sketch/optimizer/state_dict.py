@@ -29,7 +29,7 @@ AGREED = "agreed"
 def finish_state_dict(optimizer: CompressedGroups, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Make torch's state dict of a converted optimizer fit for checkpoints of sharded parameters."""
     state, index = dict(state_dict["state"]), 0
-    divided = optimizer.compression.flat is not None and optimizer.compression.flat.ranks is not None
+    divided = optimizer.compression.flat is not None and bool(optimizer.compression.flat.ranks)
     agreed = {AGREED: 1} if divided else {}
     for group in optimizer.param_groups:
         flat = optimizer.is_flat(group)
@@ -273,7 +273,7 @@ class _Load:
                 self.problems.append(f"{part.layer.fqn}: the checkpoint has no dense {', '.join(missing)} of its shape")
                 return
             dense.append({name: part.rows(state[name]) for name in part.layer.codecs})
-        ranks = None if self.optimizer.compression.flat is None else self.optimizer.compression.flat.ranks
+        ranks = () if self.optimizer.compression.flat is None else self.optimizer.compression.flat.ranks
         found = encode_parts(flat.parts, flat.tensor, group, dense, flat.shared, ranks)
         for part, (encoded, errors) in zip(flat.parts, found, strict=True):
             tensors |= encoded

@@ -242,7 +242,7 @@ def _bind_and_agree(optimizer: CompressedGroups, ready: list[PendingUpdate], *, 
     for own in ready:
         if own.bound is None and (own.grad is not None or own.state):
             bind(own)
-    if any(own.ranks is not None for own in ready):
+    if any(own.ranks for own in ready):
         ready = agree(optimizer.rule, ready, bind, leave_out=leave_out)
     for own in ready:
         if own.scale is not None and own.grad is not None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from lightning_sketch.layers.dtensor_states import sharding_of
 from lightning_sketch.layers.record import LayerPart
 from lightning_sketch.layers.stock_states import decode_entry, encode_entry, stored_step
 from lightning_sketch.optimizer import stock_step
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.rules.stock_pieces import Piece, step_in_pieces
+from lightning_sketch.sharding.dtensor import sharding_of
 
 #: Bytes of decoded states that exist at once; a layer with more is a piece by itself.
 PIECE_BYTES = 256 << 20

@@ -2,7 +2,7 @@
 
 from lightning_sketch.sharding.base import Block, Cut, Shard
 from lightning_sketch.sharding.dtensor import is_dtensor, local, placed_like, show_shards
-from lightning_sketch.sharding.whole import global_shape, refuse_flattened, shard_of
+from lightning_sketch.sharding.whole import global_shape, kept_shard_of, refuse_flattened, shard_of
 
 __all__ = [
     "Block",
@@ -10,6 +10,7 @@ __all__ = [
     "Shard",
     "global_shape",
     "is_dtensor",
+    "kept_shard_of",
     "local",
     "placed_like",
     "refuse_flattened",

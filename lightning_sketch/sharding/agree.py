@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -45,21 +45,26 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def reduce_together(numbers: Tensor, group: Any, *, largest: bool = False) -> None:
-    """Add up numbers over the ranks of a process group, or find the largest of each (modified in place). Collective.
+def reduce_together(numbers: Tensor, ranks: Sequence[Any], *, largest: bool = False) -> None:
+    """Add up numbers over ranks, or find the largest of each (modified in place). Collective.
+
+    Args:
+        ranks: process groups: of all ranks, or in turn those along each dimension of their mesh.
 
     Raises:
         RuntimeError: not all ranks came. The error of the process group is its cause.
     """
     if numbers.numel() == 0:
         return
-    # Parameters that are offloaded are on the CPU, for which NCCL alone is no backend.
-    kinds = sorted({device.type for device in getattr(group, "_device_types", ())})
-    sent = numbers if not kinds or numbers.device.type in kinds else numbers.to(kinds[0])
+    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     try:
-        dist.all_reduce(sent, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-        if sent is not numbers:
-            numbers.copy_(sent)
+        for group in ranks:
+            # Parameters that are offloaded are on the CPU, for which NCCL alone is no backend.
+            kinds = sorted({device.type for device in getattr(group, "_device_types", ())})
+            sent = numbers if not kinds or numbers.device.type in kinds else numbers.to(kinds[0])
+            dist.all_reduce(sent, op=operation, group=group)
+            if sent is not numbers:
+                numbers.copy_(sent)
     except RuntimeError as error:
         raise RuntimeError(
             "the ranks could not agree on a step of compressed layers, which were not changed here: another rank did "

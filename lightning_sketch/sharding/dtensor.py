@@ -1,4 +1,4 @@
-"""DTensor parameters: FSDP2's ``fully_shard``, by rows or by columns, over one dimension of the mesh."""
+"""DTensor parameters, cut by rows or by columns: FSDP2's ``fully_shard``, tensor parallelism, or both."""
 
 from __future__ import annotations
 
@@ -44,35 +44,66 @@ def show_shards(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def sharded_mesh_dim(param: Any, fqn: str) -> int | None:
-    """The mesh dimension over which a DTensor is sharded; ``None`` if it is replicated.
+def sharded_mesh_dims(param: Any, fqn: str) -> tuple[int, ...]:
+    """The mesh dimensions over which a DTensor is sharded, in the order in which they cut it; none if it is replicated.
+
+    Under FSDP2 with tensor parallelism the latter cuts first, which FSDP2's placement, a ``_StridedShard``, says.
 
     Raises:
         TypeError: its placements are not supported.
     """
-    placements = param.placements
-    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if not sharded:
-        return None
-    plain = type(placements[sharded[0]]).__name__ == "Shard"
-    if len(sharded) > 1 or not plain or placements[sharded[0]].dim > 1:
+    placements, mesh = param.placements, param.device_mesh
+    found: list[int] = []
+    for i in reversed(range(len(placements))):
+        kind = type(placements[i]).__name__
+        if kind == "Replicate":
+            continue
+        cut_before = placements[i].split_factor if kind == "_StridedShard" else 1
+        counts = [math.prod(mesh.size(j) for j in found[:k]) for k in range(len(found) + 1)]
+        if kind not in ("Shard", "_StridedShard") or cut_before not in counts:
+            raise TypeError(_unsupported(param, fqn))
+        found.insert(counts.index(cut_before), i)
+    found = [i for i in found if mesh.size(i) > 1] or found[:1]
+    if len({placements[i].dim for i in found}) > 1 or any(placements[i].dim > 1 for i in found):
+        raise TypeError(_unsupported(param, fqn))
+    parts = math.prod(mesh.size(i) for i in found)
+    if len(found) > 1 and (size := param.shape[placements[found[0]].dim]) % parts:
+        # Placements may then say otherwise than FSDP2 cuts (50,257 rows on 4 x 2 ranks), and checkpoints go by them.
         raise TypeError(
-            f"{fqn} is a DTensor with placements {placements}. lightning_sketch compresses DTensors that are sharded "
-            "over one mesh dimension, by rows (Shard(0), FSDP2's default) or by columns (Shard(1)), and replicated "
-            "over the others, so FSDP2 or tensor parallelism, not both; keep this layer with a policy that does "
-            "not match it, or shard it so"
+            f"{fqn} is a DTensor with placements {placements} over {parts} ranks, which do not divide its {size} "
+            f"{'columns' if placements[found[0]].dim else 'rows'} evenly. Pad it to a multiple of {parts}, or keep "
+            "this layer with a policy that does not match it"
         )
-    return sharded[0]
+    return tuple(found)
 
 
-def ranks_of(param: Any, fqn: str) -> Any:
-    """The process group over which a DTensor is sharded; ``None`` if it is replicated.
+def _unsupported(param: Any, fqn: str) -> str:
+    return (
+        f"{fqn} is a DTensor with placements {param.placements}. lightning_sketch compresses DTensors that are sharded "
+        "by rows (Shard(0), FSDP2's default) or by columns (Shard(1)), over any number of mesh dimensions, and "
+        "replicated over the others, but not by both at once, as FSDP2 makes of tensor parallelism's RowwiseParallel "
+        "linear layers; keep this layer with a policy that does not match it, or shard it so"
+    )
+
+
+def ranks_of(param: Any, fqn: str) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is sharded, one for each mesh dimension; none if it is replicated.
 
     Raises:
         TypeError: its placements are not supported.
     """
-    mesh_dim = sharded_mesh_dim(param, fqn)
-    return None if mesh_dim is None else param.device_mesh.get_group(mesh_dim)
+    return tuple(param.device_mesh.get_group(i) for i in sharded_mesh_dims(param, fqn))
+
+
+def sharding_of(param: Any, fqn: str) -> tuple[int, int]:
+    """Number of shards of a parameter, and the dimension they are cut along; ``(1, 0)`` if it is whole.
+
+    Raises:
+        TypeError: its placements are not supported.
+    """
+    mesh_dims = sharded_mesh_dims(param, fqn) if is_dtensor(param) else ()
+    shards = math.prod(param.device_mesh.size(i) for i in mesh_dims)
+    return (1, 0) if shards == 1 else (shards, param.placements[mesh_dims[0]].dim)
 
 
 def shard_of(param: Any, fqn: str) -> Shard:
@@ -83,17 +114,37 @@ def shard_of(param: Any, fqn: str) -> Shard:
         RuntimeError: its local tensor is not what its placements say.
     """
     shape, held = tuple(param.shape), tuple(param.to_local().shape)
-    mesh_dim = sharded_mesh_dim(param, fqn)
-    if mesh_dim is None:
+    mesh_dims, mesh = sharded_mesh_dims(param, fqn), param.device_mesh
+    if not mesh_dims:
         return Shard.whole(shape)
-    dim, mesh = param.placements[mesh_dim].dim, param.device_mesh
-    shard = even_shard(shape, dim, mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim), agree=True)
+    parts, index = 1, 0
+    for mesh_dim in mesh_dims:
+        parts, index = parts * mesh.size(mesh_dim), index * mesh.size(mesh_dim) + mesh.get_local_rank(mesh_dim)
+    shard = even_shard(shape, param.placements[mesh_dims[0]].dim, parts, index, agree=True)
     if held != (shard.local_rows, *shard.row_shape):
         raise RuntimeError(
-            f"{fqn}: a DTensor of shape {list(shape)} and placements {param.placements} on {mesh.size(mesh_dim)} ranks "
+            f"{fqn}: a DTensor of shape {list(shape)} and placements {param.placements} on {parts} ranks "
             f"should hold {[shard.local_rows, *shard.row_shape]} here, but holds {list(held)}"
         )
     return shard
+
+
+def kept_shard_of(param: Any, fqn: str) -> Shard:
+    """Where the local tensor of a layer that is kept lies: it may be cut by rows and by columns at once.
+
+    Raises:
+        TypeError: it is cut along another dimension.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, held = tuple(param.shape), tuple(param.to_local().shape)
+    sizes, starts = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if tuple(sizes) != held or sizes[2:] != shape[2:]:
+        raise TypeError(_unsupported(param, fqn))
+    if sizes[1:] == shape[1:]:
+        return Shard(shape, row_offset=starts[0], local_rows=sizes[0])
+    offset = starts[1] * math.prod(shape[2:])
+    return Shard(shape, row_offset=starts[0], local_rows=sizes[0], part_shape=sizes[1:], column_offset=offset)
 
 
 def even_shard(shape: tuple[int, ...], dim: int, parts: int, index: int, *, agree: bool = False) -> Shard:

@@ -23,6 +23,15 @@ def shard_of(param: Tensor, fqn: str) -> Shard:
     return dtensor.shard_of(param, fqn) if dtensor.is_dtensor(param) else Shard.whole(tuple(param.shape))
 
 
+def kept_shard_of(param: Tensor, fqn: str) -> Shard:
+    """`shard_of` a parameter that no codec serves: a DTensor may be cut by rows and by columns at once.
+
+    Raises:
+        TypeError: `param` is a DTensor that is cut along another dimension.
+    """
+    return dtensor.kept_shard_of(param, fqn) if dtensor.is_dtensor(param) else Shard.whole(tuple(param.shape))
+
+
 def refuse_flattened(model: nn.Module) -> None:
     """Refuse a model under FSDP1, whose one-dimensional parameter shards cut rows and bear no mark of it.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -105,7 +105,7 @@ def optimizer_of(model: nn.Module, policy: Policy | None = POLICY, separate: boo
 class Run:
     """A training under one engine."""
 
-    kind: str  # "single", "ddp", "rows", "columns", "zero1" ...
+    kind: str  # "single", "ddp", "rows", "columns", "grid", "zero1" ...
     model: Model
     optimizer: Any
     engine: Any = None
@@ -147,9 +147,21 @@ class Run:
             dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
 
 
+def on_a_grid(model: nn.Module) -> None:
+    """Columns cut by tensor parallelism and then by FSDP2, on half of the ranks each way."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    for module in list(model.modules()):
+        for name, param in list(module.named_parameters(recurse=False)):
+            placement = ShardPlacement(1) if param.ndim > 1 else Replicate()
+            setattr(module, name, nn.Parameter(distribute_tensor(param.detach(), mesh["tensor"], [placement])))
+    fully_shard(model, mesh=mesh["data"], shard_placement_fn=lambda p: ShardPlacement(min(1, p.ndim - 1)))
+
+
 def make(kind: str, policy: Policy | None = POLICY, separate: bool = False, tables: Collection[str] = TABLES) -> Run:
     """A fresh training under an engine; DeepSpeed must have been initialised for "zero1", "zero2" and "zero3"."""
     model = fresh_model(tables)
+    if kind == "grid":
+        on_a_grid(model)
     if kind in ("rows", "columns"):
         dim = 0 if kind == "rows" else 1
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

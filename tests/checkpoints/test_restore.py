@@ -18,12 +18,13 @@ from tests.deepspeed_tools import init_deepspeed
 from tests.ranks import run_ranks
 
 #: What is written and restored on that many ranks. Two show that ZeRO-1 and -2 lay out alike, three that their number
-#: need not be even, and four that it may be halved.
+#: need not be even, and four that it may be halved and that tensor
+#: parallelism and FSDP2 may cut columns together.
 KINDS = {
     1: ("single",),
     2: ("rows", "columns", "zero1", "zero2", "zero3"),
     3: ("rows", "columns", "zero3"),
-    4: ("columns", "zero3"),
+    4: ("columns", "grid", "zero3"),
 }
 
 
@@ -103,9 +104,9 @@ def check_moved(name: str, key: str, before: Tensor, after: Tensor) -> None:
 @pytest.mark.distributed
 def test_every_checkpoint_moves_everywhere(moved):
     folder, errors = moved
-    assert len(errors) == 9 * 11 + 2 * 10
+    assert len(errors) == 9 * 12 + 3 * 10
     written = {path.name: states_of(path) for path in folder.iterdir() if path.name != "moved"}
-    assert len(written) == 11
+    assert len(written) == 12
     for name in errors:
         before, after = written[name.split("-to-")[0]], states_of(folder / "moved" / name)
         assert before.keys() == after.keys(), name
@@ -125,6 +126,6 @@ def test_the_error_of_what_was_encoded_anew_is_reported(moved):
     # Columns of one table: cut and joined as they are.
     for name in (
         "columns-2-to-single-1", "single-1-to-columns-3", "columns-3-to-columns-2", "columns-4-to-columns-3",
-        "columns-2-to-columns-4",
+        "columns-2-to-columns-4", "columns-3-to-grid-4", "grid-4-to-columns-2",
     ):  # fmt: skip
         assert "sketch.weight" not in errors[name], name

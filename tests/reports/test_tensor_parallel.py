@@ -1,4 +1,4 @@
-"""Tensor parallelism trains as one process does; together with FSDP2 it is refused when the optimizer is converted."""
+"""Tensor parallelism trains as one process does. With FSDP2: fsdp2/test_tensor_parallel.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -31,7 +30,6 @@ POLICY = Policy(
         Rule(name="up.weight", first_moment=HALF, second_moment=RowWise()),
     ]
 )
-FSDP_TP = {"table": RowwiseParallel(input_layouts=Replicate())}
 #: Vocabulary cut by rows, and by columns; with the sequence cut between blocks, and whole.
 PLANS = {
     "rows": {
@@ -90,12 +88,6 @@ def on_rank(rank: int, world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"one": trained(Net())}
     for name, layout in PLANS.items():
         found[name] = trained(parallelize_module(Net(), mesh, layout))
-    grid = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("data", "tensor"))
-    model = fully_shard(parallelize_module(Net(), grid["tensor"], FSDP_TP), mesh=grid["data"])
-    optimizer = AdamW(model.parameters())
-    with pytest.raises(TypeError) as refused:
-        compress(optimizer, model, POLICY)
-    found["refused"] = f"{type(optimizer).__name__}: {refused.value}"
     return found
 
 
@@ -128,9 +120,3 @@ def test_a_vocabulary_cut_by_columns_trains_alike(ranks):
 @pytest.mark.distributed
 def test_row_cut_tables_hold_their_share_of_the_states(ranks):
     assert [rank["rows"]["held"] for rank in ranks] == [ranks[0]["one"]["held"] // 2] * 2
-
-
-@pytest.mark.distributed
-def test_fsdp_with_tensor_parallelism_is_refused_at_conversion_with_name_and_placements(ranks):
-    for rank in ranks:
-        assert rank["refused"].startswith("AdamW: table.weight is a DTensor with placements (_StridedShard(dim=0")

@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_sketch import SM3, CountSketch, Policy, RowWise, Rule, compress, plan
-from lightning_sketch.layers.dtensor_states import sharding_of
 from lightning_sketch.sharding import Shard, global_shape, is_dtensor, local, shard_of
-from lightning_sketch.sharding.dtensor import even_shard
+from lightning_sketch.sharding.dtensor import even_shard, ranks_of, sharding_of
 from tests.codecs.harness import Driver, make_spec, sparse_steps
 from tests.ranks import run_ranks
 
@@ -71,6 +71,7 @@ ROWS = {"even": (8, 4), "uneven": (9, 5), "fewer rows than ranks": (2, 3), "thre
 def look(rank, world_size):
     mesh = init_device_mesh("cpu", (world_size,))
     grid = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    one_by_all = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("one", "all"))
     found = {"shards": [], "refused": {}, "hsdp": [], "local": []}
     for shape in ROWS.values():
         ids = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
@@ -89,7 +90,9 @@ def look(rank, world_size):
     whole = torch.zeros(4, 4, 4)
     wrong = {
         "two mesh dimensions": distribute_tensor(whole, grid, [Split(0), Split(1)]),
-        "both over rows": distribute_tensor(whole, grid, [Split(0), Split(0)]),
+        "strides of none": DTensor.from_local(
+            whole, grid, [Replicate(), _StridedShard(0, split_factor=3)], run_check=False
+        ),
         "third dimension": distribute_tensor(whole, mesh, [Split(2)]),
         "partial": DTensor.from_local(whole, mesh, [Partial()], run_check=False),
     }
@@ -112,6 +115,15 @@ def look(rank, world_size):
         shard_of(bad, "inner.weight")
     except RuntimeError as error:
         found["mismatch"] = str(error)
+    found["both"] = []
+    for dim in (0, 1):
+        ids = torch.arange(32.0).view(8, 4)
+        for placements in ([Split(dim), Split(dim)], [_StridedShard(dim, split_factor=2), Split(dim)]):
+            tensor = distribute_tensor(ids, grid, placements)
+            assert sharding_of(tensor, "w") == (world_size, dim)
+            assert [group.size() for group in ranks_of(tensor, "w")] == [2, 2]
+            found["both"].append((describe(shard_of(tensor, "w")), tensor.to_local(), ids))
+    found["mesh of one"] = sharding_of(distribute_tensor(torch.zeros(7, 4), one_by_all, [Split(0), Split(0)]), "w")
     found["fsdp"] = shards_of_fsdp2(mesh)
     found["plan"] = str(planned(mesh))
     return found
@@ -171,6 +183,22 @@ def test_the_local_tensor_is_where_the_shard_says():
 
 
 @pytest.mark.distributed
+def test_two_mesh_dimensions_may_cut_the_same_dimension_in_either_order():
+    held = [found["both"] for found in ranks()]
+    for kind in range(4):
+        cuts = set()
+        for here in held:
+            shard, local_tensor, ids = here[kind]
+            rows = ids[shard["row_offset"] : shard["row_offset"] + shard["local_rows"]]
+            first, width = shard["column_offset"], local_tensor.shape[1]
+            assert torch.equal(local_tensor, rows[:, first : first + width])
+            assert shard["cut"] == ("rows" if kind < 2 else "columns")
+            cuts.add((shard["row_offset"], first))
+        assert len(cuts) == WORLD
+    assert all(found["mesh of one"] == (WORLD, 0) for found in ranks())
+
+
+@pytest.mark.distributed
 def test_a_replicated_dtensor_is_whole():
     assert all(found["replicated"] == describe(Shard.whole((6,))) for found in ranks())
 
@@ -191,7 +219,7 @@ def test_policies_decide_on_the_global_shape():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["two mesh dimensions", "both over rows", "third dimension", "partial"])
+@pytest.mark.parametrize("name", ["two mesh dimensions", "strides of none", "third dimension", "partial"])
 def test_other_placements_are_refused_by_name(name):
     for found in ranks():
         by_shard, by_step = found["refused"][name]
