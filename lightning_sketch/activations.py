@@ -65,7 +65,8 @@ def batch_memory(model: nn.Module, batch: Batch) -> BatchBytes:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"activations cannot be counted: the model does not run on fake tensors, which have shapes and no values "
-            f"({reason}). Leave the batch out, or give a callable that computes the loss without looking at values"
+            f"({reason}). Leave the batch out, try another dtype, or give a callable that computes the loss without "
+            "looking at values"
         ) from error
     finally:
         log.disabled = disabled

@@ -18,7 +18,7 @@ from lightning_sketch.layers.flat import NamedSegment, layer_parts
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.policy.plan import LayerPlan, Plan
-from lightning_sketch.policy.policy import Policy, plan
+from lightning_sketch.policy.policy import PolicyLike, plan
 from lightning_sketch.sharding import Cut, Shard
 from lightning_sketch.sharding.deepspeed import cut, starts_of, window
 from lightning_sketch.sharding.dtensor import even_shard
@@ -132,7 +132,7 @@ def _rows(rank: RankBytes) -> Iterator[tuple[str, ...] | None]:
 def estimate_memory(
     model: nn.Module,
     optimizer: Optimizer,
-    policy: Policy | Mapping[str, Any] | None = None,
+    policy: PolicyLike = None,
     *,
     engine: Engine = "ddp",
     world_size: int = 1,

@@ -21,7 +21,7 @@ from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.stock import StockOptimizer
 from lightning_sketch.optimizer.stock_layers import most_decoded_bytes
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding import local
+from lightning_sketch.sharding import is_dtensor, local
 from lightning_sketch.text import human_bytes, state_rows, table
 
 
@@ -117,7 +117,7 @@ def report(optimizer: Any) -> MemoryReport:
         gradients += grad_bytes(param.grad)
         state = inner.state.get(param, {})
         if not parts:
-            kept = sum(local(v).nbytes for v in state.values() if isinstance(v, Tensor))
+            kept = sum(map(_nbytes, state.values()))
             by_codec["Keep"] += kept
             dense_state += kept
             continue
@@ -129,7 +129,7 @@ def report(optimizer: Any) -> MemoryReport:
                 _count_part(part, {k: v for k, v in state.items() if k not in others}, by_codec)
                 dense_state += part.rows(param).nbytes * len(part.layer.codecs)
             if part.layer.stock_count is not None:
-                kept = sum(local(v).nbytes for k, v in others.items() if isinstance(v, Tensor) and k != "step")
+                kept = sum(_nbytes(v) for k, v in others.items() if k != "step")
                 by_codec["Keep"] += kept
                 dense_state += kept
                 temporaries.add_blocks(part, param, param.device)
@@ -163,6 +163,20 @@ def _count_part(part: LayerPart, state: Mapping[str, Any], by_codec: Counter[str
         owner = next((n for n in names if key.startswith(part.prefix + n)), None)
         if owner is not None and isinstance(value, Tensor):
             by_codec[type(part.layer.codecs[owner]).__name__] += value.nbytes
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes here of what an optimizer keeps: a tensor, one that is made of others (torchao's), or a list of such."""
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value))
+    if not isinstance(value, Tensor):
+        return 0
+    if not is_dtensor(value) and hasattr(value, "__tensor_flatten__"):
+        return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    held = local(value)
+    return held.nbytes if held is value else _nbytes(held)
 
 
 def _resident() -> int | None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW
 
-from lightning_sketch import Policy, Rule, compress, estimate_memory, report
+from lightning_sketch import Policy, Rule, compress, estimate_memory, plan, report
 from lightning_sketch.sharding import local
 from tests.deepspeed_tools import engine, init_deepspeed
 from tests.fsdp2.tools import ROWS, make_net, net_policy, tokens_of, train_net
@@ -110,6 +110,30 @@ def test_one_process(case, codecs):
     assert {codec: count for codec, count in rank.state_by_codec.items() if count} == live(optimizer)
     assert rank.parameters == report(optimizer).parameters
     assert rank.dense_state == made.plan.bytes_before
+
+
+def test_what_amsgrad_keeps_of_kept_layers_is_counted():
+    model = nn.ModuleDict({"table": nn.Embedding(50, 8), "head": nn.Linear(8, 50)})
+    optimizer = with_amsgrad(model)
+    policy = Policy([Rule(role="embedding", exp_avg="Drop", exp_avg_sq="RowWise")])
+    made, planned = estimate_memory(model, optimizer, policy), plan(model, optimizer, policy)
+    compress(optimizer, model, policy)
+    model["head"](model["table"](torch.arange(4))).sum().backward()
+    optimizer.step()
+    states = [optimizer.state[param] for param in model["head"].parameters()]
+    kept = sum(value.nbytes for state in states for key, value in state.items() if key != "step")
+    assert kept == 3 * 4 * (8 * 50 + 50)
+    steps = 4 * 3
+    assert made.ranks[0].state == planned.bytes_after == report(optimizer).state - steps
+    budget = planned.bytes_before - 1  # exact states do not fit
+    fresh = with_amsgrad(model)
+    assert plan(model, fresh, Policy.for_budget(model, fresh, budget)).bytes_after <= budget
+
+
+def with_amsgrad(model: Any) -> AdamW:
+    """Of the head only."""
+    head = {"params": model["head"].parameters(), "amsgrad": True}
+    return AdamW([{"params": model["table"].parameters()}, head])
 
 
 def test_frozen_and_other_parameters_are_held_and_take_no_state():

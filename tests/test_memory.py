@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Adam, AdamW, RMSprop
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_sketch import SM3, BFloat16, CountSketch, Policy, RowWise, Rule, compress, report
 from lightning_sketch.kernels import native
@@ -54,6 +55,15 @@ def test_a_plain_optimizer_is_reported_too():
     assert found.state == found.dense_state == sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     assert found.state_by_codec.keys() == {"Keep"}
     assert (found.transient, found.conversion_errors, found.skipped) == (0, {}, {})
+
+
+def test_states_in_lists_and_tensors_made_of_others_are_counted():
+    model = Tiny()
+    optimizer = AdamW(model.parameters())
+    param = next(model.parameters())
+    inside = TwoTensor(torch.zeros(3), torch.zeros(3))
+    optimizer.state[param] = {"factors": [torch.zeros(5), (torch.zeros(2), None)], "by_name": {"x": inside}, "n": 3}
+    assert report(optimizer).state == 4 * (5 + 2 + 3 + 3)
 
 
 @pytest.mark.parametrize("name", CODECS)

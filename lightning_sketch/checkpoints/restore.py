@@ -245,8 +245,9 @@ class _Restored:
 
     def _dense_states(self, group: Mapping[str, Any]) -> dict[str, bool]:
         """The states that torch keeps of a parameter, and whether each may be negative."""
-        states = {state.name: state.signed for state in self.optimizer.rule.states(group)}
-        return states | ({"max_exp_avg_sq": False} if group.get("amsgrad") else {})
+        return {
+            state.name: state.signed for state in self.optimizer.rule.kept_states(group, torch.empty(0, device="meta"))
+        }
 
     def _check_complete(self, found: SavedLayer, sources: Mapping[str, Any], states: Mapping[str, bool]) -> None:
         if missing := [state for state in states if state not in sources and not found.dropped(state)]:

@@ -30,7 +30,7 @@ from lightning_sketch.layers.reshard import LazyTensor, Source, fill_dense
 from lightning_sketch.layers.roles import named_layers
 from lightning_sketch.optimizer.state_dict import LAYOUT
 from lightning_sketch.policy.plan import make_plan
-from lightning_sketch.policy.policy import Policy
+from lightning_sketch.policy.policy import Policy, PolicyLike, as_policy
 from lightning_sketch.rules import rule_of_group
 from lightning_sketch.sharding import Shard
 from lightning_sketch.sharding.dtensor import even_shard
@@ -70,7 +70,7 @@ def convert_checkpoint(
     destination: str | Path,
     *,
     to: Literal["plain", "compressed"],
-    policy: Policy | None = None,
+    policy: PolicyLike = None,
     model: nn.Module | None = None,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -87,9 +87,9 @@ def convert_checkpoint(
 
     Args:
         source: see `read_checkpoint`.
-        destination: must not exist.
+        destination: must not exist; its folder must.
         to: "plain", states as the plain torch optimizer loads them; or "compressed".
-        policy: with "compressed": how. ``None`` keeps what the checkpoint was written under.
+        policy: with "compressed": how, as of `compress`; but ``None`` keeps what the checkpoint was written under.
         model: the model, on any device, the meta device included; gives `policy` roles, and names to checkpoints that
             number their parameters (in ``model.parameters()`` order).
         world_size: with "compressed": for how many FSDP2 ranks, sharded by rows.
@@ -97,17 +97,22 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: `destination` exists.
+        FileNotFoundError: its folder does not.
         ValueError: the checkpoint cannot be read or does not fit `model`; `compress` would refuse the policy; or
             options contradict each other.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists; name another destination")
+    if not destination.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{destination.parent} is no folder; make it first, or name another destination")
     if to == "plain" and (policy is not None or world_size != 1):
         raise ValueError("a plain checkpoint has no policy, and no number of ranks: leave both out")
     if policy is not None and model is None:
         raise ValueError("a policy needs the model, which gives its layers names, modules and roles")
-    decide: Decide = _plain if to == "plain" else (_by_policy(policy, model) if policy and model else _as_it_was)
+    decide: Decide = _plain if to == "plain" else _as_it_was
+    if policy is not None and model is not None:
+        decide = _by_policy(as_policy(policy), model)
     rewrite = _Rewrite(decide, world_size, dtype)
     if source.is_file():
         container = _load_verified(source)
@@ -152,9 +157,16 @@ def _convert_directory(source: Path, destination: Path, rewrite: _Rewrite) -> No
     with dcp.DcpWriter(destination) as writer:
         dcp.copy_others(stored, writer)
         for root, (saved, _) in found.items():
-            writer.add((*root, "param_groups"), groups[root])
+            flat = root in stored.flat_roots
+            if flat:
+                for group in groups[root]:
+                    options = {option: value for option, value in group.items() if option != "params"}
+                    for fqn in group["params"]:
+                        writer.add(root, dcp.flattened("param_groups", fqn, options))
+            else:
+                writer.add((*root, "param_groups"), groups[root])
             for fqn, entry in rewrite.entries(saved, numbered=False):
-                writer.add((*root, "state", fqn), entry)
+                writer.add(*((root, dcp.flattened("state", fqn, entry)) if flat else ((*root, "state", fqn), entry)))
 
 
 class _Rewrite:
@@ -205,7 +217,7 @@ class _Rewrite:
             names = list(old.codecs) if old is not None else list(sources)
             layer = LayerRecord(saved.fqn, 0, saved.shape, dict.fromkeys(names, True), dict.fromkeys(names, Keep()))
             part = LayerPart(layer, Shard.whole(saved.shape))
-            entry: dict[str, Any] = {name: torch.zeros(saved.shape, dtype=self.dtype) for name in names}
+            entry: dict[str, Any] = {name: torch.zeros(saved.shape, dtype=self.dtype, device="cpu") for name in names}
             for name, found in sources.items():
                 spec = dataclasses.replace(part.spec(name, param, {}), device=torch.device("cpu"))
                 fill_dense(spec, found, part.shard.as_rows(entry[name]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.policy.policy import Policy
+from lightning_sketch.policy.policy import Policy, as_policy
 from lightning_sketch.policy.presets import PRESETS
 
 
@@ -93,11 +93,9 @@ def policy_of(text: str, model: nn.Module, optimizer: Optimizer) -> Policy:
 
 def named_policy(text: str, or_else: str = "") -> Policy:
     """The same without budgets; `or_else` ends the message of the error."""
-    if text in PRESETS:
-        return Policy.preset(text)
-    if text.endswith((".yaml", ".yml")):
-        return Policy.from_yaml(text)
-    raise ValueError(f"--policy {text}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file{or_else}")
+    if text not in PRESETS and not text.endswith((".yaml", ".yml")):
+        raise ValueError(f"--policy {text}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file{or_else}")
+    return as_policy(text)
 
 
 def batch_of(text: str) -> dict[str, Tensor]:

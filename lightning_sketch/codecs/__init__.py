@@ -14,6 +14,7 @@ from lightning_sketch.codecs.elementwise import ElementwiseCodec
 from lightning_sketch.codecs.encoding import (
     Encoding,
     Rows,
+    check_finite,
     decode,
     encode,
     relative_error,
@@ -46,6 +47,7 @@ __all__ = [
     "StateSpec",
     "Tensors",
     "allocate",
+    "check_finite",
     "codec_from",
     "decode",
     "encode",
@@ -70,8 +72,15 @@ def codec_from(value: Codec | str | Mapping[str, Any]) -> Codec:
     """
     if isinstance(value, Codec):
         return value
+    if isinstance(value, type) and issubclass(value, Codec):
+        raise ValueError(f"codec {value.__name__}: give an object, {value.__name__}(), or the name {value.__name__!r}")
+    if not isinstance(value, str) and not (isinstance(value, Mapping) and "codec" in value):
+        raise ValueError(
+            f"{value!r} is no codec: give an object as RowWise(compression=10), a name, or a dictionary with the key "
+            "'codec' and the codec's options, as {'codec': 'RowWise', 'compression': 10}"
+        )
     options = {"codec": value} if isinstance(value, str) else dict(value)
-    name = options.pop("codec", None)
+    name = options.pop("codec")
     if name not in Codec.registry:
         raise ValueError(f"unknown codec {name!r}; known are {', '.join(sorted(Codec.registry))}")
     try:

@@ -86,6 +86,36 @@ class Encoding:
         return self.tensors
 
 
+def check_finite(codec: Codec, spec: StateSpec, dense: Tensor | Rows) -> None:
+    """Refuse a dense state that is to be stored and holds NaN or inf: a codec would spread it over other elements.
+
+    Where it would not, because each element has a number of its own, or the state is dropped, anything goes.
+
+    Args:
+        dense: as of `encode`.
+
+    Raises:
+        ValueError: naming layer and state.
+    """
+    ndim = max(1, len(spec.shard.global_shape))
+    if codec.drops or all(axes == tuple(range(ndim)) for axes in codec.axes(ndim).values()):
+        return
+    rows = rows_of(dense, spec.shard)
+    bad = torch.zeros((), dtype=torch.int64, device="cpu")
+    for block in spec.shard.blocks(device=spec.device):
+        values = rows(block)
+        if is_fake(values):
+            return
+        bad = bad.to(values.device) + values.isfinite().logical_not().sum()
+    if count := int(bad):
+        name = spec.name.rpartition(".")[2]
+        raise ValueError(
+            f"{spec.fqn}: its {name} holds NaN or inf in {count} of {spec.shard.local_rows * spec.shard.row_numel:_} "
+            f"elements, which {codec} would spread over others. Set them to 0 (state[~state.isfinite()] = 0), or store "
+            "this state in BFloat16() or Keep(), which keep elements apart"
+        )
+
+
 def decode(codec: Codec, spec: StateSpec, tensors: Tensors) -> Tensor:
     """The dense state, ``[local_rows, *row_shape]`` in the parameter's dtype, as torch.optim would keep it."""
     dense = torch.empty(spec.local_shape, dtype=spec.param_dtype, device=spec.device)

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -102,7 +101,7 @@ class OptimizerStateCompression(_Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._explicit = policy is not None
-        self.policy = Policy.from_yaml(policy) if isinstance(policy, str | Path) else as_policy(policy)
+        self.policy = as_policy(policy)
         self.nonfinite: NonFinite = nonfinite
         self.log_memory = log_memory
         self.allow_empty = allow_empty

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning_sketch.monitor import Monitor
 from lightning_sketch.optimizer.convert import compress
 from lightning_sketch.optimizer.in_backward import refuse_settings
 from lightning_sketch.optimizer.nonfinite import NonFinite
-from lightning_sketch.policy.policy import Policy
+from lightning_sketch.policy.policy import PolicyLike
 
 
 class CompressedOptimizerFactory:
@@ -42,7 +41,7 @@ class CompressedOptimizerFactory:
         *,
         lr: float,
         optimizer_cls: type[Optimizer] = torch.optim.AdamW,
-        policy: Policy | Mapping[str, Any] | str | Path | None = None,
+        policy: PolicyLike = None,
         nonfinite: NonFinite = "raise",
         allow_empty: bool = False,
         step_in_backward: bool = False,
@@ -55,7 +54,7 @@ class CompressedOptimizerFactory:
             model: given by the Trainer.
             lr: learning rate. ``TrainingArguments.learning_rate`` does not reach a factory; see `compressed_optimizer`.
             optimizer_cls: any class of optimizers that takes ``lr``.
-            policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
+            policy: as of `compress`.
             nonfinite: see `lightning_sketch.compress`.
             allow_empty: see `lightning_sketch.compress`.
             step_in_backward: see `lightning_sketch.compress`; `compressed_optimizer` looks at the arguments for what
@@ -68,12 +67,11 @@ class CompressedOptimizerFactory:
                 FSDP1.
             ValueError: the policy does not fit, or compresses nothing.
         """
-        chosen = Policy.from_yaml(policy) if isinstance(policy, str | Path) else policy
         optimizer = optimizer_cls(_groups(model, optimizer_cls), lr=lr, **kwargs)  # type: ignore[call-arg]
         return compress(
             optimizer,
             model,
-            chosen,
+            policy,
             nonfinite=nonfinite,
             allow_empty=allow_empty,
             step_in_backward=step_in_backward,
@@ -83,7 +81,7 @@ class CompressedOptimizerFactory:
 
 def compressed_optimizer(
     args: Any,
-    policy: Policy | Mapping[str, Any] | str | Path | None = None,
+    policy: PolicyLike = None,
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
@@ -100,7 +98,7 @@ def compressed_optimizer(
 
     Args:
         args: ``TrainingArguments``; their optim, optim_args, learning_rate, weight_decay and adam_* count.
-        policy: a `Policy`, its dictionary, the path of its YAML file, or ``None`` for the default policy.
+        policy: as of `compress`.
         nonfinite: see `lightning_sketch.compress`.
         allow_empty: see `lightning_sketch.compress`.
         step_in_backward: see `lightning_sketch.compress`. Needs ``max_grad_norm=0`` (the default clips), no

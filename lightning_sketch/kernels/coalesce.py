@@ -41,9 +41,10 @@ def _coalesce(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             f"row ids of shape {list(ids.shape)} and {ids.dtype}, values of {list(values.shape)} and {values.dtype}: "
             "they must be int64 [n], and float32 or bfloat16 [n, ...]"
         )
-    rows = torch.empty(count, dtype=torch.int64)
-    order, starts = torch.empty(count, dtype=torch.int32), torch.empty(count + 1, dtype=torch.int32)
-    scratch = torch.empty(2 * count, dtype=torch.int64)
+    rows = torch.empty(count, dtype=torch.int64, device="cpu")
+    order = torch.empty(count, dtype=torch.int32, device="cpu")
+    starts = torch.empty(count + 1, dtype=torch.int32, device="cpu")
+    scratch = torch.empty(2 * count, dtype=torch.int64, device="cpu")
     distinct = lib.lightning_sketch_sort_ids(
         _address(ids), ctypes.c_int64(count), _address(rows), _address(order), _address(starts), _address(scratch)
     )

@@ -76,8 +76,8 @@ def observe_gradients(layers: Sequence[FusedStep]) -> list[Observed]:
     for number, layer in enumerate(layers):
         assert layer.second is not None
         made = Observed(
-            torch.empty(layer.grad.shape[0], dtype=torch.float32),
-            torch.zeros(layer.grad.shape[1:].numel(), dtype=torch.float32)
+            torch.empty(layer.grad.shape[0], dtype=torch.float32, device="cpu"),
+            torch.zeros(layer.grad.shape[1:].numel(), dtype=torch.float32, device="cpu")
             if layer.second.kind == Kind.FACTORED
             else None,
         )

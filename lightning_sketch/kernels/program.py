@@ -63,15 +63,16 @@ class Words:
 
     def __init__(self, packed: bytearray, count: int, numbers: Sequence[int], seeds: Sequence[int]) -> None:
         self.rows = torch.frombuffer(packed, dtype=torch.int64).view(count, -1)  # [count, words]
-        self._numbers = torch.zeros(2 * self.rows.shape[1], dtype=torch.bool)
+        self._numbers = torch.zeros(2 * self.rows.shape[1], dtype=torch.bool, device="cpu")
         self._numbers[list(numbers)] = True
-        self._seeds = torch.tensor(seeds)
+        self._seeds = torch.tensor(seeds, device="cpu")
 
     def follow(self, leaders: Sequence[int]) -> None:
         """See `Program.follow`; rows for layers."""
         leading = sorted(set(leaders))
         place = {leader: i for i, leader in enumerate(leading)}
-        self._leading, self._place = torch.tensor(leading), torch.tensor([place[leader] for leader in leaders])
+        self._leading = torch.tensor(leading, device="cpu")
+        self._place = torch.tensor([place[leader] for leader in leaders], device="cpu")
 
     def write(self, packed: bytearray) -> None:
         """Write the numbers of a step in all rows, as a new tensor.

@@ -218,7 +218,7 @@ def observation(
         param, grad, ids, weight_decay, maximize, leave_out: as in `FusedStep`.
         columns: whether sums of columns are wanted, too.
     """
-    kind, nothing = Kind.FACTORED if columns else Kind.ROW_SKETCH, torch.empty(0, dtype=torch.float32)
+    kind, nothing = Kind.FACTORED if columns else Kind.ROW_SKETCH, torch.empty(0, dtype=torch.float32, device="cpu")
     second = KernelState(kind, nothing, weight=1.0, column_weight=1.0)
     return FusedStep(
         param,

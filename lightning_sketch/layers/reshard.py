@@ -22,6 +22,7 @@ from lightning_sketch.codecs import (
     Codec,
     Rows,
     StateSpec,
+    check_finite,
     encode,
     key_of,
     relative_error,
@@ -94,7 +95,7 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
         tensors under their keys in ``optimizer.state[param]``, and the relative error against the sources' estimates.
 
     Raises:
-        ValueError: an element of the new shard is in no source, or in two.
+        ValueError: an element of the new shard is in no source, or in two; or a dense source holds NaN or inf.
     """
     plain = replace(spec, name=spec.name.rpartition(".")[2])
     shared = _is_shared(codec, spec.shard)
@@ -133,13 +134,21 @@ def reshard(codec: Codec, spec: StateSpec, sources: Sequence[Source]) -> tuple[d
         of_layer = replace(plain, shard=wanted.shard)
         if len(useful) > 1 or not whole.same_encoding(codec, spec) or not _fits(codec, of_layer, whole.tensors):
             of_all = _Estimates(of_layer, useful)
+            _check_dense(codec, of_layer, useful, of_all)
             tensors = encode(codec, of_layer, of_all)
             error = relative_error(codec, of_layer, tensors, of_all)
             whole = Source(wanted.shard, tensors, codec, spec.seed, spec.signed)
         return rename(_cut_out(codec, plain, whole)), error
     estimates = _Estimates(plain, useful)
+    _check_dense(codec, plain, useful, estimates)
     tensors = encode(codec, plain, estimates)
     return rename(tensors), relative_error(codec, plain, tensors, estimates)
+
+
+def _check_dense(codec: Codec, spec: StateSpec, sources: Sequence[Source], rows: Rows) -> None:
+    """`check_finite` of torch's own states; what is compressed has spread it already."""
+    if any(source.codec is None for source in sources):
+        check_finite(codec, spec, rows)
 
 
 def _is_shared(codec: Codec | None, shard: Shard) -> bool:

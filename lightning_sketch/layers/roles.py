@@ -89,6 +89,16 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"name={pattern!r} is not a regular expression: {error}") from None
 
 
+def check_module(model: Any) -> None:
+    """Refuse what is no module, as parameters or nothing.
+
+    Raises:
+        TypeError: so it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be the torch.nn.Module that has the parameters, got {type(model).__name__}")
+
+
 def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, NamedLayer]:
     """All parameters of `model` with their roles, by ``id(param)``, in ``named_parameters()`` order.
 
@@ -104,8 +114,10 @@ def named_layers(model: nn.Module, role_hints: RoleHints = None) -> dict[int, Na
     is an alias. Nothing is computed.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a hint names an unknown role or matches nothing.
     """
+    check_module(model)
     show_shards(model)
     tables = _tables(model)
     layers: dict[int, NamedLayer] = {}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import decode, encode, relative_error
-from lightning_sketch.layers.dtensor_states import dense_like, held_rows, sharded_like
+from lightning_sketch.codecs import check_finite, decode, encode, relative_error
+from lightning_sketch.layers.dtensor_states import dense_like, held_rows, sharded_like, tensor_axes
 from lightning_sketch.layers.record import LayerPart, LayerRecord
 from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.sharding import is_dtensor, local, shard_of
@@ -72,6 +72,20 @@ def stock_entry(layer: LayerRecord, entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def unnested(layer: LayerRecord, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved entry with the layer's states beside everything else: bitsandbytes' ``state_dict`` puts some in another.
+
+    >>> from lightning_sketch import BFloat16
+    >>> layer = LayerRecord("table", 0, (2, 2), {"state1": True}, {"state1": BFloat16()}, stock_count="tensor")
+    >>> unnested(layer, {"step": 1, "wrapped": {"state1": 3}, "own": {}})
+    {'step': 1, 'own': {}, 'state1': 3}
+    """
+    ours = {*layer.codecs, *tensor_axes(layer)}
+    nested = {key: value for key, value in entry.items() if isinstance(value, Mapping) and not ours.isdisjoint(value)}
+    found = {key: value for key, value in entry.items() if key not in nested}
+    return found | {key: value for states in nested.values() for key, value in states.items()}
+
+
 def stored_step(entry: Mapping[str, Any]) -> float:
     """How many steps an entry has made, as far as it says."""
     try:
@@ -87,12 +101,17 @@ def encoded_from(
 
     Args:
         state: dense states, of a DTensor parameter DTensors or whole tensors; and whatever else its optimizer keeps.
+
+    Raises:
+        ValueError: a state holds NaN or inf; see `check_finite`.
     """
     part = LayerPart(layer, shard_of(param, layer.fqn))
     placed = {key: sharded_like(param, x) if is_dtensor(param) else x for key, x in state.items()}
     entry = {key: _copied(value, param) for key, value in placed.items()}
     dense = {name: entry[name] for name in layer.codecs if _is_dense(entry.get(name), param)}
     with torch.no_grad():
+        for name, value in dense.items():
+            check_finite(layer.codecs[name], part.spec(name, param, group), held_rows(value, part.shard))
         encode_entry(part, param, group, entry, max(1.0, stored_step(state)))
         errors = {
             name: relative_error(layer.codecs[name], part.spec(name, param, group), entry, held_rows(value, part.shard))

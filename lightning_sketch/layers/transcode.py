@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.codecs import Encoding, allocate, decode, relative_error
+from lightning_sketch.codecs import Encoding, allocate, check_finite, decode, relative_error
 from lightning_sketch.layers.dtensor_states import (
     SHARDS,
     dense_like,
@@ -87,6 +87,9 @@ def encode_parts(
     Args:
         shared: the layers in the tensor or its counterparts whose states ranks share.
         ranks: their process groups; see `reduce_together`.
+
+    Raises:
+        ValueError: a state holds NaN or inf; see `check_finite`.
     """
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     encodings: list[dict[str, Encoding]] = []
@@ -102,7 +105,9 @@ def encode_parts(
             elif codec.drops:
                 errors[name] = 1.0 if bool((held != 0).any()) else 0.0
             else:
-                of_part[name] = Encoding(codec, part.spec(name, param, group), held)
+                spec = part.spec(name, param, group)
+                check_finite(codec, spec, held)
+                of_part[name] = Encoding(codec, spec, held)
         found.append((tensors, errors))
         encodings.append(of_part)
     if shared and not is_fake(param):
@@ -210,7 +215,7 @@ def gathered_to_dense(
     for name, codec in layer.codecs.items():
         spec = dataclasses.replace(part.spec(name, param, group), device=torch.device("cpu"))
         if codec.drops:
-            dense[name] = torch.zeros(layer.shape, dtype=param.dtype)
+            dense[name] = torch.zeros(layer.shape, dtype=param.dtype, device="cpu")
         elif layer.stock_count is None or any(key in saved for key in part.layout(param)[name]):
             dense[name] = dense_of(spec, list(sources(layer, name, codec, saved, part.shard))).view(layer.shape)
     if layer.stock_count is not None:

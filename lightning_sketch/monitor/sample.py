@@ -32,9 +32,9 @@ def choose_rows(gradient: RowGradient, seed: int, count: int) -> Tensor:
     occurring = _occurring(gradient, shard).cpu()
     drawn: list[int] = []
     if len(occurring):  # more are drawn than are wanted, for some will be drawn twice
-        drawn += occurring[torch.randint(len(occurring), (8 * count,), generator=generator)].tolist()
+        drawn += occurring[torch.randint(len(occurring), (8 * count,), generator=generator, device="cpu")].tolist()
     first = list(dict.fromkeys(drawn))[: count - count // 2]
-    others = torch.randint(total, (8 * count,), generator=generator).tolist()
+    others = torch.randint(total, (8 * count,), generator=generator, device="cpu").tolist()
     return torch.tensor(sorted(list(dict.fromkeys([*first, *others]))[:count]), device=device)
 
 

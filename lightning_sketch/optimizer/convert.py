@@ -10,6 +10,8 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sketch.codecs import check_finite
+from lightning_sketch.layers.dtensor_states import held_rows
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.step_count import read_step
 from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
@@ -26,10 +28,10 @@ from lightning_sketch.optimizer.on_device import scaler_on_device
 from lightning_sketch.optimizer.swap import refresh_wrapper, swap_class
 from lightning_sketch.policy.dropped import warn_of_dropped
 from lightning_sketch.policy.plan import Plan, make_plan, refuse_replaced
-from lightning_sketch.policy.policy import Policy, as_policy
+from lightning_sketch.policy.policy import Policy, PolicyLike, as_policy
 from lightning_sketch.rules.families import rule_of
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding import is_dtensor, local
+from lightning_sketch.sharding import is_dtensor, local, shard_of
 from lightning_sketch.sharding.agree import is_rank_zero
 from lightning_sketch.sharding.fake import is_fake
 
@@ -42,7 +44,7 @@ OptimizerT = TypeVar("OptimizerT")
 def compress(
     optimizer: list[Any] | tuple[Any, ...],
     model: nn.Module,
-    policy: Policy | Mapping[str, Any] | None = None,
+    policy: PolicyLike = None,
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
@@ -55,7 +57,7 @@ def compress(
 def compress(
     optimizer: OptimizerT,
     model: nn.Module,
-    policy: Policy | Mapping[str, Any] | None = None,
+    policy: PolicyLike = None,
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
@@ -67,7 +69,7 @@ def compress(
 def compress(
     optimizer: Any,
     model: nn.Module,
-    policy: Policy | Mapping[str, Any] | None = None,
+    policy: PolicyLike = None,
     *,
     nonfinite: NonFinite = "raise",
     allow_empty: bool = False,
@@ -88,7 +90,8 @@ def compress(
         optimizer: a ``torch.optim.Optimizer``; or Accelerate's, Lightning's or Fabric's wrapper around one. Or a list
             of several over parameters of the same model: what the policy compresses is then judged over all of them.
         model: the module that owns the optimizer's parameters; gives names and roles.
-        policy: a `Policy`, its dictionary, or ``None`` for `default_policy()`.
+        policy: a `Policy`, its dictionary, a preset's name, the path of its YAML file, or ``None`` for
+            `default_policy()`.
         nonfinite: what to do about NaN and inf in a compressed layer's gradient. Their rows are left out of the step
             (elements, where every state of the layer is stored by element): parameter and states stay as they are
             there, and everything else is stepped. Then "raise" raises, and "skip" warns once and counts. "propagate"
@@ -140,7 +143,7 @@ def compress(
 def compress_all(
     optimizers: Sequence[Any],
     model: nn.Module,
-    policy: Policy | Mapping[str, Any] | None,
+    policy: PolicyLike,
     *,
     explicit: bool,
     nonfinite: NonFinite,
@@ -158,6 +161,8 @@ def compress_all(
     """
     if nonfinite not in ("raise", "skip", "propagate"):
         raise ValueError(f"nonfinite={nonfinite!r}: must be 'raise', 'skip' or 'propagate'")
+    if len({id(unwrap(optimizer)) for optimizer in optimizers}) < len(optimizers):
+        raise ValueError("compress() was given the same optimizer twice, or an optimizer and its wrapper")
     chosen = as_policy(policy)
     plans = [_plan(unwrap(optimizer), model, chosen) for optimizer in optimizers]
     if not plans or any(isinstance(made, Plan) for made in plans):
@@ -309,7 +314,7 @@ def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
 
 
 def _check_states(optimizer: Optimizer, made: Plan) -> None:
-    """Existing states must be torch's own, complete and shaped like their parameters."""
+    """Existing states must be torch's own, complete, shaped like their parameters, and finite where codecs need it."""
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         for param, x in zip(group["params"], planned, strict=True):
             state = optimizer.state.get(param)
@@ -323,6 +328,10 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
                         f"{x.layer.fqn}: its {name} should be a tensor of shape {list(param.shape)}, found "
                         f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
                     )
+            part = LayerPart(x.layer, shard_of(param, x.layer.fqn))
+            for name, codec in x.layer.codecs.items():
+                if isinstance(found := state.get(name), Tensor) and found.shape == param.shape:
+                    check_finite(codec, part.spec(name, param, group), held_rows(found, part.shard))
 
 
 def _has_history(state: Mapping[str, Any]) -> bool:

@@ -153,9 +153,11 @@ def _judge(nonfinite: NonFinite, skipped: Counter[str], steps: list[dict[str, li
         named = ", ".join(f"{fqn} ({_words(*count)})" for fqn, count in total.items())
         raise FloatingPointError(
             f"NaN or inf in the gradient of {named}{when}. "
-            "They were left out: parameters and states did not change there. Everything else was stepped, so training "
-            'can go on. Use compress(..., nonfinite="skip") to have such rows left out with a warning, or "propagate" '
-            "to let them through as torch.optim does. Under Factored rows count as infinite from a mean square of 1e27"
+            "They were left out: parameters and states did not change there. Everything else was stepped, layers "
+            "without a codec by torch, which lets NaN through: after a loss that was NaN go back to a checkpoint, or "
+            "have clip_grad_norm_(..., error_if_nonfinite=True) stop before the step. Use compress(..., "
+            'nonfinite="skip") to have such rows left out with a warning, or "propagate" to let them through as '
+            "torch.optim does. Under Factored rows count as infinite from a mean square of 1e27"
         )
     for step in steps:
         for fqn, count in step.items():

@@ -133,11 +133,11 @@ def _stepped(
     param = _start(layer, dtype).to(device)
     tensors = part.allocate(param, group)
     bound = BoundPart.bind(part, param, group, tensors, on_device=on_device)
-    rows = torch.arange(0, len(param), 3) if sparse else None
+    rows = torch.arange(0, len(param), 3, device="cpu") if sparse else None
     count = len(param) if rows is None else len(rows)
-    scales = torch.logspace(-3, 1, count).view(-1, *[1] * (param.ndim - 1))
+    scales = torch.logspace(-3, 1, count, device="cpu").view(-1, *[1] * (param.ndim - 1))
     for step in range(1, STEPS + 1):
-        values = torch.randn(count, *layer.shape[1:], generator=generator) * scales
+        values = torch.randn(count, *layer.shape[1:], generator=generator, device="cpu") * scales
         values[step] = math.nan
         gradient = RowGradient(shard, None if rows is None else rows.to(device), values.to(device, dtype))
         one = bound.step(
@@ -157,4 +157,4 @@ def _stepped(
 
 
 def _start(layer: LayerRecord, dtype: torch.dtype) -> Tensor:
-    return torch.randn(layer.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(layer.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(dtype)

@@ -13,6 +13,7 @@ from lightning_sketch.layers.flat import FlatTensor
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord, part_of
 from lightning_sketch.layers.reshard import reshard
 from lightning_sketch.layers.step_count import read_step, step_tensor
+from lightning_sketch.layers.stock_states import unnested
 from lightning_sketch.layers.transcode import encode_layer, encode_parts
 from lightning_sketch.optimizer.groups import CompressedGroups
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -40,6 +41,8 @@ def finish_state_dict(optimizer: CompressedGroups, state_dict: dict[str, Any]) -
                 state[index] = dict(state[index]) | {LAYOUT: held.to_list()} | agreed
             elif index in state and record is not None:
                 part = part_of(record, param)
+                if part.layer.stock_count is not None:
+                    state[index] = unnested(part.layer, state[index])
                 state[index] = dtensor_states.wrap(part, param, state[index]) if is_dtensor(param) else state[index]
             index += 1
     return {**state_dict, "state": state}
@@ -120,6 +123,8 @@ class _Load:
             live_record = self.replaced.choose(record, live_record, live, index)
             layer = LayerRecord.from_record(live_record)
             part_of(live_record, param).check_shape()
+            if layer.stock_count is not None and state:
+                state = unnested(layer, state)
             problem = _mismatch(record, live_record) if record is not None else _not_dense(layer, param, state)
             problem = problem or self._refused_options(layer, {**live, **saved})
             if problem or not state:
@@ -240,6 +245,8 @@ class _Load:
             saved = state if same is None else same
             if not set(expected) & set(saved):
                 continue  # not made yet
+            if isinstance(own := saved.get(name), Tensor) and not own.is_floating_point():
+                continue  # its optimizer's codes, which are left to it
             if same is not None:
                 held = _checked(expected, [part], {key: same[key] for key in expected if key in same}, param.device)
             else:

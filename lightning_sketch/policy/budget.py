@@ -57,7 +57,7 @@ def parse_bytes(size: int | str) -> int:
     """
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", size)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{size!r} is not a size; write it like '1.5GiB', '300MB' or 4096")
     return int(float(match[1]) * _UNITS[match[2].upper()])

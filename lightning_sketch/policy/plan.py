@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_sketch.codecs import Codec, Keep
 from lightning_sketch.kernels.reference import layer_seed
 from lightning_sketch.layers.record import LayerPart, LayerRecord
-from lightning_sketch.layers.roles import RUN_FORWARD_FIRST, NamedLayer, named_layers
+from lightning_sketch.layers.roles import RUN_FORWARD_FIRST, NamedLayer, check_module, named_layers
 from lightning_sketch.layers.temporaries import Temporaries
 from lightning_sketch.policy.rule import Rule, RuleSet
 from lightning_sketch.rules import StateDef, UpdateRule
@@ -216,6 +216,7 @@ def make_plan(
         existing: the optimizer's states. A frozen parameter counts only if it has one.
         first_group: the number of the first of `groups` in the optimizer.
     """
+    check_module(model)
     refuse_flattened(model)
     layers = named_layers(model, policy.role_hints)
     assigned = policy.assign(layers)
@@ -260,6 +261,9 @@ def _plan_layer(
         return _plan_lazy(named, policy, states)
     chosen = policy.rules[index] if index is not None else None
     codecs = {s.name: _codec_for(chosen, s) for s in states}
+    if all(codec.exact for codec in codecs.values()):
+        states = rule.kept_states(group, named.param)
+        codecs = {s.name: codecs.get(s.name, Keep()) for s in states}
     count = rule.stock_count(group, named.param)
     layer = LayerRecord.make(named.fqn, layer_seed(policy.seed, named.fqn), named.param, states, codecs, count)
     whole = LayerPart(layer, Shard.whole(layer.shape))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
@@ -86,20 +87,45 @@ def default_policy() -> Policy:
     return Policy.preset("tables")
 
 
-def as_policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
-    """Accept a policy, its dictionary, or ``None``."""
+#: What stands for a policy wherever one is asked for.
+PolicyLike: TypeAlias = Policy | Mapping[str, Any] | str | Path | None
+
+
+def as_policy(policy: PolicyLike) -> Policy:
+    """Accept a policy, its dictionary, a preset's name, the path of its YAML file, or ``None`` for `default_policy()`.
+
+    >>> as_policy("8bit") == Policy.preset("8bit")
+    True
+
+    Raises:
+        ValueError: it is none of these, or unknown keys or values.
+        OSError: the file cannot be read.
+    """
     if policy is None:
         return default_policy()
-    return policy if isinstance(policy, Policy) else Policy.from_dict(policy)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return Policy.from_dict(policy)
+    if isinstance(policy, str) and policy in PRESETS:
+        return Policy.preset(policy)
+    if isinstance(policy, str | Path):
+        if Path(policy).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"policy {str(policy)!r}: neither a preset ({', '.join(PRESETS)}) nor a .yaml file")
+        return Policy.from_yaml(policy)
+    raise ValueError(
+        f"policy={policy!r}: must be a Policy, as Policy([Rule(role='embedding', second_moment=RowWise())]), its "
+        "dictionary, a preset's name or the path of a .yaml file"
+    )
 
 
-def plan(model: nn.Module, optimizer: Optimizer, policy: Policy | Mapping[str, Any] | None = None) -> Plan:
+def plan(model: nn.Module, optimizer: Optimizer, policy: PolicyLike = None) -> Plan:
     """What ``compress(optimizer, model, policy)`` would do. Allocates nothing and changes nothing.
 
     Args:
         model: the model, on any device, the meta device included.
         optimizer: an optimizer over parameters of `model`.
-        policy: a policy, its dictionary, or ``None`` for `default_policy()`.
+        policy: as of `compress`.
 
     Raises:
         TypeError: FSDP1 has flattened parameters, or what an optimizer without a rule keeps cannot be found out.

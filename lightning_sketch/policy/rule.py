@@ -79,9 +79,15 @@ class Rule:
     SELECTORS: ClassVar[tuple[str, ...]] = ("role", "name", "module", "min_rows", "min_numel", "sparse", "match")
 
     def __post_init__(self) -> None:
+        for selector in ("role", "name"):
+            given = getattr(self, selector)
+            if not (given is None or (isinstance(given, Iterable) and all(isinstance(each, str) for each in given))):
+                raise ValueError(f"Rule({selector}={given!r}): must be a string, or a list of strings")
         for role in _listed(self.role):
             if role not in ROLES:
                 raise ValueError(f"Rule(role={role!r}): unknown role; roles are {', '.join(ROLES)}")
+        if not callable(self.match or Rule):
+            raise ValueError(f"Rule(match={self.match!r}): must be a function of name, module and parameter")
         for selector in ("role", "name"):  # the same rule however it was written: YAML gives lists
             if not isinstance(getattr(self, selector), str | None):
                 object.__setattr__(self, selector, tuple(getattr(self, selector)))
@@ -201,6 +207,8 @@ class RuleSet:
     role_hints: RoleHints = None
 
     def __init__(self, rules: Iterable[Rule | Mapping[str, Any]], seed: int = 0, role_hints: RoleHints = None) -> None:
+        if isinstance(rules, Rule | Mapping | str) or not isinstance(rules, Iterable):
+            raise ValueError(f"Policy({rules!r}): must be a list of rules, as Policy([Rule(...), Rule(...)])")
         object.__setattr__(self, "rules", tuple(r if isinstance(r, Rule) else _rule_from(r) for r in rules))
         object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "role_hints", role_hints)
@@ -266,10 +274,18 @@ class RuleSet:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """A policy from a YAML file of the form that `from_dict` takes."""
+        """A policy from a YAML file of the form that `from_dict` takes.
+
+        Raises:
+            ValueError: it is no YAML, or unknown keys or values.
+            OSError: it cannot be read.
+        """
         import yaml  # may be missing where a checkout runs that was never installed
 
-        value = yaml.safe_load(Path(path).read_text())
+        try:
+            value = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}: expected a mapping with the key 'rules', got {type(value).__name__}")
         return cls.from_dict(value)
@@ -277,6 +293,8 @@ class RuleSet:
 
 def _rule_from(value: Mapping[str, Any]) -> Rule:
     known = {f.name for f in dataclasses.fields(Rule)}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} is no policy rule: must be a Rule, or a mapping of {', '.join(sorted(known))}")
     unknown = sorted(set(value) - known)
     if unknown:
         raise ValueError(f"a policy rule has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")

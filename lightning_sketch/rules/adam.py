@@ -51,6 +51,10 @@ class AdamRule(UpdateRule):
     def states(self, group: Mapping[str, Any]) -> Sequence[StateDef]:
         return (StateDef("exp_avg", signed=True), StateDef("exp_avg_sq", signed=False))
 
+    def kept_states(self, group: Mapping[str, Any], param: Tensor) -> Sequence[StateDef]:
+        largest = (StateDef("max_exp_avg_sq", signed=False),) if group.get("amsgrad") else ()
+        return (*self.states(group), *largest)
+
     def reference(self, layer: LayerStep) -> Tensor | None:
         numbers: _Hyperparameters = layer.numbers
         exp_avg, exp_avg_sq = self._begin(layer)

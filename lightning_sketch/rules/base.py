@@ -54,6 +54,10 @@ class UpdateRule(ABC):
         """The states of one parameter of the group: the same for all, unless they depend on its shape."""
         return self.states(group)
 
+    def kept_states(self, group: Mapping[str, Any], param: Tensor) -> Sequence[StateDef]:
+        """The states that torch's own step keeps of a parameter that is not compressed."""
+        return self.states_of(group, param)
+
     def stock_count(self, group: Mapping[str, Any], param: Tensor) -> Count | None:
         """How the optimizer's own step keeps ``step`` of compressed layers, where it does; see `LayerRecord`."""
         return None

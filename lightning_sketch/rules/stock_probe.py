@@ -191,7 +191,7 @@ class _Probe:
             calls += 1
             if calls == 1:
                 self._give_gradients(magnitude)
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
 
         for param in self.params:
             param.grad = None

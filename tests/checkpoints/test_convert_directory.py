@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -84,6 +85,48 @@ def test_there_and_back(written):
     for number, optimizer in enumerate(others):
         assert restore(optimizer, folder / "same", optimizer=number) == {}
         assert_same(optimizer.state_dict()["state"], before[number])
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("at", ["", "optimizer"])
+def test_flattened_state_dicts_are_read_and_rewritten(tmp_path, compressed, at):
+    """As torchtitan saves them, so that pipeline stages may be put together."""
+    model, (optimizer, _) = started()
+    model = model.first
+    if compressed:
+        optimizer = compress(optimizer, model, LOSSY)
+    train(model, optimizer, range(2))
+    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    dcp.save({"state.model": torch.zeros(1)} | ({at: flat} if at else flat), checkpoint_id=tmp_path / "old")
+
+    torch.manual_seed(0)
+    fresh = Tiny()
+    again = compress(AdamW(fresh.parameters(), lr=0.3), fresh, LOSSY)
+    restore(again, tmp_path / "old")
+    assert again.param_groups[0]["lr"] == 0.1
+    expected = optimizer.state_dict()
+    if not compressed:
+        expected = compress(optimizer, model, LOSSY).state_dict()
+    assert_same(again.state_dict()["state"], expected["state"])
+
+    if compressed:
+        assert main(["convert", str(tmp_path / "old"), str(tmp_path / "plain"), "--to", "plain"]) == 0
+        plain = AdamW(fresh.parameters())
+        loaded = get_optimizer_state_dict(fresh, plain, options=FLAT)
+        loaded = {at: loaded} if at else loaded
+        dcp.load(loaded, checkpoint_id=tmp_path / "plain")
+        set_optimizer_state_dict(fresh, plain, loaded[at] if at else loaded, options=FLAT)
+        assert_same(plain.state_dict()["state"], decompress(optimizer).state_dict()["state"])
+        assert plain.param_groups[0]["lr"] == 0.1
+
+
+def test_a_destination_without_a_folder_is_refused_at_once(written, capsys):
+    folder, _, _ = written
+    assert main(["convert", str(folder / "old"), str(folder / "nowhere" / "new"), "--to", "plain"]) == 1
+    assert "nowhere is no folder" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(written, capsys):

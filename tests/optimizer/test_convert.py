@@ -195,6 +195,26 @@ def test_decompress_returns_a_plain_optimizer_as_it_is():
     assert type(optimizer) is Adam
 
 
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, LightningOptimizer], ids=["itself", "its wrapper"])
+def test_an_optimizer_that_is_given_twice_is_refused_and_not_changed(wrap):
+    model = Tiny()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="the same optimizer twice, or an optimizer and its wrapper"):
+        compress([optimizer, wrap(optimizer)], model, LOSSY)
+    assert type(optimizer) is AdamW
+    assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("wrong", [None, [1], "model"], ids=str)
+def test_what_is_no_module_is_refused(wrong):
+    optimizer = AdamW(Tiny().parameters())
+    with pytest.raises(TypeError, match=rf"must be the torch\.nn\.Module .* got {type(wrong).__name__}"):
+        compress(optimizer, wrong)
+    assert type(optimizer) is AdamW
+
+
 def test_a_rejected_conversion_changes_nothing():
     model = Tiny()
     optimizer = ADAM.make(model.parameters())

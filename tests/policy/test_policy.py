@@ -25,6 +25,7 @@ from lightning_sketch import (
     plan,
 )
 from lightning_sketch.layers.roles import named_layers
+from lightning_sketch.policy.policy import as_policy
 from tests.tiny import CASES, give_gradients
 
 
@@ -149,7 +150,30 @@ def test_a_model_without_parameters():
         (lambda: Rule(sparse=1), r"Rule\(sparse=1\): must be True, False or None"),
         (lambda: Rule(optional=None), r"Rule\(optional=None\): must be True or False"),
         (lambda: Rule(exp_avg="Sketch"), "unknown codec 'Sketch'; known are BFloat16, CountSketch, Drop, "),
-        (lambda: Rule(exp_avg={"compression": 3}), "unknown codec None"),
+        (lambda: Rule(exp_avg={"compression": 3}), "{'compression': 3} is no codec: give an object as RowWise"),
+        (lambda: Rule(exp_avg=RowWise), r"codec RowWise: give an object, RowWise\(\), or the name 'RowWise'"),
+        (lambda: Rule(exp_avg=3), "3 is no codec: "),
+        (lambda: Rule(exp_avg=["RowWise"]), r"\['RowWise'\] is no codec: "),
+        (lambda: Rule(exp_avg={"RowWise": {"compression": 3}}), "is no codec: .* with the key 'codec'"),
+        (lambda: Rule(role=3), r"Rule\(role=3\): must be a string, or a list of strings"),
+        (lambda: Rule(name=["a", 3]), r"Rule\(name=\['a', 3\]\): must be a string, or a list of strings"),
+        (lambda: Rule(match="foo"), r"Rule\(match='foo'\): must be a function of name, module and parameter"),
+        (
+            lambda: Policy(Rule(exp_avg="Drop")),
+            r"Policy\(Rule\(exp_avg=Drop\(\)\)\): must be a list of rules, as",
+        ),
+        (lambda: Policy("embedding"), r"Policy\('embedding'\): must be a list of rules"),
+        (lambda: Policy(3), r"Policy\(3\): must be a list of rules"),
+        (lambda: Policy(["embedding"]), "'embedding' is no policy rule: must be a Rule, or a mapping of "),
+        (
+            lambda: as_policy(Rule(exp_avg="Drop")),
+            r"policy=Rule\(exp_avg=Drop\(\)\): must be a Policy, as ",
+        ),
+        (lambda: as_policy(RowWise()), r"policy=RowWise\(.*\): must be a Policy"),
+        (
+            lambda: as_policy("9bit"),
+            r"policy '9bit': neither a preset \(tables, .*, 8bit\) nor a .yaml file",
+        ),
         (lambda: Rule(exp_avg_sq={"codec": "RowWise", "width": 3}), "codec RowWise: .*unexpected keyword argument"),
         (lambda: Rule(exp_avg_sq={"codec": "CountSketch", "depth": 0}), r"CountSketch\(depth=0\): must be >= 1"),
         (lambda: Policy([{"role": "other", "exp_avg_square": "SM3"}]), "a policy rule has no exp_avg_square; it has "),
@@ -219,6 +243,26 @@ def test_yaml_says_the_same(tmp_path):
     model = make_model()
     optimizer = AdamW(model.parameters())
     assert str(plan(model, optimizer, policy)) == str(plan(model, optimizer, FULL))
+
+
+def test_a_policy_may_be_given_by_its_file_or_a_preset_s_name(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(YAML)
+    assert as_policy(path) == as_policy(str(path)) == Policy.from_yaml(path)
+    assert as_policy("8bit") == Policy.preset("8bit")
+    assert as_policy(None) == Policy.preset("tables")
+    model = make_model()
+    optimizer = compress(AdamW(model.parameters()), model, "8bit")
+    assert optimizer.compression.policy == Policy.preset("8bit")
+    with pytest.raises(OSError, match=r"missing\.yaml"):
+        as_policy("missing.yaml")
+
+
+def test_text_that_is_no_yaml(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("a: [b")
+    with pytest.raises(ValueError, match=r"policy\.yaml is no YAML: while parsing"):
+        Policy.from_yaml(path)
 
 
 @pytest.mark.parametrize("text", ["", "- role: embedding"])

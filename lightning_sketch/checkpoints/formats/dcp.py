@@ -53,7 +53,10 @@ class Directory:
         self.directory = directory
         check_metadata(directory / ".metadata")
         self.metadata: Metadata = FileSystemReader(directory).read_metadata()
-        self.paths: dict[Path_, str] = {tuple(path): key for key, path in (self.metadata.planner_data or {}).items()}
+        paths: dict[Path_, str] = {tuple(path): key for key, path in (self.metadata.planner_data or {}).items()}
+        #: Where optimizers' state dicts are that were flattened, as torch's ``flatten_optimizer_state_dict`` does.
+        self.flat_roots = {path[:-1] for path in paths if str(path[-1]).startswith("param_groups.")}
+        self.paths = {_nested(path) if path[:-1] in self.flat_roots else path: key for path, key in paths.items()}
 
     def roots(self) -> list[Path_]:
         """Where in the checkpoint optimizers' state dicts are, at least one.
@@ -125,7 +128,7 @@ class Directory:
             stored = self.metadata.state_dict_metadata[key]
             wanted[key] = None
             if isinstance(stored, TensorStorageMetadata):
-                wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+                wanted[key] = torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu")
         try:
             reader = _Reader(self.directory, self.metadata)
             # Each rank reads for itself, whether there are others or not; `load` cannot be told so in older versions.
@@ -134,6 +137,26 @@ class Directory:
             first = next(iter(error.failures.values()))[0]
             raise ValueError(f"cannot be read: {str(first).splitlines()[0]}") from error
         return wanted
+
+
+def _nested(path: Path_) -> Path_:
+    """The path of a value in a flattened state dict as it would be in one that is not, but for groups' numbers.
+
+    >>> _nested(("optimizer", "state.head.weight.exp_avg")), _nested(("optimizer", "param_groups.head.weight.lr"))
+    (('optimizer', 'state', 'head.weight', 'exp_avg'), ('optimizer', 'param_groups', 'head.weight', 'lr'))
+    """
+    part, _, rest = str(path[-1]).partition(".")
+    fqn, _, name = rest.rpartition(".")
+    return (*path[:-1], part, fqn, name) if fqn and (part,) in _OWN else path
+
+
+def flattened(part: str, fqn: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a parameter as they are in a flattened state dict.
+
+    Args:
+        part: "state" or "param_groups".
+    """
+    return {f"{part}.{fqn}.{name}": value for name, value in values.items()}
 
 
 def read_dcp(stored: Directory, root: Path_) -> tuple[SavedOptimizer, list[Piece]]:
@@ -246,12 +269,12 @@ def _leaves(value: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:
 
 
 def _groups(stored: Directory, own: Mapping[Path_, str]) -> list[dict[str, Any]]:
-    """The groups' options; lists and tuples come back as lists."""
+    """The groups' options; lists and tuples come back as lists. Of a flattened state dict one for each parameter."""
     inside = {path[1:]: key for path, key in own.items() if path[0] == "param_groups"}
     loaded = stored.load(list(inside.values()))
-    groups: dict[int, dict[str, Any]] = {}
+    groups: dict[int | str, dict[str, Any]] = {}
     for (number, option, *rest), key in inside.items():
-        group = groups.setdefault(number, {})
+        group = groups.setdefault(number, {"params": [number]} if isinstance(number, str) else {})
         if rest:  # a list, item by item
             items = group.setdefault(option, {})
             items[rest[0]] = loaded[key]
@@ -261,7 +284,7 @@ def _groups(stored: Directory, own: Mapping[Path_, str]) -> list[dict[str, Any]]
         for option, value in group.items():
             if isinstance(value, dict) and value and all(isinstance(index, int) for index in value):
                 group[option] = [value[index] for index in sorted(value)]
-    return [groups[number] for number in sorted(groups)]
+    return [groups[number] for number in sorted(groups, key=str if any(isinstance(x, str) for x in groups) else None)]
 
 
 class _Reader(FileSystemReader):

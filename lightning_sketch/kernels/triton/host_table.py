@@ -149,7 +149,7 @@ class Table:
 
 def _marks(names: Collection[str]) -> Tensor:
     """1 for some words of a row, 0 for the others."""
-    return torch.tensor([name in names for name in NAMES] + [False] * (COUNT - len(NAMES))).long()
+    return torch.tensor([name in names for name in NAMES] + [False] * (COUNT - len(NAMES)), device="cpu").long()
 
 
 _ZEROS = ("count", "largest", "sums", "exponents")

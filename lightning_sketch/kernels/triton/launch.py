@@ -96,7 +96,7 @@ class _Program:
         for i in self._in_rows:
             packed += pack(steps[i], laid_of(steps[i]), _NO_SCRATCH, [None, None], _NO_PROGRAMS)
         words.write(packed)
-        words.rows[:, GRAD_WORD] = torch.tensor([grads[number].data_ptr() for number in table.numbers])
+        words.rows[:, GRAD_WORD] = torch.tensor([grads[number].data_ptr() for number in table.numbers], device="cpu")
         left_out = table.launch()
         increment_version(params + states)
         return left_out

@@ -52,7 +52,7 @@ _OWN_ROWS = {Kind.ROW, Kind.FACTORED, Kind.SM3, Kind.QUANTIZED}
 _SUMMED = (Kind.FACTORED, Kind.ROW_SKETCH)
 _HELD = (*_SUMMED, Kind.ROW)
 
-NO_STATE = KernelState(Kind.NONE, torch.empty(0))
+NO_STATE = KernelState(Kind.NONE, torch.empty(0, device="cpu"))
 
 
 class Key(NamedTuple):
