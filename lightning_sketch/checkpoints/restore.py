@@ -196,7 +196,7 @@ class _Restored:
     def _kept(self, found: SavedLayer, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """torch's own state of a kept parameter."""
         saved_group = {**group, **self.saved.group_of(found.fqn)}
-        layer = LayerRecord(found.fqn, 0, global_shape(param), self._dense_states(saved_group), {})
+        layer = LayerRecord(found.fqn, 0, global_shape(param), self._dense_states(saved_group, param), {})
         part = LayerPart(layer, kept_shard_of(param, found.fqn))
         sources = self._sources(found)
         self._check_complete(found, sources, layer.signed)
@@ -220,7 +220,7 @@ class _Restored:
         first = next((layer for layer in every if layer is not None), None)
         if first is None:
             return {}
-        names = self._dense_states(self.saved.group_of(first.fqn))
+        names = self._dense_states(self.saved.group_of(first.fqn), flat.tensor)
         state = {name: torch.zeros(stop - start, dtype=flat.tensor.dtype, device=flat.tensor.device) for name in names}
         for segment in segments:
             found = self.saved.layers.get(segment.fqn)
@@ -233,7 +233,7 @@ class _Restored:
         self, state: dict[str, Tensor], found: SavedLayer, segment: NamedSegment, origin: int, param: Tensor
     ) -> None:
         sources, group = self._sources(found), self.saved.group_of(found.fqn)
-        signed = self._dense_states(group)
+        signed = self._dense_states(group, param)
         self._check_complete(found, sources, signed)
         for part in layer_parts(LayerRecord(found.fqn, 0, found.shape, signed, {}), segment):
             assert part.span is not None
@@ -243,11 +243,9 @@ class _Restored:
                     spec = dataclasses.replace(part, prefix="").spec(name, param, group)
                     fill_dense(spec, sources[name], part.shard.as_rows(flat[start:stop]))
 
-    def _dense_states(self, group: Mapping[str, Any]) -> dict[str, bool]:
+    def _dense_states(self, group: Mapping[str, Any], param: Tensor) -> dict[str, bool]:
         """The states that torch keeps of a parameter, and whether each may be negative."""
-        return {
-            state.name: state.signed for state in self.optimizer.rule.kept_states(group, torch.empty(0, device="meta"))
-        }
+        return {state.name: state.signed for state in self.optimizer.rule.kept_states(group, param)}
 
     def _check_complete(self, found: SavedLayer, sources: Mapping[str, Any], states: Mapping[str, bool]) -> None:
         if missing := [state for state in states if state not in sources and not found.dropped(state)]:

@@ -166,7 +166,10 @@ def _convert_directory(source: Path, destination: Path, rewrite: _Rewrite) -> No
             else:
                 writer.add((*root, "param_groups"), groups[root])
             for fqn, entry in rewrite.entries(saved, numbered=False):
-                writer.add(*((root, dcp.flattened("state", fqn, entry)) if flat else ((*root, "state", fqn), entry)))
+                if flat:
+                    writer.add(root, dcp.flattened("state", fqn, entry))
+                else:
+                    writer.add((*root, "state", fqn), entry)
 
 
 class _Rewrite:

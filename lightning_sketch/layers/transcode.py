@@ -27,6 +27,7 @@ from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.stock_states import decode_entry, encoded_from, stock_entry
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
+from lightning_sketch.sharding.agree import reduce_together
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
@@ -73,6 +74,36 @@ def encode_part(
     return found
 
 
+def refuse_not_finite(
+    parts: Sequence[LayerPart],
+    param: Tensor,
+    group: Mapping[str, Any],
+    dense: Sequence[Mapping[str, Tensor]],
+    shared: Sequence[SharedLayer],
+    ranks: Sequence[Any],
+) -> None:
+    """`check_finite` of dense states that `encode_parts` is to be given. Collective if `shared`.
+
+    Raises:
+        ValueError: on all ranks that share a state, where one of them raises.
+    """
+    problem = None
+    for part, states in zip(parts, dense, strict=True):
+        for name, held in states.items():
+            try:
+                check_finite(part.layer.codecs[name], part.spec(name, param, group), held)
+            except ValueError as error:
+                problem = problem or error
+    if shared and not is_fake(param):
+        bad = torch.tensor([float(problem is not None)], device=local(param).device)
+        reduce_together(bad, ranks, largest=True)
+        if problem is None and bad.item():
+            layers = ", ".join(layer.fqn for layer in shared)
+            problem = ValueError(f"{layers}: another rank holds NaN or inf in dense states; its error says where")
+    if problem is not None:
+        raise problem
+
+
 @torch.no_grad()  # a state that a user computed from parameters may ask for gradients
 def encode_parts(
     parts: Sequence[LayerPart],
@@ -89,8 +120,9 @@ def encode_parts(
         ranks: their process groups; see `reduce_together`.
 
     Raises:
-        ValueError: a state holds NaN or inf; see `check_finite`.
+        ValueError: a state holds NaN or inf; see `refuse_not_finite`.
     """
+    refuse_not_finite(parts, param, group, dense, shared, ranks)
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     encodings: list[dict[str, Encoding]] = []
     for part, states in zip(parts, dense, strict=True):
@@ -105,9 +137,7 @@ def encode_parts(
             elif codec.drops:
                 errors[name] = 1.0 if bool((held != 0).any()) else 0.0
             else:
-                spec = part.spec(name, param, group)
-                check_finite(codec, spec, held)
-                of_part[name] = Encoding(codec, spec, held)
+                of_part[name] = Encoding(codec, part.spec(name, param, group), held)
         found.append((tensors, errors))
         encodings.append(of_part)
     if shared and not is_fake(param):

@@ -10,11 +10,16 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.codecs import check_finite
 from lightning_sketch.layers.dtensor_states import held_rows
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
 from lightning_sketch.layers.step_count import read_step
-from lightning_sketch.layers.transcode import decode_flat, decode_layer, encode_layer, fresh_state
+from lightning_sketch.layers.transcode import (
+    decode_flat,
+    decode_layer,
+    encode_layer,
+    fresh_state,
+    refuse_not_finite,
+)
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import compressed_class
 from lightning_sketch.optimizer.compression import Compression, StepMonitor
@@ -33,6 +38,7 @@ from lightning_sketch.rules.families import rule_of
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import is_dtensor, local, shard_of
 from lightning_sketch.sharding.agree import is_rank_zero
+from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
 logger = logging.getLogger(__name__)
@@ -329,9 +335,10 @@ def _check_states(optimizer: Optimizer, made: Plan) -> None:
                         f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
                     )
             part = LayerPart(x.layer, shard_of(param, x.layer.fqn))
-            for name, codec in x.layer.codecs.items():
-                if isinstance(found := state.get(name), Tensor) and found.shape == param.shape:
-                    check_finite(codec, part.spec(name, param, group), held_rows(found, part.shard))
+            given = {name: state[name] for name in x.layer.codecs if isinstance(state.get(name), Tensor)}
+            dense = {name: held_rows(found, part.shard) for name, found in given.items() if found.shape == param.shape}
+            ranks = ranks_of(param, x.layer.fqn) if part.shared else ()
+            refuse_not_finite([part], param, group, [dense], part.shared, ranks)
 
 
 def _has_history(state: Mapping[str, Any]) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, NAdam
 
 from lightning_sketch import (
@@ -25,6 +27,7 @@ from lightning_sketch import (
     restore,
 )
 from lightning_sketch.checkpoints.rewrite import convert_checkpoint
+from tests.ranks import run_ranks
 from tests.tiny import assert_same
 
 SPREADING = [RowWise(), RowWise(compression=4), Factored(), SM3(), CountSketch(3), Quantized()]
@@ -113,3 +116,42 @@ def test_other_optimizers_refuse_them_too():
     with refusal():
         compress(optimizer, model, Policy([Rule(role="embedding", second_moment=Quantized(block=16))]))
     assert type(optimizer) is NAdam
+
+
+def on_rank(rank: int, world_size: int) -> list[str]:
+    """What ranks meet of which one holds inf: at conversion, and in a step after it was assigned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 6), nn.Linear(6, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    step(model, optimizer)
+    moments = optimizer.state[model[0].weight]["exp_avg_sq"]
+    good = moments.clone()
+    if rank == 1:
+        moments.to_local()[3, 2] = math.inf
+    messages = []
+    try:
+        compress(optimizer, model, policy(Factored()))
+    except ValueError as error:
+        messages.append(f"{type(optimizer).__name__}: {error}")
+    optimizer.state[model[0].weight]["exp_avg_sq"] = good
+    compress(optimizer, model, policy(Factored()))
+    optimizer.state[model[0].weight]["exp_avg_sq"] = moments
+    try:
+        step(model, optimizer)
+    except ValueError as error:
+        messages.append(str(error))
+    optimizer.state[model[0].weight]["exp_avg_sq"] = good
+    step(model, optimizer)
+    return [*messages, str(bool(model[0].weight.full_tensor().isfinite().all()))]
+
+
+@pytest.mark.distributed
+def test_all_ranks_refuse_what_one_of_them_holds():
+    without, holding = run_ranks(on_rank, 2)
+    assert len(without) == len(holding) == 3
+    assert without[0].startswith("AdamW: 0.weight: another rank holds NaN or inf in dense states")
+    assert "0.weight: its exp_avg_sq holds NaN or inf in 1 of 120 elements" in holding[0]
+    assert without[1].startswith("0.weight: another rank")
+    assert holding[1].startswith("0.weight: its exp_avg_sq holds")
+    assert without[2] == holding[2] == "True"
