@@ -75,6 +75,18 @@ def test_parameters_are_those_of_one_process(kind):
         assert made["distance"] <= FAR, (codecs, made)
 
 
+def on_a_grid(rank: int, world_size: int) -> dict[str, Any]:
+    return {kind: by_layer(train(kind, STEPS)) for kind in ("grid", "columns")}
+
+
+@pytest.mark.distributed
+def test_two_dimensions_of_the_mesh_are_as_one():
+    """Tensor parallelism and FSDP2 both by columns; both by rows is in fsdp2/test_tensor_parallel.py."""
+    for rank in run_ranks(on_a_grid, 4):
+        for codecs, expected in rank["columns"].items():
+            assert compare_prescribed(rank["grid"][codecs], expected)["word"], codecs
+
+
 @pytest.mark.distributed
 def test_zero_2_is_zero_1():
     found = ranks()[0]["trained"]
