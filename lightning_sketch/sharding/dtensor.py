@@ -66,13 +66,13 @@ def sharded_mesh_dims(param: Any, fqn: str) -> tuple[int, ...]:
     found = [i for i in found if mesh.size(i) > 1] or found[:1]
     if len({placements[i].dim for i in found}) > 1 or any(placements[i].dim > 1 for i in found):
         raise TypeError(_unsupported(param, fqn))
-    parts = math.prod(mesh.size(i) for i in found)
-    if len(found) > 1 and (size := param.shape[placements[found[0]].dim]) % parts:
+    parts, dim = math.prod(mesh.size(i) for i in found), placements[found[0]].dim if found else 0
+    if len(found) > 1 and param.shape[dim] % parts:
         # Placements may then say otherwise than FSDP2 cuts (50,257 rows on 4 x 2 ranks), and checkpoints go by them.
         raise TypeError(
-            f"{fqn} is a DTensor with placements {placements} over {parts} ranks, which do not divide its {size} "
-            f"{'columns' if placements[found[0]].dim else 'rows'} evenly. Pad it to a multiple of {parts}, or keep "
-            "this layer with a policy that does not match it"
+            f"{fqn} is a DTensor with placements {placements} over {parts} ranks, which do not divide its "
+            f"{param.shape[dim]} {('rows', 'columns')[dim]} evenly. Pad it to a multiple of {parts}, or keep it by a first "
+            f"rule without codecs, Rule(name={fqn!r})"
         )
     return tuple(found)
 
@@ -82,7 +82,8 @@ def _unsupported(param: Any, fqn: str) -> str:
         f"{fqn} is a DTensor with placements {param.placements}. lightning_sketch compresses DTensors that are sharded "
         "by rows (Shard(0), FSDP2's default) or by columns (Shard(1)), over any number of mesh dimensions, and "
         "replicated over the others, but not by both at once, as FSDP2 makes of tensor parallelism's RowwiseParallel "
-        "linear layers; keep this layer with a policy that does not match it, or shard it so"
+        "linear layers; keep such layers by a first rule without codecs, as Rule(name='*.down_proj.weight'), or shard "
+        "them so"
     )
 
 

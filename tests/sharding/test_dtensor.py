@@ -226,7 +226,7 @@ def test_other_placements_are_refused_by_name(name):
         for message in (by_shard, by_step):
             assert message.startswith("inner.weight is a DTensor with placements (")
             assert "Shard(0), FSDP2's default" in message
-            assert "keep this layer with a policy that does not match it" in message
+            assert "keep such layers by a first rule without codecs" in message
 
 
 @pytest.mark.distributed
