@@ -71,8 +71,8 @@ def sharded_mesh_dims(param: Any, fqn: str) -> tuple[int, ...]:
         # Placements may then say otherwise than FSDP2 cuts (50,257 rows on 4 x 2 ranks), and checkpoints go by them.
         raise TypeError(
             f"{fqn} is a DTensor with placements {placements} over {parts} ranks, which do not divide its "
-            f"{param.shape[dim]} {('rows', 'columns')[dim]} evenly. Pad it to a multiple of {parts}, or keep it by a first "
-            f"rule without codecs, Rule(name={fqn!r})"
+            f"{param.shape[dim]} {('rows', 'columns')[dim]} evenly. Pad it to a multiple of {parts}, or keep it by a "
+            f"first rule without codecs, Rule(name={fqn!r})"
         )
     return tuple(found)
 
