@@ -77,7 +77,8 @@ def step_mismatch(saved: Mapping[str, Any]) -> str | None:
         return None
     listed = ", ".join(f"{step:g}" for step in steps)
     return (
-        f"its shards are of steps {listed}: the directory was overwritten in part, by a save that ended in the middle"
+        f"its shards are of steps {listed}: the directory was overwritten in part, by a save that ended in the middle; "
+        "or it was gathered (full_state_dict=True) from another layout, which lightning_sketch.restore loads"
     )
 
 
@@ -157,11 +158,12 @@ def of_others(layer: LayerRecord, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, Any], live: Shard) -> Iterator[Source]:
-    """A state of a checkpoint as the old shards held it.
+    """A state of a checkpoint as the old shards held it. Collective where the checkpoint's tensors are DTensors.
 
     Args:
-        saved: the layer's entry of the checkpoint. Stacks are whole; other tensors are whole, or DTensors sharded as
-            the live parameter is: then of the old shards only what lies in `live` is given.
+        saved: the layer's entry of the checkpoint. Tensors are whole, or DTensors sharded as the live parameter is. Of
+            those, stacks and what ranks share, small all of them, are gathered; of others, only what of the old shards
+            lies in `live` is given.
         live: the shard that is to be filled.
     """
     shards, dim = int(saved.get(SHARDS, 1)), int(saved.get(SHARD_DIM, 0))
@@ -170,7 +172,12 @@ def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, An
     sharing = codec.sharing(layer.shape, "columns" if dim else "rows")
     stacked = any(dim not in along and len(saved[key].shape) > len(along) for key, along in axes.items())
     agreed = sharing is None or sharing.largest or not stacked
-    only_live = any(is_dtensor(saved[key]) for key, along in axes.items() if dim in along)
+    scale_key = key_of(state, "scale")
+    values = {key: saved[key] for key in (*axes, scale_key) if key in saved}
+    for key, value in values.items():
+        if is_dtensor(value) and (sharing is not None or dim not in axes.get(key, ())):
+            values[key] = value.full_tensor()
+    only_live = any(is_dtensor(values[key]) for key, along in axes.items() if dim in along)
     for index in range(shards):
         old = Shard.whole(layer.shape)
         if shards > 1:
@@ -180,16 +187,15 @@ def sources(layer: LayerRecord, state: str, codec: Codec, saved: Mapping[str, An
             continue
         tensors: dict[str, Any] = {}
         for key, along in axes.items():
-            value = local(saved[key])
+            value = local(values[key])
             if dim not in along:
                 tensors[key] = value[index] if len(value.shape) > len(along) else value
             else:
                 start, length = _extent(here, dim)
-                first = _extent(live, dim)[0] if is_dtensor(saved[key]) else 0
+                first = _extent(live, dim)[0] if is_dtensor(values[key]) else 0
                 tensors[key] = value.narrow(along.index(dim), start - first, length)
-        scale_key = key_of(state, "scale")
-        if scale_key in saved:
-            scale = saved[scale_key]
+        if scale_key in values:
+            scale = values[scale_key]
             scale = scale[index] if isinstance(scale, Tensor) and scale.ndim else scale
             tensors[scale_key] = scale_tensor(scale, f"{scale_key} of {layer.fqn}")
         yield Source(here, tensors, codec, layer.seed, layer.signed[state])

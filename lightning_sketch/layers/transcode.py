@@ -27,7 +27,7 @@ from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.stock_states import decode_entry, encoded_from, stock_entry
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
-from lightning_sketch.sharding.agree import reduce_together
+from lightning_sketch.sharding.agree import raise_together
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
@@ -82,26 +82,29 @@ def refuse_not_finite(
     shared: Sequence[SharedLayer],
     ranks: Sequence[Any],
 ) -> None:
-    """`check_finite` of dense states that `encode_parts` is to be given. Collective if `shared`.
+    """Refuse dense states that `encode_parts` would be given, and that hold NaN or inf. Collective if `shared`.
 
     Raises:
         ValueError: on all ranks that share a state, where one of them raises.
     """
-    problem = None
+    problem = not_finite(parts, param, group, dense)
+    if shared and not is_fake(param):
+        raise_together(problem, ranks, local(param).device, ", ".join(layer.fqn for layer in shared))
+    elif problem is not None:
+        raise problem
+
+
+def not_finite(
+    parts: Sequence[LayerPart], param: Tensor, group: Mapping[str, Any], dense: Sequence[Mapping[str, Tensor]]
+) -> ValueError | None:
+    """The first error of `check_finite` about dense states of the parts of layers in a tensor."""
     for part, states in zip(parts, dense, strict=True):
         for name, held in states.items():
             try:
                 check_finite(part.layer.codecs[name], part.spec(name, param, group), held)
             except ValueError as error:
-                problem = problem or error
-    if shared and not is_fake(param):
-        bad = torch.tensor([float(problem is not None)], device=local(param).device)
-        reduce_together(bad, ranks, largest=True)
-        if problem is None and bad.item():
-            layers = ", ".join(layer.fqn for layer in shared)
-            problem = ValueError(f"{layers}: another rank holds NaN or inf in dense states; its error says where")
-    if problem is not None:
-        raise problem
+                return error
+    return None
 
 
 @torch.no_grad()  # a state that a user computed from parameters may ask for gradients

@@ -131,7 +131,8 @@ class Watch:
 
     def _look(self, optimizer: CompressedGroups, made: Mapping[str, Taken]) -> None:
         figures = over_ranks(gather_objects(self._sums(optimizer, made)))
-        self._tell(figures)
+        if figures:
+            self._tell(figures)
         updates = {fqn: words for fqn, layer in figures.items() if (words := self._threshold.update_past(layer))}
         past: dict[str, list[str]] = {}
         for fqn, layer in figures.items():

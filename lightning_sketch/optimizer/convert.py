@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +19,7 @@ from lightning_sketch.layers.transcode import (
     decode_layer,
     encode_layer,
     fresh_state,
-    refuse_not_finite,
+    not_finite,
 )
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import compressed_class
@@ -37,7 +38,7 @@ from lightning_sketch.policy.policy import Policy, PolicyLike, as_policy
 from lightning_sketch.rules.families import rule_of
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import is_dtensor, local, shard_of
-from lightning_sketch.sharding.agree import is_rank_zero
+from lightning_sketch.sharding.agree import is_rank_zero, raise_together, several_ranks
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
@@ -185,7 +186,9 @@ def compress_all(
         if isinstance(made, Plan):
             _convert(optimizer, made, model, chosen, nonfinite, step_in_backward)
         inner = unwrap(optimizer)
-        if monitor is not None and isinstance(inner, CompressedOptimizer) and inner.compression.records:
+        # Without layers, too, where other ranks may have some: figures are made together.
+        watched = isinstance(inner, CompressedOptimizer) and (inner.compression.records or several_ranks())
+        if monitor is not None and watched:
             monitor.attach(inner)
 
 
@@ -320,25 +323,46 @@ def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
 
 
 def _check_states(optimizer: Optimizer, made: Plan) -> None:
-    """Existing states must be torch's own, complete, shaped like their parameters, and finite where codecs need it."""
+    """Existing states must be torch's own, complete, shaped like their parameters, and finite where codecs need it.
+
+    Collective over the ranks of DTensors with states: what one refuses all do.
+    """
+    problem: ValueError | None = None
+    divided: dict[tuple[tuple[int, ...], torch.device], tuple[tuple[Any, ...], list[str]]] = {}
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         for param, x in zip(group["params"], planned, strict=True):
             state = optimizer.state.get(param)
             if not x.layer.compressed or not state or _is_fresh(state, group, optimizer.defaults):
                 continue
-            read_step(state.get("step", 1), x.layer.fqn)
-            for name in x.layer.codecs if x.layer.stock_count is None else ():  # others may make some later
-                found = state.get(name)
-                if not isinstance(found, Tensor) or found.shape != param.shape:
-                    raise ValueError(
-                        f"{x.layer.fqn}: its {name} should be a tensor of shape {list(param.shape)}, found "
-                        f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
-                    )
-            part = LayerPart(x.layer, shard_of(param, x.layer.fqn))
-            given = {name: state[name] for name in x.layer.codecs if isinstance(state.get(name), Tensor)}
-            dense = {name: held_rows(found, part.shard) for name, found in given.items() if found.shape == param.shape}
-            ranks = ranks_of(param, x.layer.fqn) if part.shared else ()
-            refuse_not_finite([part], param, group, [dense], part.shared, ranks)
+            problem = problem or _wrong_state(x.layer, param, group, state)
+            if is_dtensor(param) and not is_fake(param) and (ranks := ranks_of(param, x.layer.fqn)):
+                key = tuple(map(id, ranks)), local(param).device
+                divided.setdefault(key, (ranks, []))[1].append(x.layer.fqn)
+    for (_, device), (ranks, layers) in divided.items():
+        raise_together(problem, ranks, device, ", ".join(layers))
+    if problem is not None:
+        raise problem
+
+
+def _wrong_state(
+    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> ValueError | None:
+    """Why a layer's existing state cannot be encoded."""
+    try:
+        read_step(state.get("step", 1), layer.fqn)
+    except ValueError as error:
+        return error
+    for name in layer.codecs if layer.stock_count is None else ():  # others may make some later
+        found = state.get(name)
+        if not isinstance(found, Tensor) or found.shape != param.shape:
+            return ValueError(
+                f"{layer.fqn}: its {name} should be a tensor of shape {list(param.shape)}, found "
+                f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
+            )
+    part = LayerPart(layer, shard_of(param, layer.fqn))
+    given = {name: state[name] for name in layer.codecs if isinstance(state.get(name), Tensor)}
+    dense = {name: held_rows(found, part.shard) for name, found in given.items() if found.shape == param.shape}
+    return not_finite([part], param, group, [dense])
 
 
 def _has_history(state: Mapping[str, Any]) -> bool:

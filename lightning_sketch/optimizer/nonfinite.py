@@ -2,7 +2,8 @@
 
 A step counts, for every layer, the rows that it left out (elements, where every state of the layer is element-wise).
 Counts on the CPU are judged at once. On an accelerator they are copied without waiting for the device, and judged when
-the next step begins, or the one after if the device is not done by then; whoever looks at the states waits for them.
+the next step begins, or the one after if the device is not done by then; whoever looks at the states waits for them. Of
+several ranks each waits when the next step begins, so that all raise in the same one, and none misses a step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 
 from lightning_sketch.kernels.capture import capturing
+from lightning_sketch.sharding.agree import several_ranks
 from lightning_sketch.sharding.fake import is_fake_tensor
 
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -130,6 +132,7 @@ class LeftOut:
             self._copy(total.clone(), units)
             total.zero_()
         found: list[dict[str, list[int]]] = []
+        wait = wait or several_ranks()
         while self._late:
             counts, event, units = self._late[0]
             if event is not None and wait:

@@ -20,6 +20,9 @@ from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.recode import ReplacedRecords
 from lightning_sketch.policy.recorded import policy_hint
 from lightning_sketch.sharding import is_dtensor, local, shard_of
+from lightning_sketch.sharding.agree import raise_together
+from lightning_sketch.sharding.dtensor import ranks_of
+from lightning_sketch.sharding.fake import is_fake
 
 #: In a flat tensor's entry of a checkpoint: its segments.
 LAYOUT = "layout"
@@ -78,13 +81,19 @@ def prepare_load(
             load.flat_group(saved, live)
         elif live["params"]:
             load.group(saved, live)
+    problem = None
     if load.problems:
-        raise ValueError(
+        problem = ValueError(
             "this checkpoint does not fit the compressed optimizer; nothing was changed.\n  "
             + "\n  ".join(load.problems)
-            + "\nLoad it with the policy and seed it was written under, or make it dense first with "
+            + "\nLoad it with the policy and seed it was written under; with lightning_sketch.restore, if another "
+            "engine, number of ranks or order of parameters wrote it; or make it dense first with "
             "lightning_sketch.decompress_state_dict(state_dict)." + _policy_hint(optimizer, saved_groups)
         )
+    for (_, device), ranks in load.divided.items():
+        raise_together(problem, ranks, device, "the checkpoint")
+    if problem is not None:
+        raise problem
     optimizer.compression.errors.update(load.errors)
     warn_of_lossy(optimizer, load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
@@ -105,6 +114,8 @@ class _Load:
         self.restored: list[tuple[Tensor, dict[str, Any]]] = []
         self.problems: list[str] = []
         self.errors: dict[str, dict[str, float]] = {}
+        #: Ranks among which layers with dense states are divided: they encode them together, and refuse together.
+        self.divided: dict[tuple[tuple[int, ...], torch.device], tuple[Any, ...]] = {}
         self.replaced = ReplacedRecords()
 
     def group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
@@ -133,7 +144,13 @@ class _Load:
             if layer.stock_count is None and (state := self._with_step(state, layer.fqn)) is None:
                 continue
             if record is None:
-                tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
+                if is_dtensor(param) and not is_fake(param) and (ranks := ranks_of(param, layer.fqn)):
+                    self.divided[tuple(map(id, ranks)), local(param).device] = ranks
+                try:
+                    tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
+                except ValueError as error:
+                    self.problems.append(str(error))
+                    continue
             else:
                 found = self._layer_state(layer, param, live, state)
                 if isinstance(found, str):

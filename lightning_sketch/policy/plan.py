@@ -21,7 +21,7 @@ from lightning_sketch.policy.rule import Rule, RuleSet
 from lightning_sketch.rules import StateDef, UpdateRule
 from lightning_sketch.rules.families import Converted, rule_of
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding import Shard, refuse_flattened, shard_of
+from lightning_sketch.sharding import Shard, is_dtensor, refuse_flattened, shard_of
 from lightning_sketch.text import human_bytes, short, table, without_numbers
 
 
@@ -332,15 +332,22 @@ def _check_one_momentum(layer: LayerRecord) -> None:
             )
 
 
+_AFTER_FORWARD = (
+    ". Under fully_shard an optimizer that is made after a forward pass without a backward one has the gathered "
+    "parameters, and trains nothing: call model.reshard() before it is made"
+)
+
+
 def _check_membership(groups: list[dict[str, Any]], layers: Mapping[int, NamedLayer], first_group: int) -> None:
     seen: set[int] = set()
     for g, group in enumerate(groups, start=first_group):
         for i, param in enumerate(group["params"]):
             if id(param) not in layers and isinstance(param, nn.Parameter):
+                divided = any(is_dtensor(layer.param) for layer in layers.values())
                 raise ValueError(
                     f"parameter {i} of group {g} (shape {_shapes([param])}) is not a parameter of the model; pass the "
                     "model that owns it, as compress(optimizer, model), or if one optimizer trains several modules, "
-                    "nn.ModuleList of them"
+                    "nn.ModuleList of them" + (_AFTER_FORWARD if divided else "")
                 )
             if id(param) in seen:
                 name = layers[id(param)].fqn if id(param) in layers else f"parameter {i} of group {g}"

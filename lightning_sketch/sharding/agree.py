@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,6 +13,31 @@ from torch import Tensor
 def is_rank_zero() -> bool:
     """Whether this process says what is the same on all ranks."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def several_ranks() -> bool:
+    """Whether other processes train beside this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def raise_together(problem: ValueError | None, ranks: Sequence[Any], device: torch.device, owner: str) -> None:
+    """Raise on all ranks what any of them found. Collective.
+
+    Args:
+        problem: what this rank found.
+        ranks: as of `reduce_together`.
+        device: of the tensors that it is about.
+        owner: what it is about.
+
+    Raises:
+        ValueError: `problem`, or that another rank has one.
+    """
+    bad = torch.tensor([float(problem is not None)], device=device)
+    reduce_together(bad, ranks, largest=True)
+    if problem is None and bad.item():
+        problem = ValueError(f"{owner}: refused on another rank, whose error says why; nothing was changed here")
+    if problem is not None:
+        raise problem
 
 
 def any_rank(decide: Callable[[], bool]) -> bool:

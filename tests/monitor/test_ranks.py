@@ -174,3 +174,22 @@ def test_replicas_under_ddp_do_the_same(on_drift):
         assert "sketch.weight: " in first["error"]
     else:
         assert any('"decided"' in record for record in first["records"])
+
+
+def pipeline(rank: int, world_size: int) -> list[str]:
+    """The first stage has a table, the second nothing that is compressed."""
+    model = nn.Embedding(ROWS, 4) if rank == 0 else nn.Linear(4, 4)
+    monitor = Monitor(rows=8, every=2)
+    policy = Policy([Rule(role="embedding", exp_avg_sq=RowWise(), optional=True), Rule(optional=True)])
+    optimizer = compress(AdamW(model.parameters()), model, policy, allow_empty=True, monitor=monitor)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.arange(8) if rank == 0 else torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    return sorted(monitor.figures())
+
+
+def test_stages_of_a_pipeline_without_compressed_layers_take_part():
+    first, second = run_ranks(pipeline, 2)
+    assert first == second
+    assert "optimizer_state/weight/update_cosine" in first

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from lightning_sketch import compress, decompress, report
 from lightning_sketch.optimizer import nonfinite
 from lightning_sketch.optimizer.nonfinite import LeftOut
+from tests.ranks import run_ranks
 from tests.test_bad_input import poison, without_first_row
 from tests.tiny import ADAMW, CODECS, LOSSY, Tiny, assert_same, give_gradients, on_table, snapshot, train
 
@@ -211,3 +213,31 @@ def test_found_inf_that_is_set_by_hand_skips_compressed_layers(found):
     give_gradients(model, 0)
     optimizer.step()
     assert torch.equal(model.table.weight, before["table.weight"]) is bool(found)
+
+
+def on_a_device(rank: int, world_size: int) -> dict[str, Any]:
+    """Replicas whose counts come late, and later where the host is a step ahead of its device."""
+    LeftOut.is_late = staticmethod(lambda counts: True)  # type: ignore[method-assign]
+    nonfinite._event = lambda device: Event()  # type: ignore[assignment]
+    Event.done = rank == 0
+    torch.manual_seed(0)
+    model, optimizer = made(codecs="rows")
+    replica = DistributedDataParallel(model)
+    raised = []
+    for number in range(6):
+        optimizer.zero_grad()
+        replica(torch.arange(8) + number).square().sum().backward()
+        if number == 2:
+            poison(model.table.weight, torch.nan)
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            raised.append(number)
+    return {"raised": raised, "table": model.table.weight.detach().clone()}
+
+
+@pytest.mark.distributed
+def test_replicas_raise_in_the_same_step_and_stay_equal():
+    first, second = run_ranks(on_a_device, 2)
+    assert first["raised"] == second["raised"] == [3]
+    assert torch.equal(first["table"], second["table"])

@@ -130,10 +130,12 @@ def on_rank(rank: int, world_size: int) -> list[str]:
     if rank == 1:
         moments.to_local()[3, 2] = math.inf
     messages = []
-    try:
-        compress(optimizer, model, policy(Factored()))
-    except ValueError as error:
-        messages.append(f"{type(optimizer).__name__}: {error}")
+    for codec in (RowWise(), Factored()):  # of the one ranks share nothing; all of the other layer's are shared
+        rules = [*policy(codec).rules, Rule(name="1.weight", exp_avg=BFloat16(), exp_avg_sq=Factored())]
+        try:
+            compress(optimizer, model, Policy(rules))
+        except ValueError as error:
+            messages.append(f"{type(optimizer).__name__}: {error}")
     optimizer.state[model[0].weight]["exp_avg_sq"] = good
     compress(optimizer, model, policy(Factored()))
     optimizer.state[model[0].weight]["exp_avg_sq"] = moments
@@ -149,9 +151,10 @@ def on_rank(rank: int, world_size: int) -> list[str]:
 @pytest.mark.distributed
 def test_all_ranks_refuse_what_one_of_them_holds():
     without, holding = run_ranks(on_rank, 2)
-    assert len(without) == len(holding) == 3
-    assert without[0].startswith("AdamW: 0.weight: another rank holds NaN or inf in dense states")
-    assert "0.weight: its exp_avg_sq holds NaN or inf in 1 of 120 elements" in holding[0]
-    assert without[1].startswith("0.weight: another rank")
-    assert holding[1].startswith("0.weight: its exp_avg_sq holds")
-    assert without[2] == holding[2] == "True"
+    assert len(without) == len(holding) == 4
+    for number in (0, 1):
+        assert without[number].startswith("AdamW: 0.weight, 1.weight: refused on another rank, whose error says why")
+        assert holding[number].startswith("AdamW: 0.weight: its exp_avg_sq holds NaN or inf in 1 of 120 elements")
+    assert without[2].startswith("0.weight: refused on another rank")
+    assert holding[2].startswith("0.weight: its exp_avg_sq holds")
+    assert without[3] == holding[3] == "True"
