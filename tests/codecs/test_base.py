@@ -168,7 +168,7 @@ def test_codecs_are_frozen():
     ("value", "message"),
     [
         ("Sketch", r"unknown codec 'Sketch'; known are .*CountSketch"),
-        ({"compression": 3}, r"unknown codec None"),
+        ({"compression": 3}, r"is no codec: give an object as RowWise"),
         ({"codec": "RowWise", "width": 3}, r"codec RowWise: .*width"),
         ({"codec": "SM3", "variant": "III"}, r"SM3\(variant='III'\)"),
     ],
