@@ -27,7 +27,7 @@ from lightning_sketch.layers.shared import SharedLayer
 from lightning_sketch.layers.step_count import read_step, step_tensor
 from lightning_sketch.layers.stock_states import decode_entry, encoded_from, stock_entry
 from lightning_sketch.sharding import Shard, is_dtensor, local, shard_of
-from lightning_sketch.sharding.agree import raise_together
+from lightning_sketch.sharding.agree import place, raise_together
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
@@ -74,26 +74,6 @@ def encode_part(
     return found
 
 
-def refuse_not_finite(
-    parts: Sequence[LayerPart],
-    param: Tensor,
-    group: Mapping[str, Any],
-    dense: Sequence[Mapping[str, Tensor]],
-    shared: Sequence[SharedLayer],
-    ranks: Sequence[Any],
-) -> None:
-    """Refuse dense states that `encode_parts` would be given, and that hold NaN or inf. Collective if `shared`.
-
-    Raises:
-        ValueError: on all ranks that share a state, where one of them raises.
-    """
-    problem = not_finite(parts, param, group, dense)
-    if shared and not is_fake(param):
-        raise_together(problem, ranks, local(param).device, ", ".join(layer.fqn for layer in shared))
-    elif problem is not None:
-        raise problem
-
-
 def not_finite(
     parts: Sequence[LayerPart], param: Tensor, group: Mapping[str, Any], dense: Sequence[Mapping[str, Tensor]]
 ) -> ValueError | None:
@@ -123,9 +103,10 @@ def encode_parts(
         ranks: their process groups; see `reduce_together`.
 
     Raises:
-        ValueError: a state holds NaN or inf; see `refuse_not_finite`.
+        ValueError: a state holds NaN or inf, here or on a rank that shares it; see `check_finite`.
     """
-    refuse_not_finite(parts, param, group, dense, shared, ranks)
+    places = place(ranks, local(param).device) if shared and not is_fake(param) else {}
+    raise_together(not_finite(parts, param, group, dense), places, ", ".join(layer.fqn for layer in shared))
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     encodings: list[dict[str, Encoding]] = []
     for part, states in zip(parts, dense, strict=True):

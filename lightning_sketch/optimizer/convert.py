@@ -7,24 +7,21 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch.layers.dtensor_states import held_rows
 from lightning_sketch.layers.record import RECORDS, LayerPart, LayerRecord
-from lightning_sketch.layers.step_count import read_step
 from lightning_sketch.layers.transcode import (
     decode_flat,
     decode_layer,
     encode_layer,
     fresh_state,
-    not_finite,
 )
 from lightning_sketch.optimizer.base import CompressedOptimizer
 from lightning_sketch.optimizer.classes import compressed_class
 from lightning_sketch.optimizer.compression import Compression, StepMonitor
 from lightning_sketch.optimizer.coverage import check_coverage
+from lightning_sketch.optimizer.existing_states import check_states, has_history, is_fresh
 from lightning_sketch.optimizer.guard import refuse_zero_redundancy
 from lightning_sketch.optimizer.in_backward import refuse_step_in_backward
 from lightning_sketch.optimizer.lossy import warn_of_lossy
@@ -37,10 +34,8 @@ from lightning_sketch.policy.plan import Plan, make_plan, refuse_replaced
 from lightning_sketch.policy.policy import Policy, PolicyLike, as_policy
 from lightning_sketch.rules.families import rule_of
 from lightning_sketch.rules.inside import unwrap
-from lightning_sketch.sharding import is_dtensor, local, shard_of
-from lightning_sketch.sharding.agree import is_rank_zero, raise_together, several_ranks
-from lightning_sketch.sharding.dtensor import ranks_of
-from lightning_sketch.sharding.fake import is_fake
+from lightning_sketch.sharding import is_dtensor
+from lightning_sketch.sharding.agree import is_rank_zero, several_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +201,7 @@ def _plan(optimizer: Optimizer, model: nn.Module, policy: Policy) -> Plan | Comp
         return optimizer
     refuse_replaced(optimizer.param_groups)
     made = make_plan(model, optimizer.param_groups, rule_of(optimizer), policy, optimizer.state)
-    _check_states(optimizer, made)
+    check_states(optimizer, made)
     return made
 
 
@@ -220,7 +215,7 @@ def _convert(
         for param, x in zip(group["params"], planned, strict=True):
             if x.layer.compressed and param in inner.state:
                 state = inner.state.pop(param)
-                if not _is_fresh(state, group, inner.defaults):
+                if not is_fresh(state, group, inner.defaults):
                     encoded, errors[x.layer.fqn] = encode_layer(x.layer, param, group, state)
                     inner.state[param] = _entries_of_others(param, state, {"step", *x.layer.codecs}) | encoded
                 elif state:  # Adagrad allocates in its constructor, and DCP takes it that all layers have state or none
@@ -311,7 +306,7 @@ def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
     Their hash seeds follow their names, so layers that were stepped keep both.
     """
     old = optimizer.compression
-    stepped = any(map(_has_history, optimizer.state.values()))
+    stepped = any(map(has_history, optimizer.state.values()))
     if old.policy is None or stepped or any(map(optimizer.is_flat, optimizer.param_groups)):
         return
     if not any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's ZeRO-3 hides them
@@ -320,66 +315,6 @@ def _rename(optimizer: CompressedOptimizer, model: nn.Module) -> None:
     for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
         group[RECORDS] = [x.record for x in planned]
     old.describe(made)
-
-
-def _check_states(optimizer: Optimizer, made: Plan) -> None:
-    """Existing states must be torch's own, complete, shaped like their parameters, and finite where codecs need it.
-
-    Collective over the ranks of DTensors with states: what one refuses all do.
-    """
-    problem: ValueError | None = None
-    divided: dict[tuple[tuple[int, ...], torch.device], tuple[tuple[Any, ...], list[str]]] = {}
-    for group, planned in zip(optimizer.param_groups, made.groups, strict=True):
-        for param, x in zip(group["params"], planned, strict=True):
-            state = optimizer.state.get(param)
-            if not x.layer.compressed or not state or _is_fresh(state, group, optimizer.defaults):
-                continue
-            problem = problem or _wrong_state(x.layer, param, group, state)
-            if is_dtensor(param) and not is_fake(param) and (ranks := ranks_of(param, x.layer.fqn)):
-                key = tuple(map(id, ranks)), local(param).device
-                divided.setdefault(key, (ranks, []))[1].append(x.layer.fqn)
-    for (_, device), (ranks, layers) in divided.items():
-        raise_together(problem, ranks, device, ", ".join(layers))
-    if problem is not None:
-        raise problem
-
-
-def _wrong_state(
-    layer: LayerRecord, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> ValueError | None:
-    """Why a layer's existing state cannot be encoded."""
-    try:
-        read_step(state.get("step", 1), layer.fqn)
-    except ValueError as error:
-        return error
-    for name in layer.codecs if layer.stock_count is None else ():  # others may make some later
-        found = state.get(name)
-        if not isinstance(found, Tensor) or found.shape != param.shape:
-            return ValueError(
-                f"{layer.fqn}: its {name} should be a tensor of shape {list(param.shape)}, found "
-                f"{list(found.shape) if isinstance(found, Tensor) else found}; nothing was changed"
-            )
-    part = LayerPart(layer, shard_of(param, layer.fqn))
-    given = {name: state[name] for name in layer.codecs if isinstance(state.get(name), Tensor)}
-    dense = {name: held_rows(found, part.shard) for name, found in given.items() if found.shape == param.shape}
-    return not_finite([part], param, group, [dense])
-
-
-def _has_history(state: Mapping[str, Any]) -> bool:
-    """Whether a layer was ever stepped: Adagrad allocates before the first step, SGD may hold None."""
-    step = state.get("step", 1)
-    counted = is_fake(step) or bool(step != 0)
-    return counted and any(isinstance(v, Tensor) for k, v in state.items() if k != "step")
-
-
-def _is_fresh(state: Mapping[str, Any], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether dense states are as before a layer's first step; a count of 0, which users set, does not say so alone."""
-    if _has_history(state):
-        return False
-    # Adagrad's, which has one state. torch fills it with the default, whatever the group says.
-    fills = {options.get("initial_accumulator_value", 0) for options in (group, defaults)}
-    tensors = [local(x) for key, x in state.items() if isinstance(x, Tensor) and key != "step"]
-    return all(any(bool((x == fill).all()) for fill in fills) for x in tensors)
 
 
 def _announce(made: Plan, optimizer: CompressedOptimizer, model: nn.Module) -> None:

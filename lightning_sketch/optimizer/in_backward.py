@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of Dynamo
 from torch.nn.parameter import is_lazy
@@ -50,6 +49,7 @@ from lightning_sketch.optimizer.nonfinite import Counted
 from lightning_sketch.optimizer.step import step_alone
 from lightning_sketch.policy.plan import Plan
 from lightning_sketch.sharding import local
+from lightning_sketch.sharding.agree import joined
 from lightning_sketch.sharding.fake import is_fake
 
 #: Numbers of a gradient that a sample has at most.
@@ -209,7 +209,7 @@ class InBackward:
 
     def _refuse_averaging(self, fqn: str) -> None:
         """Look, once, for what averages gradients after they are complete; a parameter does not know its modules."""
-        if self._engines_checked or not (dist.is_available() and dist.is_initialized()):
+        if self._engines_checked or not joined():
             return
         for module in [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and _averages(x)]:
             if any(id(param) in self._hooks for param in module.parameters()):

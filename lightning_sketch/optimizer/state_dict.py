@@ -20,7 +20,7 @@ from lightning_sketch.optimizer.lossy import warn_of_lossy
 from lightning_sketch.optimizer.recode import ReplacedRecords
 from lightning_sketch.policy.recorded import policy_hint
 from lightning_sketch.sharding import is_dtensor, local, shard_of
-from lightning_sketch.sharding.agree import raise_together
+from lightning_sketch.sharding.agree import Places, place, raise_together
 from lightning_sketch.sharding.dtensor import ranks_of
 from lightning_sketch.sharding.fake import is_fake
 
@@ -90,10 +90,7 @@ def prepare_load(
             "engine, number of ranks or order of parameters wrote it; or make it dense first with "
             "lightning_sketch.decompress_state_dict(state_dict)." + _policy_hint(optimizer, saved_groups)
         )
-    for (_, device), ranks in load.divided.items():
-        raise_together(problem, ranks, device, "the checkpoint")
-    if problem is not None:
-        raise problem
+    raise_together(problem, load.divided, "the checkpoint")
     optimizer.compression.errors.update(load.errors)
     warn_of_lossy(optimizer, load.errors)
     # The live policy stays: a dense checkpoint must not switch compression off.
@@ -115,7 +112,7 @@ class _Load:
         self.problems: list[str] = []
         self.errors: dict[str, dict[str, float]] = {}
         #: Ranks among which layers with dense states are divided: they encode them together, and refuse together.
-        self.divided: dict[tuple[tuple[int, ...], torch.device], tuple[Any, ...]] = {}
+        self.divided: Places = {}
         self.replaced = ReplacedRecords()
 
     def group(self, saved: Mapping[str, Any], live: dict[str, Any]) -> None:
@@ -144,8 +141,8 @@ class _Load:
             if layer.stock_count is None and (state := self._with_step(state, layer.fqn)) is None:
                 continue
             if record is None:
-                if is_dtensor(param) and not is_fake(param) and (ranks := ranks_of(param, layer.fqn)):
-                    self.divided[tuple(map(id, ranks)), local(param).device] = ranks
+                if is_dtensor(param) and not is_fake(param):
+                    self.divided |= place(ranks_of(param, layer.fqn), local(param).device)
                 try:
                     tensors, self.errors[layer.fqn] = encode_layer(layer, param, live, state)
                 except ValueError as error:

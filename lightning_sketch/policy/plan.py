@@ -22,6 +22,7 @@ from lightning_sketch.rules import StateDef, UpdateRule
 from lightning_sketch.rules.families import Converted, rule_of
 from lightning_sketch.rules.inside import unwrap
 from lightning_sketch.sharding import Shard, is_dtensor, refuse_flattened, shard_of
+from lightning_sketch.sharding.agree import joined
 from lightning_sketch.text import human_bytes, short, table, without_numbers
 
 
@@ -187,8 +188,7 @@ def refuse_replaced(groups: list[dict[str, Any]]) -> None:
     if len(plain) < len(tensors):
         return  # parameters of another model are refused by name
     # ZeRO-3 shows its tensors during a step only: before and after, all groups are empty.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not tensors or (distributed and "deepspeed" in sys.modules):
+    if not tensors or (joined() and "deepspeed" in sys.modules):
         raise ValueError(
             "the optimizer holds no parameters of the model: an engine replaced them by tensors of its own, as "
             "DeepSpeed does. Convert the optimizer before it is given to deepspeed.initialize"

@@ -10,31 +10,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def joined() -> bool:
+    """Whether this process has joined a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_rank_zero() -> bool:
     """Whether this process says what is the same on all ranks."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not joined() or dist.get_rank() == 0
 
 
 def several_ranks() -> bool:
     """Whether other processes train beside this one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return joined() and dist.get_world_size() > 1
 
 
-def raise_together(problem: ValueError | None, ranks: Sequence[Any], device: torch.device, owner: str) -> None:
-    """Raise on all ranks what any of them found. Collective.
+#: Process groups, as of `reduce_together`, and the device of what lies on their ranks; each once.
+Places = dict[tuple[tuple[int, ...], torch.device], tuple[Sequence[Any], torch.device]]
+
+
+def place(ranks: Sequence[Any], device: torch.device) -> Places:
+    """The place of something that is divided over ranks; nothing if it is over none."""
+    return {(tuple(map(id, ranks)), device): (ranks, device)} if ranks else {}
+
+
+def raise_together(problem: ValueError | None, places: Places, owner: str) -> None:
+    """Raise on all ranks what any of them found. Collective over the ranks of `places`.
 
     Args:
         problem: what this rank found.
-        ranks: as of `reduce_together`.
-        device: of the tensors that it is about.
+        places: where that is which it is about.
         owner: what it is about.
 
     Raises:
         ValueError: `problem`, or that another rank has one.
     """
-    bad = torch.tensor([float(problem is not None)], device=device)
-    reduce_together(bad, ranks, largest=True)
-    if problem is None and bad.item():
+    elsewhere = False
+    for ranks, device in places.values():  # all of them, before any rank leaves
+        bad = torch.tensor([float(problem is not None)], device=device)
+        reduce_together(bad, ranks, largest=True)
+        elsewhere |= bool(bad.item())
+    if problem is None and elsewhere:
         problem = ValueError(f"{owner}: refused on another rank, whose error says why; nothing was changed here")
     if problem is not None:
         raise problem
@@ -64,7 +80,7 @@ def any_rank(decide: Callable[[], bool]) -> bool:
 
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order; of a single process its own. Collective."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not joined():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
